@@ -1,0 +1,47 @@
+"""The errors a person can cause. Each message is one sentence with the cause and the value, one with the remedy."""
+
+from __future__ import annotations
+
+
+class LLMKitError(Exception):
+    """Base of all errors llmkit raises for bad input; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(LLMKitError):
+    """An option or argument that is out of range, unknown or without effect."""
+
+    exit_code = 2
+
+
+class CheckFailed(LLMKitError):
+    """A check that was asked for (verify, a quality gate) found a difference."""
+
+    exit_code = 3
+
+
+class DoesNotFit(LLMKitError):
+    """The work would not fit in the memory there is."""
+
+    exit_code = 4
+
+
+class ConfigError(LLMKitError):
+    """A configuration that cannot be right or that llmkit does not run."""
+
+
+class CheckpointError(LLMKitError):
+    """A checkpoint file that is missing, damaged or does not belong to the model."""
+
+
+class TokenizerError(LLMKitError):
+    """A tokenizer that is missing, damaged or asked for something it cannot do."""
+
+
+class TemplateError(LLMKitError):
+    """A chat template that is wrong, refuses the messages or does not end."""
+
+
+class ContextOverflow(LLMKitError):
+    """A prompt and its reply do not fit into the context or the KV cache."""

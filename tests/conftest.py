@@ -1,0 +1,20 @@
+"""Fixtures for all tests. Nothing here reaches for a network or a model hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real models, tokenizers and texts; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("LLMKIT_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "MANIFEST.md").is_file():
+        pytest.skip(f"no real data at {folder}; set LLMKIT_TEST_DATA")
+    return folder
