@@ -1,0 +1,135 @@
+"""Attention: grouped-query (arXiv:2305.13245), causal, optionally in a sliding window, with or without a KV cache.
+
+    query heads   q0 q1 q2 q3 q4 q5      num_attention_heads = 6
+                   \\ | /    \\ | /
+    kv heads        k0        k1         num_key_value_heads = 2: each serves a group of 3 query heads
+
+A mask is never a padding convention. It comes from positions: a key is visible iff
+`0 <= key position <= query position`, `query position - key position < window`, and both are of the same segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.config import ModelConfig
+from llmkit.model.layers import Linear, make_norm, project
+from llmkit.model.rope import rotate
+
+# How a layer's queries meet keys and values: (layer, q [b, t, heads, d], k [b, t, kv_heads, d], v) -> [b, t, heads, d].
+# `SelfAttention` below looks at the given tokens alone; `cache.CachedAttention` at everything before them too.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+Rotary = tuple[Tensor, Tensor]
+
+# Scores computed at a time where they must be materialised (soft caps): 64 MiB of float32.
+_SCORE_ELEMENTS = 1 << 24
+
+
+def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Tensor:
+    """Boolean mask `[..., queries, keys]` from positions `[..., queries]` and `[..., keys]`."""
+    distance = q_positions.unsqueeze(-1) - k_positions.unsqueeze(-2)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """`softmax(q k^T scale) v` per head, kv heads shared by groups of query heads.
+
+    q `[batch, queries, heads, head_dim]`; k, v `[batch, keys, kv_heads, head_dim]`; returns the shape of q.
+    mask: boolean `[batch | 1, queries, keys]`, None: every key is visible, or with `causal` those up to the query's index.
+    softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+    """
+    batch, queries, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    if queries == 1 and mask is None and softcap is None:
+        # Decode: the group's heads become the query axis, so that no key is copied or read twice.
+        out = F.scaled_dot_product_attention(q.view(batch, kv_heads, group, dim), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        return out.reshape(batch, 1, heads, dim)
+
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if group > 1:
+        k = k.unsqueeze(2).expand(-1, -1, group, -1, -1).reshape(batch, heads, -1, dim)
+        v = v.unsqueeze(2).expand(-1, -1, group, -1, -1).reshape(batch, heads, -1, dim)
+    if mask is not None:
+        mask = mask.unsqueeze(1)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and queries > 1, scale=scale)
+        return out.transpose(1, 2)
+
+    if causal:
+        index = torch.arange(queries, device=q.device)
+        mask = visible(index, index, None)
+    step = max(1, _SCORE_ELEMENTS // (batch * heads * k.shape[2]))
+    parts = []
+    for start in range(0, queries, step):
+        scores = q[:, :, start : start + step] @ k.transpose(-1, -2) * scale
+        scores = torch.tanh(scores / softcap) * softcap
+        if mask is not None:
+            scores = scores.masked_fill(~mask[..., start : start + step, :], float("-inf"))
+        parts.append(scores.softmax(-1) @ v)
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def attention_scale(config: ModelConfig, layer: int) -> float:
+    scale = config.layers[layer].attention_scale
+    return config.head_dim**-0.5 if scale is None else scale
+
+
+class SelfAttention:
+    """`Attend` without a cache: the tokens of one forward see each other, as in training and in scoring a whole text."""
+
+    def __init__(self, config: ModelConfig, positions: Tensor, segments: Tensor | None, plain: bool) -> None:
+        """`plain`: positions are 0, 1, 2, ... in every row and there are no segments, so causal order says it all."""
+        self.config = config
+        length = positions.shape[1]
+        self.masks: dict[int | None, Tensor | None] = {}
+        for window in config.cache_windows:
+            if plain and (window is None or length <= window):
+                self.masks[window] = None
+                continue
+            self.masks[window] = visible(positions, positions, window)
+            if segments is not None:
+                self.masks[window] &= segments.unsqueeze(-1) == segments.unsqueeze(-2)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = self.masks[self.config.layers[layer].sliding_window]
+        return attention(q, k, v, mask, mask is None, attention_scale(self.config, layer), self.config.attn_logit_softcapping)
+
+
+class Attention(nn.Module):
+    """The attention block of one layer: project, normalise, rotate, attend, project back."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q_size, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, config.qkv_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, config.o_bias)
+        self.norm_before_heads = config.qk_norm == "full"  # OLMo 2 normalises all heads at once
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if config.qk_norm is not None:
+            self.q_norm = make_norm(config, q_size if config.qk_norm == "full" else config.head_dim)
+            self.k_norm = make_norm(config, kv_size if config.qk_norm == "full" else config.head_dim)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
+        """x `[batch, seq, hidden]`; rotary None: this layer does not rotate."""
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None and self.norm_before_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None and not self.norm_before_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return self.o_proj(attend(self.layer, q, k, v).flatten(-2))

@@ -1,0 +1,70 @@
+"""The torch backend of the engine: one `step` of many sequences on CPU, CUDA or MPS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from llmkit.config import ModelConfig
+from llmkit.errors import UsageError
+from llmkit.model.cache import CachedAttention, KVCache
+from llmkit.model.transformer import Transformer
+
+
+class TorchBackend:
+    """Runs the `Transformer` over a paged KV cache; see `llmkit.engine.batch.Backend` for the contract.
+
+    All tokens of a step, whatever their sequences, pass through the linears as one flat batch without padding;
+    attention runs per sequence. A row's logits agree with those of the row alone within 1e-5 (matrix products of
+    different sizes round differently).
+    """
+
+    block_size = 16
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model.eval()
+        weight = model.model.embed_tokens.weight
+        self.device = weight.device
+        # On a CPU all arithmetic is float32, whatever the weights are stored in.
+        dtype = torch.float32 if self.device.type == "cpu" else weight.dtype
+        self.cache = KVCache(model.config, self.block_size, dtype, self.device)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def cache_windows(self) -> tuple[int | None, ...]:
+        return self.config.cache_windows
+
+    def block_bytes(self, group: int) -> int:
+        return self.cache.block_bytes(group)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        sequences: np.ndarray,
+        block_tables: list[np.ndarray],
+        contexts: np.ndarray,
+        adapters: Sequence[str | None],
+        rows: np.ndarray,
+        hidden: bool = False,
+    ) -> np.ndarray:
+        """Stores the tokens' keys and values; float32 logits (or final hidden states) `[len(rows), vocab]`."""
+        if any(adapter is not None for adapter in adapters):
+            raise UsageError(f"adapter {next(a for a in adapters if a)!r} is not loaded; this model runs without adapters.")
+        lengths = contexts[sequences].tolist() if self.config.rope_depends_on_length else (0,)
+        attend = CachedAttention(self.cache, positions, sequences, block_tables)
+        out = self.model(
+            torch.from_numpy(tokens).to(self.device, torch.int64).unsqueeze(0),
+            torch.from_numpy(positions).to(self.device, torch.int64).unsqueeze(0),
+            lengths=lengths,
+            attend=attend,
+            rows=torch.from_numpy(rows).to(self.device, torch.int64),
+            hidden=hidden,
+        )
+        return out.float().cpu().numpy()

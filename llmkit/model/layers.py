@@ -1,0 +1,125 @@
+"""The small parts: linear, norm, the feed-forward network and the mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.config import ModelConfig, MoEConfig
+from llmkit.errors import ConfigError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+# Weights widened at a time: 1 MiB of float32 stays in the second-level cache until the product has read it.
+_WIDEN_ELEMENTS = 1 << 18
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x [..., in] @ weight [out, in].T + bias`, in the dtype of `x`.
+
+    16-bit weights under float32 activations (the CPU case) are widened a slice at a time, so the arithmetic is float32
+    and no float32 copy of the matrix ever exists.
+    """
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = max(1, _WIDEN_ELEMENTS // weight.shape[1]) if x.numel() == x.shape[-1] else weight.shape[0]
+    for start in range(0, weight.shape[0], rows):
+        out[..., start : start + rows] = F.linear(x, weight[start : start + rows].to(x.dtype))
+    return out if bias is None else out.add_(bias)
+
+
+class Linear(nn.Linear):
+    """A dense linear map. What the model asks of any linear: in_features, out_features, forward and dequantize()."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def dequantize(self) -> Tensor:
+        """The weight `[out_features, in_features]`; quantized linears compute it, a dense one just has it."""
+        return self.weight
+
+
+def project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Several linears on one input: query, key and value, or gate and up. The seam at which they can be fused."""
+    return tuple([proj(x) for proj in linears])
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv:1910.07467). Gemma stores w and means 1 + w: `offset` 1."""
+
+    def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, weight.shape, weight + self.offset if self.offset else weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with weight and bias (GPT-2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def make_norm(config: ModelConfig, dim: int) -> nn.Module:
+    return RMSNorm(dim, config.norm_eps, config.norm_offset) if config.norm == "rms" else LayerNorm(dim, config.norm_eps)
+
+
+class MLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` (SwiGLU, arXiv:2002.05202), or plain `down(act(up(x)))`."""
+
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+        super().__init__()
+        if config.hidden_act not in ACTIVATIONS:
+            raise ConfigError(f"hidden_act {config.hidden_act!r} is unknown; known are {', '.join(ACTIVATIONS)}.")
+        self.act = ACTIVATIONS[config.hidden_act]
+        hidden, bias = config.hidden_size, config.mlp_bias
+        self.gate_proj = Linear(hidden, intermediate_size, bias) if config.gated_mlp else None
+        self.up_proj = Linear(hidden, intermediate_size, bias)
+        self.down_proj = Linear(intermediate_size, hidden, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act(project(x, (self.up_proj,))[0]))
+        gate, up = project(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(self.act(gate) * up)
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes through its `num_experts_per_tok` best experts, weighted by the router's softmax (Mixtral)."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.moe = moe
+        self.gate = Linear(config.hidden_size, moe.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(config, moe.moe_intermediate_size) for _ in range(moe.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        probs = self.gate(flat).float().softmax(-1)
+        weights, chosen = probs.topk(self.moe.num_experts_per_tok, dim=-1)  # [tokens, k]
+        if self.moe.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(flat)
+        for index in chosen.unique().tolist():  # only experts that were hit
+            token, slot = (chosen == index).nonzero(as_tuple=True)
+            expert_out = self.experts[index](flat[token]) * weights[token, slot, None].to(flat.dtype)
+            out = out.index_add(0, token, expert_out)
+        return out.view_as(x)

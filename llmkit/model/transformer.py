@@ -1,0 +1,149 @@
+"""THE decoder-only transformer. One class for every family; what differs is in the `ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from llmkit.config import ModelConfig, RopeConfig
+from llmkit.model.attention import Attend, Attention, Rotary, SelfAttention
+from llmkit.model.layers import MLP, Linear, MixtureOfExperts, linear, make_norm
+from llmkit.model.rope import rotary_tables
+
+# The norms of a layer: before attention, after it, before the MLP, after it. The names are those of the checkpoints,
+# where Llama's `post_attention_layernorm` stands before the MLP and Gemma's after the attention.
+#
+#     pre (Llama)                  post (OLMo 2)                sandwich (Gemma 2)
+#     x + attn(norm(x))            x + norm(attn(x))            x + norm(attn(norm(x)))
+#     x + mlp(norm(x))             x + norm(mlp(x))             x + norm(mlp(norm(x)))
+NORM_NAMES: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        moe = config.layers[layer].moe
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config, config.intermediate_size) if moe is None else MixtureOfExperts(config, moe)
+        self.residual_multiplier = config.residual_multiplier
+        self.norm_names = NORM_NAMES[config.norm_placement]
+        for name in self.norm_names:
+            if name is not None:
+                self.add_module(name, make_norm(config, config.hidden_size))
+
+    def _norm(self, slot: int, x: Tensor) -> Tensor:
+        name = self.norm_names[slot]
+        return x if name is None else self._modules[name](x)  # type: ignore[misc]
+
+    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
+        attended = self._norm(1, self.self_attn(self._norm(0, x), rotary, attend))
+        x = torch.add(x, attended, alpha=self.residual_multiplier)
+        fed = self._norm(3, self.mlp(self._norm(2, x)))
+        return torch.add(x, fed, alpha=self.residual_multiplier)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: everything but the head. Its parameters carry the `model.` prefix of checkpoints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = make_norm(config, config.hidden_size)
+
+    def forward(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int], attend: Attend) -> Tensor:
+        config = self.config
+        x = self.embed_tokens(tokens)
+        if x.dtype != torch.float32 and x.device.type == "cpu":
+            x = x.float()  # on a CPU all arithmetic is float32, whatever the weights are stored in
+        if config.embedding_multiplier != 1:
+            x = x * config.embedding_multiplier
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions).to(x.dtype)
+
+        tables: dict[RopeConfig | None, Rotary | None] = {None: None}
+        for layer in config.layers:
+            if layer.rope not in tables and layer.rope is not None:
+                cos, sin = rotary_tables(layer.rope, config.head_dim, positions, lengths)
+                tables[layer.rope] = cos.to(x.dtype), sin.to(x.dtype)
+        for block, layer in zip(self.layers, config.layers, strict=True):
+            x = block(x, tables[layer.rope], attend)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """Token ids and positions in, logits out. No text, no sampling, no loading; gradients flow through everything."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        *,
+        segments: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        attend: Attend | None = None,
+        rows: Tensor | None = None,
+        hidden: bool = False,
+    ) -> Tensor:
+        """Logits `[batch, seq, vocab]`, or `[len(rows), vocab]` for some rows of the flattened batch.
+
+        tokens, positions: int64 `[batch, seq]`; positions default to 0, 1, 2, ...
+        segments: int64 `[batch, seq]`, the document of each token in packed rows; documents do not see each other.
+        lengths: the sequence length the rotary frequencies are chosen for, one for all or one per token (dynamic and
+            longrope only); by default the largest position plus one.
+        attend: where keys and values live; by default the tokens of this call see each other and nothing else.
+        hidden: return the final normed hidden states instead of logits.
+        """
+        plain = positions is None and segments is None
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if attend is None:
+            attend = SelfAttention(self.config, positions, segments, plain)
+        if lengths is None:
+            lengths = (int(positions.max()) + 1,) if self.config.rope_depends_on_length else (0,)
+        x = self.model(tokens, positions, lengths, attend)
+        if rows is not None:
+            x = x.flatten(0, 1)[rows]
+        return x if hidden else self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The head on final hidden states `[..., hidden]`."""
+        config = self.config
+        logits = linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        if config.logits_scaling != 1:
+            logits = logits / config.logits_scaling
+        if config.final_logit_softcapping is not None:
+            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        return logits
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, generator: torch.Generator | None = None) -> None:
+    """Random weights to train from: N(0, 0.02), the projections into the residual stream divided by sqrt(2 layers) (GPT-2)."""
+    depth = (2 * model.config.num_hidden_layers) ** -0.5
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.normal_(0.0, 0.02 * (depth if into_residual else 1.0), generator=generator)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.fill_(1.0 - model.config.norm_offset)
+
+
