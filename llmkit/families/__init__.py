@@ -18,7 +18,20 @@ from llmkit.errors import ConfigError
 
 # model_type in config.json -> module in this package
 MODEL_TYPES: dict[str, str] = {
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "granite": "granite",
     "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "smollm3": "smollm3",
 }
 
 
@@ -27,7 +40,7 @@ class Rule:
     """One of their tensors as one or several of ours; `{i}` and `{j}` stand for numbers (layer, expert).
 
     `ours` with several names cuts the tensor along its rows, after the transpose, into `sizes(config)` rows each.
-    The rule runs backwards on saving.
+    The rule runs backwards on saving; where several rules give the same of ours (old and new names), the first is written.
     """
 
     theirs: str

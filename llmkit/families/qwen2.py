@@ -1,0 +1,42 @@
+"""Qwen 2 and 2.5 (arXiv:2407.10671): Llama with biases on query, key and value; the upper layers may have a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmkit.config import LayerConfig, ModelConfig
+from llmkit.families import Family
+from llmkit.families.common import IGNORE, Fields
+
+DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+
+def upper_windows(fields: Fields) -> tuple[int | None, ...]:
+    """Windows of Qwen's layers: by `layer_types` where it is given, else from layer `max_window_layers` on."""
+    if not fields.flag("use_sliding_window"):
+        fields.values["sliding_window"] = None
+    if fields.values.get("layer_types") is None:
+        first = fields.integer("max_window_layers", minimum=0)
+        return tuple(fields.sliding_window if i >= first else None for i in range(fields.num_hidden_layers))
+    return fields.windows()
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    fields = Fields(hf, DEFAULTS)
+    rope = fields.rope()
+    return fields.model(layers=[LayerConfig(rope, window) for window in upper_windows(fields)], qkv_bias=True)
+
+
+FAMILY = Family(config, ignore=IGNORE)
