@@ -50,19 +50,17 @@ def attention(
     group = heads // kv_heads
     if queries == 1 and mask is None and softcap is None:
         # Decode: the group's heads become the query axis, so that no key is copied or read twice.
-        out = F.scaled_dot_product_attention(q.view(batch, kv_heads, group, dim), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        out = F.scaled_dot_product_attention(q.reshape(batch, kv_heads, group, dim), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
         return out.reshape(batch, 1, heads, dim)
 
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if group > 1:
-        k = k.unsqueeze(2).expand(-1, -1, group, -1, -1).reshape(batch, heads, -1, dim)
-        v = v.unsqueeze(2).expand(-1, -1, group, -1, -1).reshape(batch, heads, -1, dim)
     if mask is not None:
         mask = mask.unsqueeze(1)
     if softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and queries > 1, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and queries > 1, scale=scale, enable_gqa=group > 1)
         return out.transpose(1, 2)
 
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     if causal:
         index = torch.arange(queries, device=q.device)
         mask = visible(index, index, None)
@@ -94,9 +92,10 @@ class SelfAttention:
             if plain and (window is None or length <= window):
                 self.masks[window] = None
                 continue
-            self.masks[window] = visible(positions, positions, window)
+            mask = visible(positions, positions, window)
             if segments is not None:
-                self.masks[window] &= segments.unsqueeze(-1) == segments.unsqueeze(-2)
+                mask &= segments.unsqueeze(-1) == segments.unsqueeze(-2)
+            self.masks[window] = mask
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = self.masks[self.config.layers[layer].sliding_window]
