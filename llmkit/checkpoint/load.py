@@ -1,0 +1,173 @@
+"""A model folder as a `Transformer`: built on the meta device, then filled tensor by tensor.
+
+Where dtype and layout are those of the file, a CPU parameter IS the mapped file (private copy-on-write pages, so it can
+be trained): loading then takes almost no memory of its own, and the pages are shared with other processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmkit.checkpoint.files import AUTO_MAP, Checkpoint, TensorFile, load_config, open_checkpoint
+from llmkit.checkpoint.weights import EMBEDDING, Assignment, Piece, assign
+from llmkit.config import ModelConfig
+from llmkit.errors import CheckpointError, ConfigError, UsageError
+from llmkit.families import family
+from llmkit.model.transformer import Transformer
+
+# Stored dtypes that weights may have.
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did: `mapped_bytes` are used in place from the file, `copied_bytes` were converted, moved or re-laid."""
+
+    dtype: str
+    device: str
+    num_parameters: int
+    mapped_bytes: int
+    copied_bytes: int
+    skipped: tuple[str, ...]  # stored tensors that the family does not need
+    notes: tuple[str, ...]
+
+
+def load_model(folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+    """The model in a Hugging Face folder.
+
+    dtype: float32, float16 or bfloat16; by default that of the checkpoint. device: cpu, cuda, mps, ...
+    Raises CheckpointError (files that are damaged or do not belong to the config: every name in one message),
+    ConfigError (a config that llmkit does not run) or UsageError (unknown dtype or device).
+    """
+    return load_model_with_report(folder, dtype, device)[0]
+
+
+def load_model_with_report(
+    folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Transformer, LoadReport]:
+    """As `load_model`, with the report of what was mapped, copied and skipped."""
+    folder = Path(folder)
+    wanted, place = None if dtype is None else _dtype(dtype), _device(device)
+    config = load_config(folder)
+    notes = (AUTO_MAP,) if "auto_map" in config.hf else ()
+    if config.hf.get("quantization_config"):
+        method = config.hf["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(f"{folder} is quantized ({method!r:.80}), which llmkit does not read. Use the checkpoint it was made from.")
+
+    model = empty_model(config)
+    checkpoint = open_checkpoint(folder)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assignment = assign(checkpoint, family(config.model_type), config, expected)
+    _check(folder, assignment)
+    if wanted is None:
+        wanted = _checkpoint_dtype(config, checkpoint)
+
+    state, mapped, copied = {}, 0, 0
+    for name, piece in assignment.pieces.items():
+        state[name], in_place = _realise(piece, wanted, place)
+        if in_place:
+            mapped += state[name].nbytes
+        else:
+            copied += state[name].nbytes
+    model.load_state_dict(state, strict=True, assign=True)
+    count = sum(tensor.numel() for tensor in state.values())
+    report = LoadReport(str(wanted).removeprefix("torch."), str(place), count, mapped, copied, tuple(assignment.skipped), notes)
+    return model, report
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """The model on the meta device: shapes without memory."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except RuntimeError as error:  # sizes whose product no machine can address
+        raise ConfigError(f"config.json asks for a model that cannot be built: {error}. Is the file damaged?") from error
+
+
+def as_tensor(stored: TensorFile) -> Tensor:
+    """A stored tensor as torch sees it, in the mapped bytes; a copy only where the file does not align it."""
+    dtype = TORCH_DTYPES[stored.dtype]
+    if not stored.nbytes:
+        return torch.empty(stored.shape, dtype=dtype)
+    data = stored.data if stored.offset % dtype.itemsize == 0 else bytearray(stored.data)
+    return torch.frombuffer(data, dtype=dtype).view(stored.shape)
+
+
+def _realise(piece: Piece, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+    """The parameter, and whether it is the mapped file itself."""
+    source = as_tensor(piece.tensor)
+    if piece.expert is not None:
+        source = source[piece.expert]
+    if piece.transpose:
+        source = source.t()
+    if piece.rows is not None:
+        source = source[slice(*piece.rows)]
+    if source.dtype == dtype and device.type == "cpu" and source.is_contiguous():
+        return source, piece.tensor.offset % dtype.itemsize == 0
+    # One copy does it all: convert, lay out, move.
+    return torch.empty(source.shape, dtype=dtype, device=device).copy_(source), False
+
+
+def _check(folder: Path, assignment: Assignment) -> None:
+    problems = list(assignment.problems)
+    for piece in assignment.pieces.values():
+        if piece.tensor.dtype not in TORCH_DTYPES:
+            problems.append(f"wrong dtype: {piece.tensor.name!r} is {piece.tensor.dtype}, weights are {', '.join(TORCH_DTYPES)}")
+    head, embedding = assignment.tied_head, assignment.pieces.get(EMBEDDING)
+    if head is not None and embedding is not None and not problems and not _equal(head, embedding.tensor):
+        problems.append(f"not tied: {head.name!r} differs from {embedding.tensor.name!r}, but config.json has tie_word_embeddings true")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise CheckpointError(
+            f"The tensors in {folder} do not fit its config.json:\n  {listed}\n"
+            "Do both files belong to one model? Download or copy the folder again, or correct config.json."
+        )
+
+
+def _equal(head: TensorFile, embedding: TensorFile) -> bool:
+    if head.shape != embedding.shape or head.dtype not in TORCH_DTYPES:
+        return False
+    a, b = as_tensor(head), as_tensor(embedding)
+    # Bytes where the dtypes agree (nothing is copied, and a NaN equals itself), else values.
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dtype == b.dtype else torch.equal(a.double(), b.double())
+
+
+def _checkpoint_dtype(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype config.json states, as in transformers; without one, that of the largest tensor."""
+    text = config.hf.get("text_config")
+    for hf in (config.hf, text if isinstance(text, dict) else {}):
+        if hf.get("dtype") is not None or hf.get("torch_dtype") is not None:
+            return _dtype(config.dtype)
+    largest = max(checkpoint.values(), key=lambda tensor: tensor.nbytes)
+    stored = TORCH_DTYPES.get(largest.dtype, torch.float32)
+    return stored if stored in DTYPES.values() else torch.float32
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is unknown. Use one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: a torch built without CUDA
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"device {str(device)!r} cannot be used: {first}. Use cpu, or cuda or mps where the machine has it.") from error
+    return place
