@@ -63,9 +63,7 @@ def family(model_type: str) -> Family:
     if model_type not in MODEL_TYPES:
         near = difflib.get_close_matches(model_type, MODEL_TYPES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"model_type {model_type!r} is not a family llmkit knows; {hint}known are {', '.join(sorted(MODEL_TYPES))}."
-        )
+        raise ConfigError(f"model_type {model_type!r} is not a family llmkit knows; {hint}known are {', '.join(sorted(MODEL_TYPES))}.")
     module = importlib.import_module(f"llmkit.families.{MODEL_TYPES[model_type]}")
     found: Family = module.FAMILY
     return found

@@ -7,7 +7,7 @@ its value and the remedy; a field that asks for something the model does not do 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from llmkit.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
@@ -30,6 +30,7 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = ("float32", "float16", "bfloat16")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 # Every key a `rope_parameters` dictionary may hold; an unknown one could change the frequencies, so it is refused.
@@ -44,6 +45,12 @@ MAX_SIZE = 1 << 24
 MAX_LAYERS = 4096
 MAX_POSITIONS = 1 << 40
 MAX_EXPERT_MODULES = 1 << 17
+
+# The tensors of a layer and of the body, below their prefix: for families that put them below another one.
+LAYER_NAMES = [f"self_attn.{name}_proj.{end}" for name in "qkvo" for end in ("weight", "bias")]
+LAYER_NAMES += [f"self_attn.{name}_norm.weight" for name in "qk"] + [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+LAYER_NAMES += [f"{name}_layernorm.weight" for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")]
+NAMES = ["embed_tokens.weight", "norm.weight", *("layers.{i}." + name for name in LAYER_NAMES)]
 
 LLAMA_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
@@ -145,25 +152,54 @@ class Fields:
             raise self.error("num_attention_heads", f"which does not divide hidden_size = {hidden}; give head_dim or correct one of them")
         return hidden // heads
 
-    def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of every layer, from `layer_types` and `sliding_window`."""
-        kinds, count = self.values["layer_types"], self.num_hidden_layers
-        if not isinstance(kinds, list) or len(kinds) != count:
-            raise self.error("layer_types", f"but it must be a list with one entry for each of the {count} layers; correct it")
-        for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise self.error("layer_types", f"where {kind!r} is unknown; llmkit runs full_attention and sliding_attention")
-        window = self.sliding_window
-        if window is None and "sliding_attention" in kinds:
-            raise self.error("sliding_window", "but layer_types has sliding_attention layers; set the window or make them full_attention")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
     @property
     def sliding_window(self) -> int | None:
         return self.optional_integer("sliding_window", maximum=MAX_POSITIONS)
 
-    def moe(self, *, num_experts: str, intermediate_size: str, norm_topk_prob: bool) -> MoEConfig:
-        """The mixture of experts, from the names that the family uses for its number and width."""
+    def windows(self, slides: Callable[[int], bool]) -> tuple[int | None, ...]:
+        """The sliding window of every layer: by `layer_types` where it is given, else of those layers that `slides` picks."""
+        kinds, count, window = self.values.get("layer_types"), self.num_hidden_layers, self.sliding_window
+        if kinds is None:
+            kinds = [SLIDING if slides(i) else FULL for i in range(count)]
+        if not isinstance(kinds, list) or len(kinds) != count:
+            raise self.error("layer_types", f"but it must be a list with one entry for each of the {count} layers; correct it")
+        if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
+            raise self.error("layer_types", f"where {unknown[0]!r} is unknown; llmkit runs {FULL} and {SLIDING}")
+        if window is None and SLIDING in kinds:
+            raise self.error("sliding_window", f"but there are {SLIDING} layers; set the window or make them {FULL}")
+        return tuple(window if kind == SLIDING else None for kind in kinds)
+
+    def mapping(self, name: str, known: Collection[str] = ROPE_KEYS) -> dict[str, Any]:
+        """A dictionary without its nulls, by default a rotary one; empty where the field is absent or null."""
+        value = self.values.get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise self.error(name, "but it must be a dictionary; correct it or fetch the file again")
+        if unknown := ", ".join(sorted(set(map(str, value)) - set(known))):
+            raise self.error(name, f"where llmkit does not know {unknown:.80}; it would change the model, or can be removed")
+        return {key: item for key, item in value.items() if item is not None}
+
+    def indices(self, name: str) -> list[int]:
+        """A list of layer numbers; absent or null is an empty one."""
+        value = self.values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list) or any(isinstance(item, bool) or not isinstance(item, int) for item in value):
+            raise self.error(name, "but it must be a list of layer numbers; correct it or fetch the file again")
+        return value
+
+    def indicators(self, name: str) -> list[bool] | None:
+        """A list with 0 or 1 for each layer (it may be longer, as in transformers), or None where it is absent or null."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) < self.num_hidden_layers or any(item not in (0, 1) for item in value):
+            raise self.error(name, f"but it must be a list of 0 or 1 for each of the {self.num_hidden_layers} layers; correct it")
+        return [bool(item) for item in value]
+
+    def moe(self, num_experts: str, intermediate_size: str, *, norm_topk_prob: bool) -> MoEConfig:
+        """The mixture of experts, from the fields in which the family says their number and width."""
         experts = self.integer(num_experts)
         if experts * self.num_hidden_layers > MAX_EXPERT_MODULES:
             raise self.error(num_experts, f"which in {self.num_hidden_layers} layers is more than any model has; correct it")
@@ -172,20 +208,23 @@ class Fields:
             raise self.error("num_experts_per_tok", f"but there are only {experts} experts; correct one of the two")
         return MoEConfig(experts, chosen, self.integer(intermediate_size), norm_topk_prob)
 
-    def rope(self, parameters: Any = None, *, theta: str = "rope_theta", partial: bool = False) -> RopeConfig:
+    def rope(
+        self,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        theta: str = "rope_theta",
+        partial: bool = False,
+        renamed: Mapping[str, str] | None = None,
+    ) -> RopeConfig:
         """The rotary embedding, in the old spelling (`rope_theta`, `rope_scaling`) or in that of transformers 5 (`rope_parameters`).
 
         `parameters` stands in for both dictionaries (Gemma 3 has one for each kind of layer), `theta` names the field with the base
-        where the dictionary has none, `partial` says that the family may rotate a part of head_dim only.
+        where the dictionary has none, `partial` says that the family may rotate a part of head_dim only, `renamed` gives the present
+        names of rope types that the family's older checkpoints spell differently.
         """
-        if parameters is None:
-            parameters = self.values.get("rope_scaling") or self.values.get("rope_parameters") or {}
-        if not isinstance(parameters, Mapping):
-            raise ConfigError(f"config.json has rope_parameters = {parameters!r:.80}, but it must be a dictionary; correct it.")
-        if unknown := ", ".join(sorted(set(map(str, parameters)) - ROPE_KEYS)):
-            raise ConfigError(f"config.json has rope_parameters with {unknown:.80}, which llmkit does not know; remove what is not needed.")
-        given = {name: value for name, value in parameters.items() if value is not None}
-        given.setdefault("rope_type", given.get("type", "default"))
+        given = dict(self.mapping("rope_scaling") or self.mapping("rope_parameters") if parameters is None else parameters)
+        rope_type = given.get("rope_type", given.get("type", "default"))
+        given["rope_type"] = (renamed or {}).get(str(rope_type), rope_type)
         given.setdefault("rope_theta", self.values.get(theta))
         given.setdefault("partial_rotary_factor", self.values.get("partial_rotary_factor"))
         # As in transformers, original_max_position_embeddings beside the dictionary wins over the one inside it.

@@ -9,8 +9,8 @@ from llmkit.config import LayerConfig, ModelConfig
 from llmkit.families import Family, Rule
 from llmkit.families.common import Fields
 
-DEFAULTS: dict[str, Any] = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "tie_word_embeddings": True}
-DEFAULTS |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+DEFAULTS: dict[str, Any] = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+DEFAULTS |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "tie_word_embeddings": True}
 
 SPELLING = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 SPELLING |= {"n_positions": "max_position_embeddings", "activation_function": "hidden_act"}

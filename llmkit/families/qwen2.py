@@ -24,13 +24,11 @@ DEFAULTS = {
 
 
 def upper_windows(fields: Fields) -> tuple[int | None, ...]:
-    """Windows of Qwen's layers: by `layer_types` where it is given, else from layer `max_window_layers` on."""
+    """Qwen's sliding windows: none unless switched on, and then from layer `max_window_layers` on where `layer_types` is absent."""
     if not fields.flag("use_sliding_window"):
         fields.values["sliding_window"] = None
-    if fields.values.get("layer_types") is None:
-        first = fields.integer("max_window_layers", minimum=0)
-        return tuple(fields.sliding_window if i >= first else None for i in range(fields.num_hidden_layers))
-    return fields.windows()
+    first = fields.integer("max_window_layers", minimum=0)
+    return fields.windows(lambda i: fields.sliding_window is not None and i >= first)
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

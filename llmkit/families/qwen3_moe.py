@@ -1,0 +1,41 @@
+"""Qwen 3 mixture of experts (arXiv:2505.09388): Qwen 3 whose layers are experts, but for those the config keeps dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmkit.config import LayerConfig, ModelConfig
+from llmkit.families import Family
+from llmkit.families.common import IGNORE, Fields
+
+DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "num_experts": 128,
+}
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    fields = Fields(hf, DEFAULTS)
+    if "num_local_experts" in hf:  # transformers 5 saves num_experts under this name
+        fields.values["num_experts"] = hf["num_local_experts"]
+    window = fields.sliding_window if fields.flag("use_sliding_window") else None
+    moe = fields.moe("num_experts", "moe_intermediate_size", norm_topk_prob=fields.flag("norm_topk_prob"))
+    rope, bias = fields.rope(), fields.flag("attention_bias")
+    step, dense = fields.integer("decoder_sparse_step"), fields.indices("mlp_only_layers")
+    sparse = [(i + 1) % step == 0 and i not in dense for i in range(fields.num_hidden_layers)]
+    layers = [LayerConfig(rope, window, moe if chosen else None) for chosen in sparse]
+    return fields.model(layers=layers, qk_norm="head", qkv_bias=bias, o_bias=bias)
+
+
+FAMILY = Family(config, ignore=IGNORE)
