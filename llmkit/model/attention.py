@@ -10,6 +10,7 @@ A mask is never a padding convention. It comes from positions: a key is visible 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -81,25 +82,51 @@ def attention_scale(config: ModelConfig, layer: int) -> float:
 
 
 class SelfAttention:
-    """`Attend` without a cache: the tokens of one forward see each other, as in training and in scoring a whole text."""
+    """`Attend` without a cache: the tokens of one forward see each other, as in training and in scoring a whole text.
 
-    def __init__(self, config: ModelConfig, positions: Tensor, segments: Tensor | None, plain: bool) -> None:
-        """`plain`: positions are 0, 1, 2, ... in every row and there are no segments, so causal order says it all."""
+    Packed rows are cut into their documents, and each attends alone: the work of a row then grows with the squares of
+    the documents' lengths, not with the square of the row's, and no mask is built where causal order says it all.
+    """
+
+    def __init__(self, config: ModelConfig, positions: Tensor, segments: Tensor | None) -> None:
+        """positions, segments: `[batch, seq]`; a document is a run of one segment whose positions rise by one."""
         self.config = config
-        length = positions.shape[1]
-        self.masks: dict[int | None, Tensor | None] = {}
-        for window in config.cache_windows:
-            if plain and (window is None or length <= window):
-                self.masks[window] = None
-                continue
-            mask = visible(positions, positions, window)
-            if segments is not None:
-                mask &= segments.unsqueeze(-1) == segments.unsqueeze(-2)
-            self.masks[window] = mask
+        batch, length = positions.shape
+        starts = positions[:, 1:] != positions[:, :-1] + 1
+        if segments is not None:
+            starts |= segments[:, 1:] != segments[:, :-1]
+        self.documents: list[tuple[slice, slice]] | None = None  # None: every row is one document
+        self.masks: dict[int | None, Tensor | None] = dict.fromkeys(config.cache_windows)
+        if not starts.any():
+            for window in config.cache_windows:
+                if window is not None and length > window:
+                    self.masks[window] = visible(positions, positions, window)
+            return
+        scattered = segments is None or bool((starts & (segments[:, 1:] == segments[:, :-1])).any())
+        if scattered:  # positions jump within a document, so only they can tell what is visible
+            for window in config.cache_windows:
+                mask = visible(positions, positions, window)
+                self.masks[window] = mask if segments is None else mask & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
+            return
+        self.documents = []
+        for row, row_starts in enumerate(starts.tolist()):
+            bounds = [0, *(i + 1 for i, start in enumerate(row_starts) if start), length]
+            self.documents += [(slice(row, row + 1), slice(begin, end)) for begin, end in itertools.pairwise(bounds)]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = self.masks[self.config.layers[layer].sliding_window]
-        return attention(q, k, v, mask, mask is None, attention_scale(self.config, layer), self.config.attn_logit_softcapping)
+        window = self.config.layers[layer].sliding_window
+        scale, softcap = attention_scale(self.config, layer), self.config.attn_logit_softcapping
+        if self.documents is None:
+            mask = self.masks[window]
+            return attention(q, k, v, mask, mask is None, scale, softcap)
+        parts = []
+        for row, span in self.documents:
+            mask, length = None, span.stop - span.start
+            if window is not None and length > window:
+                index = torch.arange(length, device=q.device)
+                mask = visible(index, index, window).unsqueeze(0)
+            parts.append(attention(q[row, span], k[row, span], v[row, span], mask, mask is None, scale, softcap))
+        return torch.cat(parts, 1).view_as(q)
 
 
 class Attention(nn.Module):

@@ -110,11 +110,10 @@ class Transformer(nn.Module):
         attend: where keys and values live; by default the tokens of this call see each other and nothing else.
         hidden: return the final normed hidden states instead of logits.
         """
-        plain = positions is None and segments is None
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         if attend is None:
-            attend = SelfAttention(self.config, positions, segments, plain)
+            attend = SelfAttention(self.config, positions, segments)
         if lengths is None:
             lengths = (int(positions.max()) + 1,) if self.config.rope_depends_on_length else (0,)
         x = self.model(tokens, positions, lengths, attend)
