@@ -24,12 +24,13 @@ DEFAULTS = {
 PREFIXES = {"model.": "", "model.language_model.": "", "language_model.model.": "language_model."}
 RULES = [Rule(body + name, ("model." + name,)) for body in PREFIXES for name in NAMES]
 RULES += [Rule(head + "lm_head.weight", ("lm_head.weight",)) for head in ("", "language_model.")]
+OUTSIDE = ("dtype", "torch_dtype", "tie_word_embeddings", "eos_token_id", "quantization_config", "auto_map")
 IMAGES = (r"(model\.)?(vision_tower|multi_modal_projector)\..*",)
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     if isinstance(text := hf.get("text_config"), Mapping):  # image and text: what stands outside counts for both
-        outside = {name: hf[name] for name in ("dtype", "torch_dtype", "tie_word_embeddings") if name in hf}
+        outside = {name: hf[name] for name in OUTSIDE if name in hf}
         hf = {**text, **outside, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
     fields = Fields(hf, DEFAULTS)
     pattern = fields.integer("sliding_window_pattern")

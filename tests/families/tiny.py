@@ -30,6 +30,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "max_position_embeddings": 512,
+    "initializer_range": 0.25,  # large enough for attention to be far from uniform, so that positions and masks show
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -40,6 +41,7 @@ GPT2_SIZES: dict[str, Any] = {
     "n_layer": 4,
     "n_head": 3,
     "n_positions": 128,
+    "initializer_range": 0.25,
     "bos_token_id": 1,
     "eos_token_id": None,
 }

@@ -1,0 +1,197 @@
+"""The transformer against transformers, in float32: logits, cached and uncached, packed rows, greedy text and gradients.
+
+The models are tiny and random (`tests/families/tiny.py`); they are saved by transformers and loaded by llmkit, so that
+config, family rules, loader and model are all under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmkit.checkpoint.load import load_model
+from llmkit.model.backend import TorchBackend
+from llmkit.model.transformer import Transformer
+from tests.families.tiny import ORIGINAL, VARIANTS, WINDOW, hf_config, hf_model, save
+
+TOLERANCE = 1e-4  # of the largest logit
+WINDOWED = [name for name in VARIANTS if hf_config(name).to_dict().get("sliding_window")]
+VOCAB = 97
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model twice: theirs and ours."""
+
+    theirs: PreTrainedModel
+    ours: Transformer
+
+    @property
+    def longest(self) -> int:
+        """Positions the model has: RoPE goes on for ever, learned ones end."""
+        return self.ours.config.max_position_embeddings if self.ours.config.learned_positions else 1 << 20
+
+
+def make_pair(folder: Path, variant: str, seed: int = 0, **changes: object) -> Pair:
+    theirs = hf_model(hf_config(variant, **changes), seed)
+    return Pair(theirs, load_model(save(theirs, folder)))
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad(request: pytest.FixtureRequest) -> Iterator[None]:
+    with torch.set_grad_enabled("gradient" in request.node.name):
+        yield
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference relative to the largest logit."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def random_tokens(rows: int, length: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def cached_logits(model: Transformer, tokens: list[int], chunks: list[int]) -> Tensor:
+    """Logits of one sequence, fed through the paged cache in chunks of these lengths."""
+    backend = TorchBackend(model)
+    blocks = -(-len(tokens) // backend.block_size)
+    tables = [np.arange(blocks, dtype=np.int32)[None]] * len(backend.cache_windows)
+    contexts = np.array([len(tokens)], dtype=np.int32)
+    out, start = [], 0
+    for size in chunks:
+        positions = np.arange(start, start + size, dtype=np.int32)
+        sequence, rows = np.zeros(size, dtype=np.int32), np.arange(size, dtype=np.int32)
+        ids = np.array(tokens[start : start + size], dtype=np.int32)
+        out.append(torch.from_numpy(backend.step(ids, positions, sequence, tables, contexts, [None], rows)))
+        start += size
+    assert start == len(tokens)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("offset", [0, 3 * ORIGINAL, 5000])
+def test_logits_at_short_and_long_positions(pair: Pair, offset: int) -> None:
+    length = 40
+    if offset + length > pair.longest:
+        offset = pair.longest - length
+    tokens = random_tokens(2, length)
+    positions = torch.arange(offset, offset + length).expand(2, -1)
+    theirs = pair.theirs(tokens, position_ids=positions).logits
+    assert difference(pair.ours(tokens, positions), theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", [ORIGINAL - 1, ORIGINAL, ORIGINAL + 1, 2 * ORIGINAL])
+def test_whole_sequence_around_the_original_context(pair: Pair, length: int) -> None:
+    tokens = random_tokens(1, length, seed=length)
+    assert difference(pair.ours(tokens), pair.theirs(tokens).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", WINDOWED)
+def test_window_edges(variant: str, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, variant)
+    assert WINDOW in pair.ours.config.cache_windows
+    for length in (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW):
+        tokens = random_tokens(2, length, seed=length)
+        theirs = pair.theirs(tokens).logits
+        assert difference(pair.ours(tokens), theirs) < TOLERANCE, length
+        assert difference(cached_logits(pair.ours, tokens[0].tolist(), [1] * length), theirs[0]) < TOLERANCE, length
+
+
+@pytest.mark.parametrize("length", [20, ORIGINAL + 21])
+def test_cached_logits_token_by_token_and_in_chunks(pair: Pair, length: int) -> None:
+    tokens = random_tokens(1, length, seed=length)
+    theirs = pair.theirs(tokens).logits[0]
+    whole, half = [length], length // 2
+    for chunks in (whole, [1] * length, [half, *[1] * (length - half)], [3, WINDOW, 1, length - 4 - WINDOW]):
+        assert difference(cached_logits(pair.ours, tokens[0].tolist(), chunks), theirs) < TOLERANCE, chunks
+
+
+def test_packed_documents_equal_documents_alone(pair: Pair) -> None:
+    sizes = [5, WINDOW + 6, 1, 14]
+    tokens = random_tokens(1, sum(sizes))
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    segments = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])[None]
+    packed = pair.ours(tokens, positions, segments=segments)
+    for document, logits in zip(tokens.split(sizes, 1), packed.split(sizes, 1), strict=True):
+        assert difference(logits, pair.theirs(document).logits) < TOLERANCE
+
+
+def test_some_rows_and_hidden_states(pair: Pair) -> None:
+    tokens = random_tokens(2, 9)
+    rows = torch.tensor([17, 3])
+    theirs = pair.theirs(tokens, output_hidden_states=True)
+    assert difference(pair.ours(tokens, rows=rows), theirs.logits.flatten(0, 1)[rows]) < TOLERANCE
+    assert difference(pair.ours(tokens, hidden=True), theirs.hidden_states[-1]) < TOLERANCE
+
+
+def greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """Greedy continuation with the cache, one token a step."""
+    backend = TorchBackend(model)
+    total = len(prompt) + count
+    tables = [np.arange(-(-total // backend.block_size), dtype=np.int32)[None]] * len(backend.cache_windows)
+    contexts, fed, out = np.array([total], dtype=np.int32), prompt, []
+    for _ in range(count):
+        done = len(prompt) + len(out) - len(fed)
+        positions = np.arange(done, done + len(fed), dtype=np.int32)
+        ids, sequence = np.array(fed, dtype=np.int32), np.zeros(len(fed), dtype=np.int32)
+        logits = backend.step(ids, positions, sequence, tables, contexts, [None], np.array([len(fed) - 1], dtype=np.int32))
+        fed = [int(logits[0].argmax())]
+        out += fed
+    return out
+
+
+def test_64_greedy_tokens_equal_transformers(pair: Pair) -> None:
+    prompt = random_tokens(1, ORIGINAL + 3)
+    ours = greedy(pair.ours, prompt[0].tolist(), 64)
+    if any(layer.rope is not None and layer.rope.rope_type == "dynamic" for layer in pair.ours.config.layers):
+        # generate would choose new frequencies at every token; with the set of the whole request, their forward agrees.
+        tokens = torch.cat((prompt, torch.tensor([ours])), 1)
+        theirs = pair.theirs(tokens).logits[0].argmax(-1)[prompt.shape[1] - 1 : -1].tolist()
+    else:
+        theirs = pair.theirs.generate(prompt, max_new_tokens=64, do_sample=False)[0, prompt.shape[1] :].tolist()
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("variant", ["llama-dynamic", "phi3-longrope"])
+def test_greedy_within_the_original_context(variant: str, tmp_path: Path) -> None:
+    """Dynamic and longrope with the short set throughout: generate itself agrees."""
+    changes = {"original_max_position_embeddings": 128} if variant == "phi3-longrope" else {"max_position_embeddings": 128}
+    pair = make_pair(tmp_path, variant, **changes)
+    prompt = random_tokens(1, 20)
+    theirs = pair.theirs.generate(prompt, max_new_tokens=64, do_sample=False)[0, 20:].tolist()
+    assert greedy(pair.ours, prompt[0].tolist(), 64) == theirs
+
+
+@pytest.mark.parametrize("variant", ["llama-biases-tied", "qwen3-moe", "gemma2", "gpt2", "olmo2", "granite"])
+def test_gradients(variant: str, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path / "weights", variant)
+    tokens = random_tokens(2, 25)
+    losses = []
+    for model, logits in ((pair.theirs, pair.theirs(tokens).logits), (pair.ours, pair.ours(tokens))):
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        losses.append(loss.item())
+        assert all(parameter.grad is not None for parameter in model.parameters()) or variant == "qwen3-moe"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    # Their gradients take the way of weights: saved under their names, loaded under ours.
+    with torch.no_grad():
+        for parameter in pair.theirs.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    expected = dict(load_model(save(pair.theirs, tmp_path / "gradients")).named_parameters())
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, parameter in pair.ours.named_parameters():
+        ours = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # an expert that no token chose
+        assert (ours - expected[name]).abs().max() < TOLERANCE * largest, name
