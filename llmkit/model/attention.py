@@ -91,11 +91,11 @@ class SelfAttention:
     def __init__(self, config: ModelConfig, positions: Tensor, segments: Tensor | None) -> None:
         """positions, segments: `[batch, seq]`; a document is a run of one segment whose positions rise by one."""
         self.config = config
-        batch, length = positions.shape
+        length = positions.shape[1]
         starts = positions[:, 1:] != positions[:, :-1] + 1
         if segments is not None:
             starts |= segments[:, 1:] != segments[:, :-1]
-        self.documents: list[tuple[slice, slice]] | None = None  # None: every row is one document
+        self.documents: list[int] | None = None  # lengths along the flattened batch; None: every row is one document
         self.masks: dict[int | None, Tensor | None] = dict.fromkeys(config.cache_windows)
         if not starts.any():
             for window in config.cache_windows:
@@ -108,10 +108,9 @@ class SelfAttention:
                 mask = visible(positions, positions, window)
                 self.masks[window] = mask if segments is None else mask & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
             return
-        self.documents = []
-        for row, row_starts in enumerate(starts.tolist()):
-            bounds = [0, *(i + 1 for i, start in enumerate(row_starts) if start), length]
-            self.documents += [(slice(row, row + 1), slice(begin, end)) for begin, end in itertools.pairwise(bounds)]
+        starts = torch.cat((torch.ones_like(starts[:, :1]), starts), 1).flatten()  # a row begins a document, too
+        bounds = [*starts.nonzero().flatten().tolist(), len(starts)]
+        self.documents = [end - begin for begin, end in itertools.pairwise(bounds)]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = self.config.layers[layer].sliding_window
@@ -120,12 +119,12 @@ class SelfAttention:
             mask = self.masks[window]
             return attention(q, k, v, mask, mask is None, scale, softcap)
         parts = []
-        for row, span in self.documents:
-            mask, length = None, span.stop - span.start
+        for qd, kd, vd in zip(*(t.flatten(0, 1).split(self.documents) for t in (q, k, v)), strict=True):
+            mask, length = None, len(qd)
             if window is not None and length > window:
                 index = torch.arange(length, device=q.device)
                 mask = visible(index, index, window).unsqueeze(0)
-            parts.append(attention(q[row, span], k[row, span], v[row, span], mask, mask is None, scale, softcap))
+            parts.append(attention(qd.unsqueeze(0), kd.unsqueeze(0), vd.unsqueeze(0), mask, mask is None, scale, softcap))
         return torch.cat(parts, 1).view_as(q)
 
 

@@ -144,5 +144,3 @@ def init_weights(model: Transformer, generator: torch.Generator | None = None) -
             parameter.zero_()
         else:
             parameter.fill_(1.0 - model.config.norm_offset)
-
-

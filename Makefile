@@ -1,0 +1,47 @@
+# Everything a person does with this project, one word each. `make help` lists the words.
+# PIP_* environment variables are honoured, e.g. PIP_EXTRA_INDEX_URL for PyTorch's CPU builds (see README).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without an NVIDIA GPU torch is pinned to a release with a CPU build; with one, pip may take the newest CUDA build.
+CONSTRAINT := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
+INSTALLED := $(VENV)/.installed
+MODEL ?=
+
+.PHONY: help setup chat test test-slow lint format bench stories clean
+.DEFAULT_GOAL := help
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## make .venv and install llmkit with every extra and the test requirements
+
+# What pip has to say goes to standard error: the output of `make -s chat` is the reply and nothing else.
+$(INSTALLED): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "llmkit needs Python 3.11 or newer, this is %s; set PYTHON=python3.x" % sys.version.split()[0])'
+	@echo 'Setting up $(VENV) (once, a few minutes)...' >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) -e '.[test]' >&2
+	@touch $@
+
+chat: $(INSTALLED)  ## talk to the embedded model (or MODEL=folder-or-hub-id)
+	@$(BIN)/llmkit chat $(MODEL)
+
+test: $(INSTALLED)  ## run the tests (a few minutes)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## run the long checks too
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and not network'
+
+lint: $(INSTALLED)  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(INSTALLED)  ## let ruff lay out the code
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## measure a model: speed, memory, time to first token (MODEL=folder-or-hub-id)
+	@$(BIN)/llmkit bench $(MODEL)
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
