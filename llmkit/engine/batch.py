@@ -1,0 +1,496 @@
+"""Continuous batching: many requests, one backend step after another (Orca, OSDI 2022).
+
+`Engine.step()` is schedule, run, sample: every running sequence gets the rows it needs, one for a reply under way, a
+chunk for a prompt still to be read; the backend computes them together; each sequence that reached its last token gets
+one more. A sequence does not know the others, and its tokens do not depend on them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmkit.config import ModelConfig
+from llmkit.engine import sampling
+from llmkit.engine.blocks import ABSENT, BlockTables, KVCache, blocks_for, pool_sizes
+from llmkit.engine.sampling import SamplingParams, TokenLogprobs
+from llmkit.errors import ContextOverflow, LLMKitError, UsageError
+
+PromptIds = Iterable[int] | NDArray[np.integer]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Backend(Protocol):
+    """What runs a model: token ids in, float32 logits out. All arrays are numpy.
+
+    Attributes:
+        config: what the model is.
+        block_size: tokens per block of the KV cache.
+        cache_windows: `config.cache_windows`; each is one group of KV blocks, shared by all layers with that sliding window.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def cache_windows(self) -> tuple[int | None, ...]: ...
+
+    def block_bytes(self, group: int) -> int:
+        """Bytes of one KV block of that group, over all its layers."""
+        ...
+
+    def step(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        block_tables: list[NDArray[np.int32]],
+        contexts: NDArray[np.int32],
+        adapters: list[str | None],
+        rows: NDArray[np.int32],
+        hidden: bool = False,
+    ) -> NDArray[np.float32]:
+        """Writes keys and values of N tokens of S sequences into their blocks and attends to what is there.
+
+        Running a step again with the same arguments writes the same values: the engine may repeat one that was interrupted.
+
+        Args:
+            tokens: int32 `[N]`; those of one sequence are consecutive and in order, and every sequence has at least one.
+            positions: int32 `[N]`, of each token in its sequence.
+            sequences: int32 `[N]`, the token's row in the block tables, `contexts` and `adapters`.
+            block_tables: per group int32 `[S, max_blocks]`. Entry j is the id of the block with positions
+                j * block_size and following; -1 where a sliding window has left it behind or it is not yet taken.
+            contexts: int32 `[S]`, the length for which rotary frequencies are chosen (dynamic, longrope).
+            adapters: S names, None for the base model.
+            rows: int32 `[R]`, indices into the N tokens: those whose result is wanted.
+            hidden: final normed hidden states instead of logits.
+
+        Returns:
+            float32 `[R, vocab]`, or `[R, hidden_size]` if `hidden`. The engine reads it before the next step and keeps nothing.
+        """
+        ...
+
+
+class Event(NamedTuple):
+    """One new token of a sequence, or its end without one (finish_reason "error": see `Sequence.error`)."""
+
+    sequence: Sequence
+    token: int | None  # a token that ends the reply (eos, stop_token_ids) is included
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None  # None: more to come
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt and the reply to it: the state of one request, and of it alone."""
+
+    ids: NDArray[np.int32]  # [prompt + max_tokens]; the first `length` are there
+    prompt_length: int
+    params: SamplingParams
+    seed: int  # params.seed or the fresh one drawn for it: with it the reply can be had again
+    sample_index: int
+    adapter: str | None
+    context: int  # prompt + max_tokens
+    end_ids: frozenset[int]  # tokens that end the reply
+    blocks: BlockTables
+    greedy: bool  # the token is the argmax of the raw logits
+    added_at: float  # seconds, time.perf_counter
+    length: int
+    computed: int = 0  # tokens whose keys and values are in the cache
+    cached_tokens: int = 0  # of the prompt, found in the cache
+    logprobs: list[TokenLogprobs] | None = None  # one per reply token where params.logprobs asks for them
+    finish_reason: FinishReason | None = None
+    error: LLMKitError | None = None
+    started_at: float | None = None  # when it left the queue
+    first_token_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def prompt_ids(self) -> NDArray[np.int32]:
+        return self.ids[: self.prompt_length]
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """The reply so far."""
+        return self.ids[self.prompt_length : self.length]
+
+    @property
+    def num_generated(self) -> int:
+        return self.length - self.prompt_length
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from `add`, waiting included; None before there is one."""
+        return None if self.first_token_at is None else self.first_token_at - self.added_at
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """Seconds from the first token to the end, in which num_generated - 1 tokens were made; None before the end."""
+        return None if self.first_token_at is None or self.finished_at is None else self.finished_at - self.first_token_at
+
+
+class Work(NamedTuple):
+    """What one sequence computes in one step: tokens [start, end)."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
+class Scheduler:
+    """Which sequences run, in the order they came: a request that does not fit now waits, and those behind it wait too."""
+
+    def __init__(self, cache: KVCache, prefill_chunk: int):
+        self.cache = cache
+        self.prefill_chunk = prefill_chunk
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._no_room = False  # for the head of the queue, until a sequence ends
+
+    def plan(self) -> list[Work]:
+        """The next step: one token for every reply under way, and prompt tokens up to `prefill_chunk` in all."""
+        budget = self.prefill_chunk
+        work = []
+        for sequence in self.running:
+            start, end = sequence.computed, sequence.length
+            if end - start > 1:
+                end = min(end, start + budget)
+                budget -= end - start
+            if end > start:
+                work.append(Work(sequence, start, end))
+        while self.waiting and budget > 0 and self._start(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            start = sequence.computed
+            end = min(sequence.length, start + budget)
+            budget -= end - start
+            work.append(Work(sequence, start, end))
+        return work
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out of the queue or the batch and frees its blocks."""
+        if sequence.started_at is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self.cache.close(sequence.blocks)
+        self._no_room = False
+
+    def _start(self, sequence: Sequence) -> bool:
+        if self._no_room:
+            return False
+        found = self.cache.match(sequence.blocks, sequence.prompt_length)
+        if self._being_computed(sequence, found):
+            return False
+        if not self.cache.admit(sequence.blocks, found):
+            self._no_room = True
+            return False
+        sequence.computed = sequence.cached_tokens = found * self.cache.block_size
+        sequence.started_at = time.perf_counter()
+        return True
+
+    def _being_computed(self, sequence: Sequence, index: int) -> bool:
+        """Whether another sequence is just computing this one's block `index`: then waiting for it saves computing it twice."""
+        if index >= (sequence.prompt_length - 1) // self.cache.block_size:
+            return False
+        wanted = sequence.blocks.hashes[index]
+        return any(
+            len(other.blocks.hashes) > index and other.blocks.published <= index and other.blocks.hashes[index] == wanted
+            for other in self.running
+        )
+
+
+class Engine:
+    """Runs requests on a backend. One caller at a time drives it; see `generate.py` for the loop.
+
+    Args:
+        backend: what computes; see Backend.
+        max_cache_tokens: size of the KV cache in tokens; defaults to one whole context of the model.
+        cache_bytes: size of the KV cache in bytes, instead of in tokens.
+        prefill_chunk: most prompt tokens in one step.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        max_cache_tokens: int | None = None,
+        cache_bytes: int | None = None,
+        prefill_chunk: int = 512,
+    ):
+        if max_cache_tokens is not None and cache_bytes is not None:
+            raise UsageError(f"Both max_cache_tokens ({max_cache_tokens}) and cache_bytes ({cache_bytes}) limit the KV cache; give one.")
+        if prefill_chunk < 1:
+            raise UsageError(f"prefill_chunk is {prefill_chunk}; it must be at least 1.")
+        if cache_bytes is not None:
+            max_cache_tokens = tokens_within(backend, cache_bytes, prefill_chunk)
+        elif max_cache_tokens is None:
+            max_cache_tokens = blocks_for(backend.config.max_position_embeddings, backend.block_size) * backend.block_size
+        if max_cache_tokens < backend.block_size:
+            raise UsageError(
+                f"The KV cache limit is {max_cache_tokens} tokens, less than one block of {backend.block_size}; raise the limit."
+            )
+        self.backend = backend
+        self.cache = KVCache(backend.cache_windows, backend.block_size, max_cache_tokens, prefill_chunk)
+        self.scheduler = Scheduler(self.cache, prefill_chunk)
+        self._batch = _Batch(self.cache)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence is running or waiting."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(
+        self,
+        prompt_ids: PromptIds,
+        params: SamplingParams,
+        adapter: str | None = None,
+        *,
+        eos_ids: Iterable[int] = (),
+        sample: int = 0,
+    ) -> Sequence:
+        """Queues one sample of the reply to a prompt.
+
+        Args:
+            prompt_ids: at least one token id.
+            params: `n` is for `add_samples`, `stop` for whoever turns tokens into text.
+            adapter: name of the adapter the backend applies; None for the base model.
+            eos_ids: tokens that end the reply unless `params.ignore_eos`.
+            sample: index of the sample among those of one seed.
+
+        Raises:
+            UsageError: an empty prompt, or a token id that the vocabulary does not have.
+            ContextOverflow: prompt and `max_tokens` can never fit into the context or the KV cache.
+        """
+        prompt = self._check_ids("the prompt", _as_array(prompt_ids))
+        if len(prompt) == 0:
+            raise UsageError("The prompt has no tokens; give at least one, such as the beginning-of-text token.")
+        self._check_ids("logit_bias", np.array(list(params.logit_bias), dtype=np.int64))
+        total = self._total(len(prompt), params.max_tokens)
+        ids = np.empty(total, dtype=np.int32)
+        ids[: len(prompt)] = prompt
+        root = blake2b(repr((adapter, rope_key(self.backend.config, total))).encode(), digest_size=16).digest()
+        sequence = Sequence(
+            ids=ids,
+            prompt_length=len(prompt),
+            params=params,
+            seed=sampling.fresh_seed() if params.seed is None else params.seed,
+            sample_index=sample,
+            adapter=adapter,
+            context=total,
+            end_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids)),
+            blocks=self.cache.open(root, ids[: len(prompt)], total),
+            greedy=params.temperature == 0 and not params.changes_logits,
+            added_at=time.perf_counter(),
+            length=len(prompt),
+            logprobs=None if params.logprobs is None else [],
+        )
+        self.scheduler.waiting.append(sequence)
+        return sequence
+
+    def add_samples(
+        self, prompt_ids: PromptIds, params: SamplingParams, adapter: str | None = None, *, eos_ids: Iterable[int] = ()
+    ) -> list[Sequence]:
+        """Queues `params.n` samples of one prompt; they share its blocks and one seed, and differ in `sample_index`."""
+        if params.seed is None:
+            params = replace(params, seed=sampling.fresh_seed())
+        prompt, eos_ids = _as_array(prompt_ids), tuple(eos_ids)
+        return [self.add(prompt, params, adapter, eos_ids=eos_ids, sample=index) for index in range(params.n)]
+
+    def step(self) -> list[Event]:
+        """Computes one batch and returns its new tokens; an empty list if no prompt was finished, or nothing was to do.
+
+        If the backend raises, or Ctrl-C comes, no sequence has advanced: step again, or abort.
+        """
+        work = self.scheduler.plan()
+        if not work:
+            return []
+        batch = self._batch
+        rows = batch.fill(work)
+        logits = self.backend.step(
+            batch.tokens[: batch.size], batch.positions[: batch.size], batch.sequences[: batch.size],
+            batch.tables, batch.contexts, batch.adapters, rows,
+        )  # fmt: skip
+        drawn = [self._draw(item.sequence, logits[row]) for row, item in enumerate(batch.asked)]
+        now = time.perf_counter()
+        for sequence, _, end in work:
+            sequence.computed = end
+            if end // self.cache.block_size > sequence.blocks.published:
+                self.cache.publish(sequence.blocks, sequence.ids[:end])
+        return [self._commit(item.sequence, result, now) for item, result in zip(batch.asked, drawn, strict=True)]
+
+    def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
+        """Ends a sequence now, with what it has (`reason` "stop" where a stop string was met); one that has ended stays as it is."""
+        if sequence.finish_reason is None:
+            self._finish(sequence, reason, time.perf_counter())
+
+    def _draw(self, sequence: Sequence, logits: NDArray[np.float32]) -> tuple[int, TokenLogprobs | None] | LLMKitError:
+        """The next token of a sequence from its logits `[vocab]`; an error concerns this sequence alone."""
+        params = sequence.params
+        history = sequence.ids[: sequence.length]
+        try:
+            if sequence.greedy:
+                token = int(logits.argmax())
+                sampling.check_finite(float(logits[token]), sequence.length)
+            else:
+                token = sampling.sample(
+                    logits, params, history, sequence.prompt_length, sequence.seed, sequence.sample_index, sequence.end_ids
+                )
+        except LLMKitError as error:
+            return error
+        return token, None if params.logprobs is None else sampling.token_logprobs(logits, token, params.logprobs)
+
+    def _commit(self, sequence: Sequence, result: tuple[int, TokenLogprobs | None] | LLMKitError, now: float) -> Event:
+        if isinstance(result, LLMKitError):
+            sequence.error = result
+            self._finish(sequence, "error", now)
+            return Event(sequence, None, None, "error")
+        token, logprobs = result
+        sequence.ids[sequence.length] = token
+        sequence.length += 1
+        if logprobs is not None and sequence.logprobs is not None:
+            sequence.logprobs.append(logprobs)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        reason: FinishReason | None = None
+        if token in sequence.end_ids:
+            reason = "stop"
+        elif sequence.length == sequence.context:
+            reason = "length"
+        if reason is not None:
+            self._finish(sequence, reason, now)
+        return Event(sequence, token, logprobs, reason)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
+        self.scheduler.remove(sequence)
+        sequence.finish_reason = reason
+        sequence.finished_at = now
+
+    def _total(self, prompt_length: int, max_tokens: int | None) -> int:
+        """Tokens of prompt and reply together; ContextOverflow where they cannot fit."""
+        limit, what, remedy = self.backend.config.max_position_embeddings, "the model's context", "choose a model with a longer one"
+        capacity = self.cache.capacity
+        if capacity is not None and capacity < limit:
+            limit, what, remedy = capacity, "the KV cache", "raise its limit"
+        room = limit - prompt_length
+        if room < 1:
+            raise ContextOverflow(
+                f"The prompt has {prompt_length} tokens and {what} holds {limit}, of which the reply needs at least 1: "
+                f"{1 - room} too many. Shorten the prompt or {remedy}."
+            )
+        if max_tokens is not None and max_tokens > room:
+            total = prompt_length + max_tokens
+            raise ContextOverflow(
+                f"The prompt of {prompt_length} tokens fits, but with max_tokens {max_tokens} it needs {total} and {what} holds "
+                f" {limit}: {max_tokens - room} too many. Lower max_tokens to {room} or less, shorten the prompt or {remedy}."
+            )
+        return prompt_length + (room if max_tokens is None else max_tokens)
+
+    def _check_ids(self, where: str, ids: NDArray[np.integer]) -> NDArray[np.int32]:
+        vocab = self.backend.config.vocab_size
+        if ids.size and not (np.issubdtype(ids.dtype, np.integer) and ids.ndim == 1):
+            raise UsageError(f"Token ids in {where} must be a flat list of integers (found {ids.dtype}, {ids.ndim} dimensions).")
+        if ids.size and (ids.min() < 0 or ids.max() >= vocab):
+            wrong = ids[(ids < 0) | (ids >= vocab)][0]
+            raise UsageError(f"Token id {wrong} in {where} is not in the model's vocabulary of {vocab}; was it made by another tokenizer?")
+        return ids.astype(np.int32)
+
+
+class _Batch:
+    """The arrays of a step. They are kept from step to step, and only what changed is written again."""
+
+    def __init__(self, cache: KVCache):
+        self._cache = cache
+        self._members: list[Sequence] = []
+        self._tables = [np.full((0, 0), ABSENT, dtype=np.int32) for _ in cache.windows]
+        self.tokens = self.positions = self.sequences = np.empty(0, dtype=np.int32)
+        self.size = 0  # N
+        self.tables: list[NDArray[np.int32]] = []  # [S, blocks in use]
+        self.contexts = np.empty(0, dtype=np.int32)
+        self.adapters: list[str | None] = []
+        self.asked: list[Work] = []  # whose last token's logits are wanted, in the order of the rows
+
+    def fill(self, work: list[Work]) -> NDArray[np.int32]:
+        """Takes the blocks the step needs, sets all arrays and returns `rows`."""
+        self._match_members([item.sequence for item in work])
+        total = sum(item.end - item.start for item in work)
+        if total > len(self.tokens):
+            self.tokens, self.positions, self.sequences = (np.empty(2 * total, dtype=np.int32) for _ in range(3))
+        size = longest = 0
+        rows, self.asked = [], []
+        for row, item in enumerate(work):
+            sequence, start, end = item
+            if self._cache.prepare(sequence.blocks, start, end):
+                self._write_tables(row, sequence)
+            stop = size + end - start
+            self.tokens[size:stop] = sequence.ids[start:end]
+            self.positions[size:stop] = start if end - start == 1 else np.arange(start, end)
+            self.sequences[size:stop] = row
+            size = stop
+            longest = max(longest, end)
+            if end == sequence.length:
+                rows.append(size - 1)
+                self.asked.append(item)
+        self.size = size
+        width = blocks_for(longest, self._cache.block_size)
+        self.tables = [np.ascontiguousarray(table[: len(work), :width]) for table in self._tables]
+        return np.array(rows, dtype=np.int32)
+
+    def _match_members(self, members: list[Sequence]) -> None:
+        if members == self._members:
+            return
+        width = max(len(table) for sequence in members for table in sequence.blocks.tables)
+        self._tables = [np.full((len(members), width), ABSENT, dtype=np.int32) for _ in self._tables]
+        self._members = members
+        self.contexts = np.array([sequence.context for sequence in members], dtype=np.int32)
+        self.adapters = [sequence.adapter for sequence in members]
+        for row, sequence in enumerate(members):
+            self._write_tables(row, sequence)
+
+    def _write_tables(self, row: int, sequence: Sequence) -> None:
+        for table, own in zip(self._tables, sequence.blocks.tables, strict=True):
+            table[row, : len(own)] = own
+
+
+def _as_array(ids: PromptIds) -> NDArray[np.integer]:
+    return ids if isinstance(ids, np.ndarray) else np.array(list(ids) or np.empty(0, np.int32))
+
+
+def rope_key(config: ModelConfig, context: int) -> tuple[object, ...]:
+    """What the choice of rotary frequencies for a request of `context` tokens depends on: equal keys may share blocks.
+
+    Dynamic frequencies change with every length beyond the original context; longrope has one set up to it and one beyond.
+    """
+    key: list[object] = []
+    for rope in {layer.rope for layer in config.layers if layer.rope is not None}:
+        original = min(rope.original_max_position_embeddings or config.max_position_embeddings, config.max_position_embeddings)
+        if rope.rope_type == "dynamic":
+            key.append(max(context, original))
+        elif rope.rope_type == "longrope":
+            key.append(context > original)
+    return tuple(key)
+
+
+def tokens_within(backend: Backend, cache_bytes: int, max_step_tokens: int) -> int:
+    """The most tokens whose cache, over all groups, stays within `cache_bytes`; whole blocks."""
+    costs = [backend.block_bytes(group) for group in range(len(backend.cache_windows))]
+
+    def fits(blocks: int) -> bool:
+        sizes = pool_sizes(backend.cache_windows, backend.block_size, blocks * backend.block_size, max_step_tokens)
+        return sum(size * cost for size, cost in zip(sizes, costs, strict=True)) <= cache_bytes
+
+    low, high = 0, cache_bytes // min(costs) + 1  # fits(low), not fits(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * backend.block_size
