@@ -65,27 +65,36 @@ LLAMA_DEFAULTS: dict[str, Any] = {
 class Fields:
     """The fields of one `config.json`, each checked when it is read.
 
-    `hf` is the dictionary; `defaults` are the family's values for absent fields, on top of those most families share.
+    `hf` is the dictionary; `defaults` are the family's values for absent fields, on top of those most families share; `spelling` gives
+    the family's own names of fields (`hidden_size` is GPT-2's `n_embd`), in which errors speak too; `where` is what they call the file.
     """
 
-    def __init__(self, hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, hf: Mapping[str, Any], defaults: Mapping[str, Any], spelling: Mapping[str, str] | None = None, where: str = "config.json"
+    ) -> None:
         self.hf = hf
         self.values: dict[str, Any] = {**LLAMA_DEFAULTS, **defaults, **hf}
+        self.spelling = spelling or {}
+        self.where = where
+
+    def get(self, name: str) -> Any:
+        """A field as it stands there, unchecked; None where it is absent."""
+        return self.values.get(self.spelling.get(name, name))
 
     def error(self, name: str, problem: str) -> ConfigError:
         """A ConfigError about one field: its name, its value, what is wrong and what to do."""
-        value = repr(self.values.get(name))
+        value = repr(self.get(name))
         shown = value if len(value) <= 80 else value[:77] + "..."
-        return ConfigError(f"config.json has {name} = {shown}, {problem}.")
+        return ConfigError(f"{self.where} has {self.spelling.get(name, name)} = {shown}, {problem}.")
 
     def integer(self, name: str, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
         value = self.optional_integer(name, minimum=minimum, maximum=maximum)
         if value is None:
-            raise self.error(name, f"but a whole number is needed; set {name} to the model's value")
+            raise self.error(name, "but a whole number is needed; give it the value of the model")
         return value
 
     def optional_integer(self, name: str, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int | None:
-        value = self.values.get(name)
+        value = self.get(name)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
@@ -95,12 +104,12 @@ class Fields:
     def number(self, name: str, *, minimum: float = 0.0) -> float:
         value = self.optional_number(name, minimum=minimum)
         if value is None:
-            raise self.error(name, f"but a number is needed; set {name} to the model's value")
+            raise self.error(name, "but a number is needed; give it the value of the model")
         return value
 
     def optional_number(self, name: str, *, minimum: float = 0.0) -> float | None:
         """A finite number above `minimum`, or None where the field is absent or null."""
-        value = self.values.get(name)
+        value = self.get(name)
         if value is None:
             return None
         # The magnitude is compared before float(): an integer of a thousand digits does not fit into one.
@@ -109,17 +118,17 @@ class Fields:
         return float(value)
 
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
-        value = self.values.get(name)
+        value = self.get(name)
         if not isinstance(value, list) or len(value) != length:
             raise self.error(name, f"but it must be a list of {length} numbers; correct it or fetch the file again")
-        items = Fields({str(i): item for i, item in enumerate(value)}, {})
+        items = Fields(dict(zip(map(str, range(length)), value, strict=True)), {})
         try:
             return tuple(items.number(str(i)) for i in range(length))
         except ConfigError:
             raise self.error(name, "but every entry must be a finite number above 0; correct it or fetch the file again") from None
 
     def flag(self, name: str) -> bool:
-        value = self.values.get(name)
+        value = self.get(name)
         if value is None:
             return False
         if not isinstance(value, bool):
@@ -127,7 +136,7 @@ class Fields:
         return value
 
     def choice(self, name: str, known: Iterable[str]) -> str:
-        value = self.values.get(name)
+        value = self.get(name)
         if not isinstance(value, str) or value not in known:
             raise self.error(name, f"which llmkit does not know; it runs {', '.join(known)}")
         return value
@@ -135,7 +144,7 @@ class Fields:
     def refuse(self, *names: str) -> None:
         """Fields that ask for something the model does not do: absent, null, false, or an error."""
         for name in names:
-            if self.values.get(name) not in (None, False):
+            if self.get(name) not in (None, False):
                 raise self.error(name, f"which llmkit does not do; use a checkpoint without {name}")
 
     @property
@@ -158,7 +167,7 @@ class Fields:
 
     def windows(self, slides: Callable[[int], bool]) -> tuple[int | None, ...]:
         """The sliding window of every layer: by `layer_types` where it is given, else of those layers that `slides` picks."""
-        kinds, count, window = self.values.get("layer_types"), self.num_hidden_layers, self.sliding_window
+        kinds, count, window = self.get("layer_types"), self.num_hidden_layers, self.sliding_window
         if kinds is None:
             kinds = [SLIDING if slides(i) else FULL for i in range(count)]
         if not isinstance(kinds, list) or len(kinds) != count:
@@ -171,7 +180,7 @@ class Fields:
 
     def mapping(self, name: str, known: Collection[str] = ROPE_KEYS) -> dict[str, Any]:
         """A dictionary without its nulls, by default a rotary one; empty where the field is absent or null."""
-        value = self.values.get(name)
+        value = self.get(name)
         if value is None:
             return {}
         if not isinstance(value, Mapping):
@@ -182,7 +191,7 @@ class Fields:
 
     def indices(self, name: str) -> list[int]:
         """A list of layer numbers; absent or null is an empty one."""
-        value = self.values.get(name)
+        value = self.get(name)
         if value is None:
             return []
         if not isinstance(value, list) or any(isinstance(item, bool) or not isinstance(item, int) for item in value):
@@ -191,7 +200,7 @@ class Fields:
 
     def indicators(self, name: str) -> list[bool] | None:
         """A list with 0 or 1 for each layer (it may be longer, as in transformers), or None where it is absent or null."""
-        value = self.values.get(name)
+        value = self.get(name)
         if value is None:
             return None
         if not isinstance(value, list) or len(value) < self.num_hidden_layers or any(item not in (0, 1) for item in value):
@@ -225,23 +234,23 @@ class Fields:
         given = dict(self.mapping("rope_scaling") or self.mapping("rope_parameters") if parameters is None else parameters)
         rope_type = given.get("rope_type", given.get("type", "default"))
         given["rope_type"] = (renamed or {}).get(str(rope_type), rope_type)
-        given.setdefault("rope_theta", self.values.get(theta))
-        given.setdefault("partial_rotary_factor", self.values.get("partial_rotary_factor"))
+        given.setdefault("rope_theta", self.get(theta))
+        given.setdefault("partial_rotary_factor", self.get("partial_rotary_factor"))
         # As in transformers, original_max_position_embeddings beside the dictionary wins over the one inside it.
         positions = self.integer("max_position_embeddings", maximum=MAX_POSITIONS)
-        if self.values.get("original_max_position_embeddings") is not None:
+        if self.get("original_max_position_embeddings") is not None:
             given["original_max_position_embeddings"] = self.values["original_max_position_embeddings"]
         given.setdefault("original_max_position_embeddings", positions)
-        return _rope(Fields(given, {}), self.head_dim, positions, partial=partial)
+        return _rope(Fields(given, {}, where=f"rope_parameters in {self.where}"), self.head_dim, positions, partial=partial)
 
     def model(self, *, layers: Iterable[LayerConfig], **fields: Any) -> ModelConfig:
         """The ModelConfig: the fields all families share, and the ones given here, which win."""
         heads = self.integer("num_attention_heads")
-        kv_heads = heads if self.values.get("num_key_value_heads") is None else self.integer("num_key_value_heads")
+        kv_heads = heads if self.get("num_key_value_heads") is None else self.integer("num_key_value_heads")
         if heads % kv_heads:
             raise self.error("num_key_value_heads", f"which does not divide num_attention_heads = {heads}; correct one of the two")
         self.refuse("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention", "per_layer_config")
-        dtype = "dtype" if self.values.get("dtype") is not None else "torch_dtype"
+        dtype = "dtype" if self.get("dtype") is not None else "torch_dtype"
         shared: dict[str, Any] = {
             "model_type": self.hf["model_type"],
             "vocab_size": self.integer("vocab_size"),
@@ -254,7 +263,7 @@ class Fields:
             "hidden_act": ACTIVATIONS[self.choice("hidden_act", ACTIVATIONS)],
             "norm_eps": self.number("rms_norm_eps"),
             "tie_word_embeddings": self.flag("tie_word_embeddings"),
-            "dtype": "float32" if self.values.get(dtype) is None else self.choice(dtype, DTYPES),
+            "dtype": "float32" if self.get(dtype) is None else self.choice(dtype, DTYPES),
             "hf": self.hf,
         }
         return ModelConfig(layers=tuple(layers), **(shared | fields))
@@ -294,7 +303,7 @@ def _rope(own: Fields, head_dim: int, positions: int, *, partial: bool) -> RopeC
     if rope_type == "yarn":
         read |= {name: own.optional_number(name) or default for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))}
         read |= {name: own.optional_number(name, minimum=-1.0) for name in ("mscale", "mscale_all_dim")}
-        read["truncate"] = own.values.get("truncate") is None or own.flag("truncate")
+        read["truncate"] = own.get("truncate") is None or own.flag("truncate")
     if rope_type == "longrope":
         read |= {name: own.numbers(name, (rotary_dim + 1) // 2) for name in ("short_factor", "long_factor")}
     return RopeConfig(**read)

@@ -26,10 +26,11 @@ DEFAULTS = {
     "attn_logit_softcapping": 50.0,
 }
 
+SPELLING = {"hidden_act": "hidden_activation"}  # released configs carry a stale hidden_act too
+
 
 def gemma(fields: Fields, layers: list[LayerConfig], **more: Any) -> ModelConfig:
-    """What Gemma 2 and 3 have in common. Released configs carry a stale `hidden_act` too; `hidden_activation` is the one that counts."""
-    fields.values["hidden_act"] = fields.values["hidden_activation"]
+    """What Gemma 2 and 3 have in common."""
     return fields.model(
         layers=layers,
         norm_placement="sandwich",
@@ -44,7 +45,7 @@ def gemma(fields: Fields, layers: list[LayerConfig], **more: Any) -> ModelConfig
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    fields = Fields(hf, DEFAULTS)
+    fields = Fields(hf, DEFAULTS, SPELLING)
     rope, scale = fields.rope(), fields.number("query_pre_attn_scalar") ** -0.5
     windows = fields.windows(lambda i: i % 2 == 0)
     return gemma(fields, [LayerConfig(rope, window, attention_scale=scale) for window in windows])

@@ -32,10 +32,10 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     if isinstance(text := hf.get("text_config"), Mapping):  # image and text: what stands outside counts for both
         outside = {name: hf[name] for name in OUTSIDE if name in hf}
         hf = {**text, **outside, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-    fields = Fields(hf, DEFAULTS)
+    fields = Fields(hf, DEFAULTS, gemma2.SPELLING)
     pattern = fields.integer("sliding_window_pattern")
     windows = fields.windows(lambda i: (i + 1) % pattern != 0)
-    ropes = Fields(fields.mapping("rope_parameters", (FULL, SLIDING)), {})
+    ropes = Fields(fields.mapping("rope_parameters", (FULL, SLIDING)), {}, where="rope_parameters in config.json")
     # In the old spelling `rope_theta` and `rope_scaling` are those of the global layers alone.
     full = fields.rope({**ropes.mapping(FULL), **fields.mapping("rope_scaling")})
     local = fields.rope(ropes.mapping(SLIDING), theta="rope_local_base_freq")

@@ -12,23 +12,22 @@ from llmkit.families.common import Fields
 DEFAULTS: dict[str, Any] = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 DEFAULTS |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "tie_word_embeddings": True}
 
-SPELLING = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
-SPELLING |= {"n_positions": "max_position_embeddings", "activation_function": "hidden_act"}
+SPELLING = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": "n_inner"}
+SPELLING |= {"max_position_embeddings": "n_positions", "hidden_act": "activation_function", "rms_norm_eps": "layer_norm_epsilon"}
 NORMS = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
 LINEARS = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    fields = Fields(hf, DEFAULTS)
+    fields = Fields(hf, DEFAULTS, SPELLING)
     fields.refuse("reorder_and_upcast_attn")
-    width, eps = fields.integer("n_embd"), fields.number("layer_norm_epsilon")
-    inner = 4 * width if fields.values.get("n_inner") is None else fields.integer("n_inner")
-    fields.values |= {ours: fields.values[theirs] for theirs, ours in SPELLING.items()} | {"intermediate_size": inner}
+    if fields.get("intermediate_size") is None:
+        fields.values["n_inner"] = 4 * fields.integer("hidden_size")
     scale = fields.head_dim**-0.5 if fields.flag("scale_attn_weights") else 1.0
     by_depth = fields.flag("scale_attn_by_inverse_layer_idx")
     layers = [LayerConfig(attention_scale=scale / (i + 1) if by_depth else scale) for i in range(fields.num_hidden_layers)]
     biases = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
-    return fields.model(layers=layers, learned_positions=True, gated_mlp=False, norm="layer", norm_eps=eps, **biases)
+    return fields.model(layers=layers, learned_positions=True, gated_mlp=False, norm="layer", **biases)
 
 
 def rules(prefix: str) -> list[Rule]:

@@ -26,9 +26,8 @@ DEFAULTS = {
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    fields = Fields(hf, DEFAULTS)
-    if "num_local_experts" in hf:  # transformers 5 saves num_experts under this name
-        fields.values["num_experts"] = hf["num_local_experts"]
+    # transformers 5 saves num_experts under the name that Mixtral gave it.
+    fields = Fields(hf, DEFAULTS, {"num_experts": "num_local_experts"} if "num_local_experts" in hf else {})
     window = fields.sliding_window if fields.flag("use_sliding_window") else None
     moe = fields.moe("num_experts", "moe_intermediate_size", norm_topk_prob=fields.flag("norm_topk_prob"))
     rope, bias = fields.rope(), fields.flag("attention_bias")
