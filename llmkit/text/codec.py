@@ -1,0 +1,67 @@
+"""What every kind of vocabulary offers the tokenizer: text to ids, and one id to bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+from llmkit.text.settings import AddedToken
+
+Span = tuple[int, int]  # [start, end) in characters
+
+
+class Codec(Protocol):
+    """A vocabulary of one of the three kinds (tokenizer.json, sentencepiece, tiktoken ranks).
+
+    Decoding is byte by byte so that it can be streamed: the text of some ids is the UTF-8 reading of their
+    bytes, less the leading spaces that the tokenizer itself put there.
+    """
+
+    vocab_size: int  # every id is below it
+    special_ids: frozenset[int]
+    roles: Mapping[str, int]  # bos_token, eos_token, ... as the vocabulary itself says; settings override it
+    prefix: tuple[int, ...]  # what the vocabulary's own rules put before a text
+    suffix: tuple[int, ...]  # and after it
+    strip_leading: int  # so many spaces at the beginning of a decoded text are not the text's
+    replace_each_byte: bool  # malformed UTF-8: one U+FFFD for each byte (sentencepiece) or for each broken sequence
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Ids of a text, with nothing added; `special`: special tokens written in the text become their ids."""
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """As `encode` with special tokens parsed, and which characters each id stands for."""
+
+    def piece(self, token_id: int, first: bool) -> bytes | None:
+        """The bytes an id adds to a text (`first`: as its first token); None for an id that has none."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a whole token, None if it is not one."""
+
+
+class Splitter:
+    """Cuts a text at its added tokens, longest first, honouring lstrip, rstrip and single_word."""
+
+    def __init__(self, tokens: Iterable[AddedToken]) -> None:
+        self.tokens = {token.content: token for token in tokens}
+        alternatives = []
+        for number, content in enumerate(sorted(self.tokens, key=len, reverse=True)):
+            token = self.tokens[content]
+            inner = f"(?P<t{number}>{re.escape(content)})"
+            if token.single_word:
+                inner = rf"(?<!\w){inner}(?!\w)"
+            # The possessive quantifier keeps a long run of spaces without a token after it from being quadratic.
+            alternatives.append((r"(?<!\s)\s*+" if token.lstrip else "") + inner + (r"\s*" if token.rstrip else ""))
+        self._pattern = re.compile("|".join(alternatives)) if alternatives else None
+
+    def split(self, text: str) -> Iterator[tuple[str, Span, bool]]:
+        """(text or the token's content, its span in the text, whether it is a token); empty pieces are left out."""
+        end = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            if match.start() > end:
+                yield text[end : match.start()], (end, match.start()), False
+            assert match.lastgroup is not None
+            yield match[match.lastgroup], match.span(), True
+            end = match.end()
+        if end < len(text):
+            yield text[end:], (end, len(text)), False

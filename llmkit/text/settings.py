@@ -1,0 +1,154 @@
+"""What the small files beside a vocabulary say: special tokens, BOS and EOS, chat templates. No tokenizing here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import TokenizerError
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A string that is one token wherever it stands, whatever the vocabulary's own rules (Hugging Face's field names)."""
+
+    content: str
+    special: bool = True  # skipped when decoding, and parsed out of text only where special tokens are asked for
+    lstrip: bool = False  # swallows the whitespace to its left
+    rstrip: bool = False  # swallows the whitespace to its right
+    single_word: bool = False  # not inside of a word
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """tokenizer_config.json, added_tokens.json, special_tokens_map.json and the template files, as one."""
+
+    roles: Mapping[str, str] = field(default_factory=dict)  # bos_token -> "<s>", ...
+    added: Mapping[int, AddedToken] = field(default_factory=dict)
+    special: frozenset[str] = frozenset()  # special tokens named without an id (additional_special_tokens)
+    add_bos_token: bool | None = None  # None: not said
+    add_eos_token: bool | None = None
+    legacy: bool = True  # sentencepiece: a space before every piece of text between special tokens, not only the first
+    templates: Mapping[str, str] = field(default_factory=dict)  # name -> Jinja source; the usual one is "default"
+
+
+def read_settings(folder: Path) -> TokenizerSettings:
+    """The settings of a tokenizer's folder; files that are not there are no error, damaged ones are a TokenizerError."""
+    config = _read_object(folder / "tokenizer_config.json")
+    special_map = _read_object(folder / "special_tokens_map.json")
+    plain_added = _read_object(folder / "added_tokens.json")
+    # Where both name a token, tokenizer_config.json is the newer file and wins, as in transformers.
+    named = {**special_map, **config}
+    where = str(folder / "tokenizer_config.json")
+
+    roles = {role: _content(named[role], where) for role in ROLES if named.get(role) is not None}
+    special = set(roles.values())
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = named.get(key) or []
+        values = list(extra.values()) if isinstance(extra, dict) else extra
+        if not isinstance(values, list):
+            raise TokenizerError(f"{where}: {key} is {type(extra).__name__}, not a list; is the file damaged?")
+        special.update(_content(value, where) for value in values)
+
+    added: dict[int, AddedToken] = {}
+    for content, number in plain_added.items():
+        added[_token_id(number, folder / "added_tokens.json")] = AddedToken(content, special=content in special)
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise TokenizerError(f"{where}: added_tokens_decoder is {type(decoder).__name__}, not an object; is the file damaged?")
+    for number, token in decoder.items():
+        if not isinstance(token, dict):
+            raise TokenizerError(f"{where}: added token {number!r} is {token!r}, not an object; is the file damaged?")
+        content = _content(token, where)
+        added[_token_id(number, folder / "tokenizer_config.json")] = AddedToken(
+            content,
+            special=bool(token.get("special", False)) or content in special,
+            lstrip=bool(token.get("lstrip", False)),
+            rstrip=bool(token.get("rstrip", False)),
+            single_word=bool(token.get("single_word", False)),
+        )
+    return TokenizerSettings(
+        roles=roles,
+        added=added,
+        special=frozenset(special),
+        add_bos_token=_flag(config, "add_bos_token", where),
+        add_eos_token=_flag(config, "add_eos_token", where),
+        legacy=_flag(config, "legacy", where) is not False,
+        templates=_read_templates(folder, config),
+    )
+
+
+def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Named chat templates; a file of its own wins over tokenizer_config.json, as in transformers."""
+    where = folder / "tokenizer_config.json"
+    said = config.get("chat_template")
+    if said is None:
+        where = folder / "chat_template.json"  # how processors (Gemma 3) once stored it
+        said = _read_object(where).get("chat_template")
+    templates: dict[str, str] = {}
+    if isinstance(said, str):
+        templates["default"] = said
+    elif isinstance(said, list):
+        for entry in said:
+            if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)):
+                raise TokenizerError(f"{where}: an entry of chat_template has no name and template; is the file damaged?")
+            templates[entry["name"]] = entry["template"]
+    elif said is not None:
+        raise TokenizerError(f"{where}: chat_template is {type(said).__name__}, not text or a list; is the file damaged?")
+    if (folder / "chat_template.jinja").is_file():
+        templates["default"] = read_text(folder / "chat_template.jinja")
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        templates[path.stem] = read_text(path)
+    return templates
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, its line ends as they are; TokenizerError where it cannot be read."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read ({error.strerror}); check the file and its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 text (byte {error.start}); fetch the file again.") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds {type(value).__name__}, not a JSON object; fetch the file again.")
+    return value
+
+
+def _content(token: object, where: str) -> str:
+    """A token is written as its text or as an object with `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str) or not content:
+        raise TokenizerError(f"{where}: {token!r} is not a token; is the file damaged?")
+    return content
+
+
+def _token_id(number: object, path: Path) -> int:
+    try:
+        value = int(number)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        value = -1
+    if not 0 <= value < 2**31:
+        raise TokenizerError(f"{path}: {number!r} is not a token id; is the file damaged?")
+    return int(value)
+
+
+def _flag(config: Mapping[str, Any], key: str, where: str) -> bool | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerError(f"{where}: {key} is {value!r}, not true or false; is the file damaged?")
+    return value

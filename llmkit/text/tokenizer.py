@@ -1,0 +1,165 @@
+"""Text to token ids and back, for every kind of vocabulary a checkpoint comes with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from llmkit.errors import TokenizerError
+from llmkit.text.chat import ChatTemplate
+from llmkit.text.codec import Codec, Span
+from llmkit.text.codec_json import JsonCodec
+from llmkit.text.codec_sentencepiece import SentencePieceCodec
+from llmkit.text.codec_tiktoken import TiktokenCodec
+from llmkit.text.settings import TokenizerSettings, read_settings
+from llmkit.text.stream import StreamDecoder
+
+# Tokens that end a text in checkpoints whose files name no role (GPT-2's tokenizer_config.json has only a length).
+_USUAL_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_USUAL_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer: `encode`, `decode`, `stream`, and the chat template if there is one.
+
+    Attributes:
+        vocab_size: every id is below it (the model's own vocabulary may be padded beyond it).
+        bos_id, pad_id: ids, or None where the tokenizer has no such token.
+        eos_ids: ids that end a text, at most one from these files; generation_config.json may know more.
+        special_ids: ids that `decode` leaves out by default.
+        special_tokens: role (`bos_token`, `eos_token`, ...) to text, as chat templates see them.
+    """
+
+    def __init__(self, codec: Codec, settings: TokenizerSettings | None = None) -> None:
+        settings = settings or TokenizerSettings()
+        self._codec = codec
+        self.vocab_size = codec.vocab_size
+        self.special_ids = codec.special_ids
+        ids = dict(codec.roles)
+        for role, content in settings.roles.items():
+            found = codec.token_id(content)
+            if found is not None:
+                ids[role] = found
+        if not ids and not settings.roles:
+            for role, usual in (("bos_token", _USUAL_BOS), ("eos_token", _USUAL_EOS)):
+                present = [i for i in map(codec.token_id, usual) if i is not None and i in codec.special_ids]
+                ids |= {role: i for i in present[:1]}
+        self.bos_id: int | None = ids.get("bos_token")
+        self.eos_ids: tuple[int, ...] = (ids["eos_token"],) if "eos_token" in ids else ()
+        self.pad_id: int | None = ids.get("pad_token")
+        self._prefix, self._suffix = list(codec.prefix), list(codec.suffix)
+        if settings.add_bos_token is not None:
+            self._prefix = [self.bos_id] if settings.add_bos_token and self.bos_id is not None else []
+        if settings.add_eos_token is not None:
+            self._suffix = list(self.eos_ids) if settings.add_eos_token else []
+        self.special_tokens = {**{role: self.token(i) for role, i in ids.items()}, **settings.roles}
+        self.chat_template = ChatTemplate(settings.templates, self.special_tokens) if settings.templates else None
+
+    def __repr__(self) -> str:
+        kind = type(self._codec).__name__.removesuffix("Codec").lower()
+        return f"Tokenizer({kind}, vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_ids={self.eos_ids})"
+
+    def encode(self, text: str, *, bos: bool | None = None, special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        bos: None adds what the tokenizer itself adds (its post-processor, `add_bos_token`, `add_eos_token`); True adds
+            BOS, False adds nothing. BOS is never doubled: a text that already begins with it gets no second one.
+        special: whether special tokens written in the text (`<|im_end|>`) become their ids. False for text from
+            outside, which then cannot forge the structure of a prompt; True for a rendered chat template.
+        Raises TokenizerError for `bos=True` without a BOS token and for text that is not Unicode (lone surrogates).
+        """
+        ids = self._codec.encode(_checked(text), special)
+        if bos is None:
+            prefix, suffix = self._prefix, self._suffix
+        elif bos and self.bos_id is None:
+            raise TokenizerError("This tokenizer has no BOS token; call encode without bos=True.")
+        else:
+            prefix, suffix = ([self.bos_id] if bos and self.bos_id is not None else []), []
+        if prefix and ids[: len(prefix)] == prefix:
+            prefix = []
+        return prefix + ids + suffix
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """As `encode(text, bos=False, special=True)`, and the characters `[start, end)` each id stands for."""
+        return self._codec.encode_spans(_checked(text))
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of some ids; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
+        stream = self.stream(skip_special)
+        return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
+
+    def stream(self, skip_special: bool = True) -> StreamDecoder:
+        """A decoder for ids that come one at a time."""
+        return StreamDecoder(self._codec, self.special_ids if skip_special else frozenset())
+
+    def token(self, token_id: int) -> str:
+        """One token's text as it stands inside of a text (leading space kept); empty for an id without a token."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's bytes, which need not be whole characters; empty for an id without a token."""
+        return self._codec.piece(token_id, False) or b""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token given by its name in the vocabulary (`<|im_end|>`), None if there is none."""
+        return self._codec.token_id(token)
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, or of one vocabulary file.
+
+    In a folder tokenizer.json is read first, then tokenizer.model, then the only `*.model` or `*.tiktoken` file; what
+    kind a file is its content says. Raises TokenizerError where there is none, or where any file read is damaged: a
+    damaged file is never passed over for another one.
+    """
+    path = Path(path)
+    file = path if path.is_file() else _vocabulary_file(path)
+    settings = read_settings(file.parent)
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{file} cannot be read ({error.strerror}); check the file and its permissions.") from error
+    return Tokenizer(_codec_of(data, file)(data, settings, str(file)), settings)
+
+
+def _vocabulary_file(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")])
+    if len(others) > 1:
+        names = ", ".join(file.name for file in others)
+        raise TokenizerError(f"{folder} holds several vocabularies ({names}); name the file instead of the folder.")
+    if not others:
+        raise TokenizerError(
+            f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or *.tiktoken); put the file there, or pass token ids instead of text."
+        )
+    return others[0]
+
+
+def _codec_of(data: bytes, file: Path) -> Callable[[bytes, TokenizerSettings, str], Codec]:
+    if data.lstrip()[:1] == b"{":
+        return JsonCodec
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", data):
+        return TiktokenCodec
+    if data[:1] == b"\n":  # a ModelProto begins with its pieces: field 1, length-delimited
+        return SentencePieceCodec
+    if data.startswith(b"version https://git-lfs"):
+        raise TokenizerError(f"{file} is only a Git LFS pointer; fetch the file itself with `git lfs pull`.")
+    raise TokenizerError(
+        f"{file} is no tokenizer: it begins with {data[:16]!r}, which is neither tokenizer.json, sentencepiece nor tiktoken ranks; "
+        "fetch the file again."
+    )
+
+
+def _checked(text: str) -> str:
+    if not isinstance(text, str):
+        raise TokenizerError(f"Only text can be encoded, not {type(text).__name__}; pass a str.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"The text holds a lone surrogate ({text[error.start]!r} at {error.start}), which is no character; decode its source with errors='replace'."
+        ) from error
+    return text
