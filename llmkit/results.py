@@ -30,7 +30,7 @@ class Timings:
     """Seconds, and tokens per second. A rate is None where nothing was measured (one token has no decode rate)."""
 
     time_to_first_token: float | None = None
-    total: float = 0.0
+    total: float | None = None  # from the request to its last token; None while it runs
     prefill_tok_s: float | None = None  # computed (not cached) prompt tokens / time to first token
     decode_tok_s: float | None = None  # tokens after the first / the time they took
 
@@ -88,13 +88,16 @@ class Completion:
         """The result as JSON-ready data."""
         return asdict(self) | {"token_ids": list(self.token_ids)}
 
+    def summary(self) -> str:
+        """Counts and speed in one line."""
+        usage = self.usage
+        counts = f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.completion_tokens} new ({self.finish_reason})"
+        return f"{counts}, {self.timings}" if str(self.timings) else counts
+
     def _repr_html_(self) -> str:
-        footer = f"{self.usage.completion_tokens} tokens, finish_reason {self.finish_reason}"
-        if str(self.timings):
-            footer += f", {self.timings}"
         return (
             f'<div style="white-space: pre-wrap">{html.escape(self.text)}</div>'
-            f'<div style="color: gray; font-size: smaller">{html.escape(footer)}</div>'
+            f'<div style="color: gray; font-size: smaller">{html.escape(self.summary())}</div>'
         )
 
 

@@ -1,0 +1,57 @@
+"""`llmkit chat`: talk to a model."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from llmkit.cli.options import (
+    context_options,
+    load_arguments,
+    model_name,
+    model_options,
+    option,
+    refuse_without_effect,
+    sampling_arguments,
+    sampling_options,
+)
+from llmkit.cli.terminal import read_input, write_stream
+
+
+@click.command(short_help="Talk to a model in the terminal.")
+@model_options
+@context_options
+@option("-p", "--prompt", metavar="TEXT", help="Answer this one message and leave; - reads standard input.")
+@option("-s", "--system", metavar="TEXT", help="System message.")
+@option("--chat-template", metavar="FILE|NAME", help="A Jinja template in place of the model's.")
+@option("-v", "--verbose", is_flag=True, help="After each reply: speed, time to first token, cached tokens.")
+@sampling_options
+def chat(prompt: str | None, system: str | None, verbose: bool, **_: object) -> int:
+    """Talk to MODEL (default: the embedded story teller).
+
+    On a terminal this is a conversation with history and /commands (try /help). Where standard input or output is a pipe,
+    the input is one message and only the reply is printed.
+    """
+    from llmkit.llm import embedded_model, load
+
+    interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    message = "" if interactive else read_input("-") if prompt in (None, "-") else str(prompt)
+    if not interactive and not message.strip():
+        raise click.UsageError("the message is empty; give one with -p or through the pipe.", click.get_current_context())
+
+    llm = load(model_name(embedded_model), **load_arguments())
+    llm.chat_template  # noqa: B018 - without one there is no chat: say so before the first message
+    sampling = sampling_arguments()
+    refuse_without_effect(llm.params(**sampling).temperature)
+    if interactive:
+        from llmkit.cli.conversation import Conversation
+        from llmkit.cli.repl import Repl
+
+        return Repl(Conversation(llm, system, sampling), verbose).run()
+
+    messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": message}]
+    completion = write_stream(llm.chat(messages, stream=True, **sampling))
+    if verbose:
+        print(completion.summary(), file=sys.stderr)
+    return 130 if completion.finish_reason == "interrupted" else 0

@@ -1,0 +1,105 @@
+"""What a model folder says beside its weights: configuration, tokenizer, sampling defaults, special ids. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmkit.checkpoint.files import load_config, read_json
+from llmkit.checkpoint.hub import resolve
+from llmkit.config import ModelConfig
+from llmkit.errors import TemplateError, UsageError
+from llmkit.text.chat import ChatTemplate
+from llmkit.text.tokenizer import Tokenizer, load_tokenizer
+
+# What generation_config.json may say about sampling, by our names.
+SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder, read."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer | None  # None: ids go in and out, text does not
+    chat_template: ChatTemplate | None
+    defaults: Mapping[str, Any]  # sampling arguments by the names of SamplingParams
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+
+
+def read_folder(model: str, *, revision: str | None = None, chat_template: str | Path | None = None) -> ModelFolder:
+    """Read everything but the weights; `model` is a folder, a hub id or HUB_ID@REVISION."""
+    path = resolve(model, revision)
+    config = load_config(path)
+    tokenizer = _tokenizer(path)
+    generation = path / "generation_config.json"
+    said = read_json(generation) if generation.is_file() else {}
+    template = None if tokenizer is None else tokenizer.chat_template
+    eos_ids, bos_id = special_ids(tokenizer, config, said)
+    return ModelFolder(
+        path=path,
+        config=config,
+        tokenizer=tokenizer,
+        chat_template=template if chat_template is None else read_template(chat_template, tokenizer),
+        defaults=sampling_defaults(said),
+        eos_ids=eos_ids,
+        bos_id=bos_id,
+    )
+
+
+def read_template(template: str | Path, tokenizer: Tokenizer | None) -> ChatTemplate:
+    """A chat template from its own Jinja source, by its name in the tokenizer's files ("tool_use"), or from a file."""
+    if tokenizer is None:
+        raise UsageError("a chat template needs a tokenizer, and this model has none. Add a tokenizer.json to its folder.")
+    source = str(template)
+    named = {} if tokenizer.chat_template is None else tokenizer.chat_template.sources
+    if source in named:
+        source = named[source]
+    elif "{" not in source:
+        try:
+            source = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            names = f" or one of {', '.join(named)}" if named else ""
+            raise TemplateError(f"chat template {source} cannot be read ({error}). Give a file with a Jinja template{names}.") from error
+    return ChatTemplate(source, tokenizer.special_tokens)
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling arguments of a generation_config.json; `do_sample: false` means greedy, whatever else it says."""
+    defaults = {ours: generation_config[theirs] for theirs, ours in SAMPLING.items() if generation_config.get(theirs) is not None}
+    if generation_config.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+        for name in ("top_k", "top_p", "min_p"):
+            defaults.pop(name, None)
+    return defaults
+
+
+def special_ids(
+    tokenizer: Tokenizer | None, config: ModelConfig, generation_config: Mapping[str, Any]
+) -> tuple[tuple[int, ...], int | None]:
+    """The ids that end a text (all that generation_config.json, config.json and the tokenizer name) and the one that begins it."""
+    eos: list[int] = []
+    for source in (generation_config.get("eos_token_id"), config.hf.get("eos_token_id"), () if tokenizer is None else tokenizer.eos_ids):
+        ids = [source] if isinstance(source, int) else list(source or ())
+        eos += [token for token in ids if token not in eos]
+    named = [generation_config.get("bos_token_id"), config.hf.get("bos_token_id")]
+    bos = [tokenizer.bos_id] if tokenizer is not None and tokenizer.bos_id is not None else [id_ for id_ in named if isinstance(id_, int)]
+    return tuple(eos), next(iter(bos), None)
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+    """None where there is none of the files a tokenizer can be in; a damaged one is an error."""
+    patterns = ("tokenizer.json", "*.model", "*.tiktoken")
+    return load_tokenizer(path) if any(True for pattern in patterns for _ in path.glob(pattern)) else None

@@ -1,0 +1,384 @@
+"""The Python API: `load` a model, then generate, stream, chat, look at logits and score text.
+
+torch is imported when a model is loaded, so that whatever is wrong with a name, a folder or an option is said at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+
+from llmkit.config import ModelConfig
+from llmkit.engine.batch import Backend, Engine, tokens_within
+from llmkit.engine.sampling import SamplingParams
+from llmkit.errors import ContextOverflow, LLMKitError, TemplateError, TokenizerError, UsageError
+from llmkit.folder import ModelFolder, read_folder
+from llmkit.reply import Reply
+from llmkit.results import Chunk, Completion, Score
+from llmkit.text.chat import ChatTemplate
+from llmkit.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Prompt = str | Seq[int]
+Message = Mapping[str, Any]
+
+MAX_TOKENS = 1024  # of a reply where neither the caller nor generation_config.json says; less where the context ends before
+BATCH_TOKENS = 8192  # room of the KV cache where the context is shorter
+PREFILL_CHUNK = 512  # tokens of a prompt that pass through the model in one step
+
+SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    ctx_size: int | None = None,
+    threads: int | None = None,
+    chat_template: str | Path | None = None,
+) -> LLM:
+    """Load a model, ready to generate.
+
+    model: a folder, a hub id or HUB_ID@REVISION (the Hugging Face cache is used in place).
+    dtype: float32, float16 or bfloat16, of the weights; the checkpoint's by default. On a CPU arithmetic is float32 in any case.
+    device: cpu, cuda, cuda:N or mps; by default cuda or mps where there is one.
+    ctx_size: the longest prompt plus reply in tokens; the model's own maximum by default.
+    threads: CPU threads of this process; torch's choice by default.
+    chat_template: a Jinja template, or a file that holds one, in place of the model's own.
+
+    Raises LLMKitError (see llmkit.errors) for everything that is wrong with the model or an argument.
+    """
+    folder = read_folder(str(model), revision=revision, chat_template=chat_template)
+    context = _context_size(folder.config, ctx_size)
+
+    import torch
+
+    from llmkit.checkpoint.load import load_model
+    from llmkit.model.backend import TorchBackend
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    transformer = load_model(folder.path, dtype=dtype, device=device)
+    count = sum(parameter.numel() for parameter in transformer.parameters())
+    stored = str(next(transformer.parameters()).dtype).removeprefix("torch.")
+    return LLM(
+        name=str(model),
+        folder=folder,
+        new_backend=lambda: TorchBackend(transformer),
+        ctx_size=context,
+        summary=f"{folder.config.model_type}, {_human(count)} parameters, {stored} on {device}, context {context}",
+    )
+
+
+def embedded_model() -> Path:
+    """The folder of the story teller that ships inside the package."""
+    folder = Path(__file__).parent / "stories"
+    if not (folder / "config.json").is_file():
+        raise LLMKitError(f"the embedded model is missing from {folder}. Reinstall llmkit, or name a MODEL.")
+    return folder
+
+
+class LLM:
+    """A loaded model. Made by `load`.
+
+    Where a method takes sampling arguments, these are the fields of `SamplingParams` by name (temperature, top_k, top_p, min_p,
+    max_tokens, stop, seed, ...); those left out come from `defaults`, the model's generation_config.json.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        folder: ModelFolder,
+        new_backend: Callable[[], Backend],
+        ctx_size: int,
+        summary: str,
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.config = folder.config
+        self.defaults = dict(folder.defaults)
+        self.ctx_size = ctx_size
+        self.new_backend = new_backend  # the same weights with an empty cache of its own
+        self.backend = new_backend()
+        self._summary = summary
+        tokens = _cache_tokens(self.backend, ctx_size)
+        self._engine = Engine(self.backend, max_cache_tokens=tokens, prefill_chunk=PREFILL_CHUNK)
+
+    def __repr__(self) -> str:
+        return f"<LLM {self.name}: {self._summary}>"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """`.encode(text) -> list[int]`, `.decode(ids) -> str`; TokenizerError for a model without a tokenizer."""
+        if self.folder.tokenizer is None:
+            raise TokenizerError(
+                f"{self.name} has no tokenizer, so it cannot read or write text. Give it token ids, or add a tokenizer.json to its folder."
+            )
+        return self.folder.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The template that turns messages into a prompt; TemplateError for a model without one."""
+        if self.folder.chat_template is None:
+            raise TemplateError(
+                f"{self.name} has no chat template, so it was probably not trained to chat. "
+                "Give one with chat_template (--chat-template FILE), or let it continue a text with generate."
+            )
+        return self.folder.chat_template
+
+    # --- generating -----------------------------------------------------------------------------------------------
+
+    def params(self, **sampling: Any) -> SamplingParams:
+        """The sampling parameters of a request: the model's defaults with these arguments over them (None leaves the default)."""
+        for name in sampling:
+            if name not in SAMPLING_NAMES:
+                near = get_close_matches(name, SAMPLING_NAMES, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(SAMPLING_NAMES)}."
+                raise UsageError(f"{name!r} is not a sampling argument. {hint}")
+        given = {name: value for name, value in sampling.items() if value is not None}
+        if isinstance(given.get("stop"), str):
+            given["stop"] = (given["stop"],)
+        for name in ("stop", "stop_token_ids"):
+            if name in given:
+                given[name] = tuple(given[name])
+        return SamplingParams(**{**self.defaults, **given})
+
+    @overload
+    def generate(self, prompt: str, **sampling: Any) -> Completion: ...
+    @overload
+    def generate(self, prompt: Seq[int] | Seq[str] | Seq[Seq[int]], **sampling: Any) -> Any: ...
+    def generate(self, prompt: Prompt | Seq[Prompt], **sampling: Any) -> Any:
+        """Continue a prompt.
+
+        prompt: text (an empty one starts from BOS), token ids, or a list of prompts, which run as one batch.
+        Returns a Completion; a list of them for a list of prompts; with n > 1 a list of n in place of each.
+        Raises UsageError for a bad argument, ContextOverflow where a prompt and its reply do not fit.
+        """
+        params = self.params(**sampling)
+        several = not isinstance(prompt, str) and (len(prompt) == 0 or not isinstance(prompt[0], (int, np.integer)))
+        prompts = [self._encode(p) for p in prompt] if several else [self._encode(prompt)]  # type: ignore[arg-type]
+        results = self._run(prompts, params, continues=True)
+        return results if several else results[0]
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> Stream:
+        """Continue a prompt piece by piece: iterate over the chunks, `print(chunk, end="", flush=True)`.
+
+        Leaving the loop, `close()` or Ctrl-C stops the sequence; `stream.completion` keeps what was said.
+        """
+        return self._stream(self._encode(prompt), self.params(**sampling), continues=True)
+
+    @overload
+    def chat(self, messages: str | Seq[Message], *, stream: Literal[True], **rest: Any) -> Stream: ...
+    @overload
+    def chat(self, messages: str | Seq[Message], *, stream: Literal[False] = ..., **rest: Any) -> Completion: ...
+    def chat(
+        self,
+        messages: str | Seq[Message],
+        *,
+        stream: bool = False,
+        tools: Seq[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """The assistant's next message.
+
+        messages: `[{"role": "user", "content": "..."}, ...]`, or the text of one user message.
+        tools: JSON-schema function descriptions for the template. template_kwargs: its other variables (enable_thinking, ...).
+        The part of the prompt that earlier turns share is not computed again (`usage.cached_tokens`).
+        """
+        ids = self.encode_chat(messages, tools=tools, **(template_kwargs or {}))
+        params = self.params(**sampling)
+        return self._stream(ids, params, continues=False) if stream else self._run([ids], params, continues=False)[0]
+
+    def encode_chat(
+        self, messages: str | Seq[Message], *, tools: Seq[Mapping[str, Any]] | None = None, **template_kwargs: Any
+    ) -> list[int]:
+        """The prompt that asks for the assistant's next message, as token ids."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        rendered = self.chat_template.render(messages, tools, True, **template_kwargs)
+        return self.tokenizer.encode(rendered, bos=False, special=True)  # the template writes its own BOS
+
+    # --- judging --------------------------------------------------------------------------------------------------
+
+    def logits(self, prompt: Prompt) -> np.ndarray:
+        """The logits after every token of a prompt: float32 `[seq, vocab_size]`."""
+        return np.concatenate(list(self._forward(self._encode(prompt))))
+
+    def score(self, prompt: Prompt) -> Score:
+        """Log-likelihood, perplexity and bits per byte of a text (or ids), each token given those before it."""
+        ids = self._encode(prompt)
+        logprobs: list[float] = []
+        for logits in self._forward(ids):
+            start = len(logprobs)
+            targets = np.asarray(ids[start + 1 : start + 1 + len(logits)])
+            wide = logits[: len(targets)].astype(np.float64)
+            top = wide.max(axis=-1, keepdims=True) if len(wide) else wide
+            norm = np.log(np.exp(wide - top).sum(axis=-1)) + top.reshape(-1) if len(wide) else np.zeros(0)
+            logprobs.extend((wide[np.arange(len(targets)), targets] - norm).tolist())
+        return Score(tuple(ids), tuple(logprobs), self._scored_bytes(prompt, ids))
+
+    def _scored_bytes(self, prompt: Prompt, ids: list[int]) -> int | None:
+        tokenizer = self.folder.tokenizer
+        if tokenizer is None:
+            return None
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        unscored = "" if ids[0] == self.folder.bos_id else tokenizer.decode(ids[:1])
+        return len(text.encode()) - len(unscored.encode())
+
+    def _forward(self, ids: list[int]) -> Iterator[np.ndarray]:
+        """Logits of all tokens, PREFILL_CHUNK rows at a time, in a cache of their own."""
+        backend = self.new_backend()
+        blocks = -(-len(ids) // backend.block_size)
+        tables = [np.arange(blocks, dtype=np.int32)[None] for _ in backend.cache_windows]
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            tokens = np.asarray(ids[start : start + PREFILL_CHUNK], dtype=np.int32)
+            rows = np.arange(len(tokens), dtype=np.int32)
+            context = np.asarray([len(ids)], dtype=np.int32)
+            yield backend.step(tokens, rows + np.int32(start), np.zeros_like(rows), tables, context, [None], rows)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(token) for token in prompt]
+            for token in ids:
+                if not 0 <= token < self.config.vocab_size:
+                    raise UsageError(
+                        f"token id {token} is outside the vocabulary of {self.config.vocab_size}. Take ids from this model's own tokenizer."
+                    )
+        if not ids:
+            if self.folder.bos_id is None:
+                raise UsageError("the prompt is empty and this model has no BOS token to start from. Give at least one token.")
+            ids = [self.folder.bos_id]
+        return ids
+
+    def _run(self, prompts: list[list[int]], params: SamplingParams, *, continues: bool) -> list[Any]:
+        """Reply to all prompts in one batch: a Completion for each, or a list of n."""
+        replies: list[list[Reply]] = []
+        try:
+            for ids in prompts:
+                replies.append(self._add(ids, params, continues))
+            waiting = [reply for samples in replies for reply in samples]
+            with _progress(len(waiting)) as bar:
+                while waiting:
+                    for reply in waiting:
+                        reply.advance(self._engine)
+                    left = [reply for reply in waiting if reply.finish_reason is None]
+                    bar.update(len(waiting) - len(left))
+                    waiting = left
+        finally:
+            for samples in replies:
+                for reply in samples:
+                    self._engine.abort(reply.sequence)
+        completions = [[reply.completion() for reply in samples] for samples in replies]
+        return completions if params.n > 1 else [samples[0] for samples in completions]
+
+    def _add(self, ids: list[int], params: SamplingParams, continues: bool) -> list[Reply]:
+        """Queue `params.n` replies to a prompt, with a max_tokens that the context has room for."""
+        room = self.ctx_size - len(ids)
+        if params.stop:
+            _ = self.tokenizer  # stop strings need text
+        if room < (params.max_tokens or 1):
+            raise ContextOverflow(
+                f"the prompt has {len(ids)} tokens and the reply may have {params.max_tokens or 1}, "
+                f"more than the context of {self.ctx_size}. Shorten the prompt, lower max_tokens or take a larger ctx_size."
+            )
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=max(params.min_tokens, min(MAX_TOKENS, room)))
+        sequences = self._engine.add_samples(ids, params, eos_ids=self.folder.eos_ids)
+        return [Reply(sequence, self.folder.tokenizer, continues=continues) for sequence in sequences]
+
+    def _stream(self, ids: list[int], params: SamplingParams, *, continues: bool) -> Stream:
+        if params.n != 1:
+            raise UsageError(f"a stream carries one reply, not n={params.n}. Use generate for several.")
+        return Stream(self._engine, *self._add(ids, params, continues))
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one reply as they are said. Also a context manager that stops the reply when left."""
+
+    def __init__(self, engine: Engine, reply: Reply) -> None:
+        self._engine, self._reply = engine, reply
+
+    @property
+    def completion(self) -> Completion:
+        """What was said so far; the whole reply once the stream has ended."""
+        return self._reply.completion()
+
+    def __next__(self) -> Chunk:
+        reply = self._reply
+        try:
+            while not reply.chunks:
+                if reply.finish_reason is not None:
+                    raise StopIteration
+                reply.advance(self._engine)
+        except BaseException:  # Ctrl-C too: a sequence must not go on without a reader
+            self.close()
+            raise
+        return reply.chunks.popleft()
+
+    def close(self) -> None:
+        """End the reply now; `completion` keeps what was said."""
+        self._engine.abort(self._reply.sequence)
+        self._reply.interrupt()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _context_size(config: ModelConfig, ctx_size: int | None) -> int:
+    limit = config.max_position_embeddings
+    if ctx_size is None:
+        return limit
+    if not 1 <= ctx_size <= limit:
+        raise UsageError(f"ctx_size {ctx_size} is not between 1 and {limit}, the model's own context. Choose one in between.")
+    return ctx_size
+
+
+def _human(count: int) -> str:
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return str(count)
+
+
+def _cache_tokens(backend: Backend, ctx_size: int) -> int:
+    """How many tokens the KV cache may hold: one whole context, or BATCH_TOKENS for many short ones, within a quarter of free memory."""
+    import psutil
+
+    within = tokens_within(backend, psutil.virtual_memory().available // 4, PREFILL_CHUNK)
+    return max(backend.block_size, min(within, max(ctx_size + backend.block_size, BATCH_TOKENS)))
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[tqdm]:
+    """A bar over many prompts, on a terminal or in a notebook, and only if they take longer than two seconds."""
+    from tqdm.auto import tqdm
+
+    notebook = "ipykernel" in sys.modules
+    with tqdm(total=total, unit="reply", delay=2, leave=False, disable=total < 2 or not (notebook or sys.stderr.isatty())) as bar:
+        yield bar

@@ -1,0 +1,153 @@
+"""Does a checkpoint compute here what it computes in transformers, and the same on every path through our own engine?
+
+Everything runs in float32. A difference is the largest absolute one, relative to the largest logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmkit.config import ModelConfig
+from llmkit.engine.batch import Backend
+from llmkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmkit.llm import LLM
+
+PARITY = 1e-4  # against transformers: another order of the same float32 sums
+CONSISTENCY = 1e-5  # between our own paths
+GREEDY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: `ok` is None where it could not be checked, and `note` says why."""
+
+    name: str
+    ok: bool | None
+    difference: float | None = None  # relative; of greedy tokens: the share that differs
+    limit: float | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON-ready data."""
+        return asdict(self)
+
+
+def verify(
+    model: str | Path, *, length: int | None = None, seed: int = 0, device: str | None = None, threads: int | None = None
+) -> list[Check]:
+    """Check the model in a folder; never raises for a difference, only for a model that does not load.
+
+    length: tokens of the random test prompt; by default past the smallest sliding window, within the context.
+    """
+    import torch
+
+    from llmkit.llm import load
+    from llmkit.model.backend import TorchBackend
+
+    llm = load(model, dtype="float32", device=device, threads=threads)
+    config = llm.config
+    length = default_length(config) if length is None else length
+    new = min(GREEDY_TOKENS, config.max_position_embeddings - length)
+    if length < 2 or new < 1:
+        limit = config.max_position_embeddings - 1
+        raise UsageError(f"length {length} is not between 2 and {limit}, the context less one new token. Choose one in between.")
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, length).tolist()
+
+    backend = llm.new_backend()
+    assert isinstance(backend, TorchBackend)
+    with torch.inference_mode():
+        uncached = backend.model(torch.tensor([ids], device=backend.device))[0].float().cpu().numpy()
+    whole = steps(backend, [ids], [length])[0]
+    checks = _against_transformers(llm, ids, uncached, new)
+    halves = [length // 3, length - length // 3]
+    one_by_one = [length - min(length - 1, 32)] + [1] * min(length - 1, 32)
+    checks.append(_compare("cached vs uncached", uncached, lambda: steps(llm.new_backend(), [ids], one_by_one)[0]))
+    checks.append(_compare("chunked vs whole prefill", whole, lambda: steps(llm.new_backend(), [ids], halves)[0]))
+    ragged = [ids, ids[: length // 2], ids[length // 4 :], ids[-1:]]
+    single = np.concatenate([steps(llm.new_backend(), [row], [len(row)])[0] for row in ragged])
+    checks.append(_compare("batch vs single", single, lambda: np.concatenate(steps(llm.new_backend(), ragged, [length]))))
+    return checks
+
+
+def default_length(config: ModelConfig) -> int:
+    """Long enough to pass a sliding window of up to 1,024, short enough to leave room for new tokens."""
+    windows = [window for window in config.cache_windows if window is not None and window <= 1024]
+    wanted = max([96, *(window + 17 for window in windows)])
+    return max(2, min(wanted, config.max_position_embeddings - min(GREEDY_TOKENS, config.max_position_embeddings // 2)))
+
+
+def steps(backend: Backend, prompts: list[list[int]], sizes: list[int]) -> list[np.ndarray]:
+    """The logits `[len(prompt), vocab]` of each prompt, all prompts passed side by side in pieces of these sizes."""
+    blocks = -(-max(map(len, prompts)) // backend.block_size)
+    table = np.arange(blocks * len(prompts), dtype=np.int32).reshape(len(prompts), blocks)
+    contexts = np.asarray([len(prompt) for prompt in prompts], dtype=np.int32)
+    pieces: list[list[np.ndarray]] = [[] for _ in prompts]
+    start = 0
+    for size in sizes:
+        spans = [range(start, min(start + size, len(prompt))) for prompt in prompts]
+        tokens = np.asarray([prompt[i] for prompt, span in zip(prompts, spans, strict=True) for i in span], dtype=np.int32)
+        positions = np.asarray([i for span in spans for i in span], dtype=np.int32)
+        owners = np.repeat(np.arange(len(prompts), dtype=np.int32), [len(span) for span in spans])
+        logits = backend.step(
+            tokens,
+            positions,
+            owners,
+            [table for _ in backend.cache_windows],
+            contexts,
+            [None] * len(prompts),
+            np.arange(len(tokens), dtype=np.int32),
+        )
+        for row, owner in enumerate(owners):
+            pieces[owner].append(logits[row])
+        start += size
+    return [np.stack(rows) for rows in pieces]
+
+
+def relative(ours: np.ndarray, reference: np.ndarray) -> float:
+    """The largest absolute difference, relative to the largest absolute value of the reference; inf where one is not finite."""
+    if not (np.isfinite(ours).all() and np.isfinite(reference).all()):
+        return float("inf")
+    return float(np.abs(ours - reference).max() / max(float(np.abs(reference).max()), 1e-30))
+
+
+def _compare(name: str, reference: np.ndarray, ours: Callable[[], np.ndarray], limit: float = CONSISTENCY) -> Check:
+    difference = relative(ours(), reference)
+    return Check(name, difference <= limit, difference, limit)
+
+
+def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int) -> list[Check]:
+    names = ("logits vs transformers", "greedy tokens vs transformers")
+    import torch
+
+    try:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(llm.folder.path, dtype=torch.float32, trust_remote_code=False).eval()
+    except Exception as error:  # whatever keeps transformers from loading it is the note of the rows
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return [Check(name, None, note=f"transformers could not load it: {reason}") for name in names]
+
+    prompt = torch.tensor([ids])
+    with torch.inference_mode():
+        reference = theirs(prompt, use_cache=False).logits[0].float().numpy()
+        checks = [_compare(names[0], reference, lambda: logits, PARITY)]
+        theirs.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
+        out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)
+    expected = out[0, len(ids) :].tolist()
+    plain = {"temperature": 0, "repetition_penalty": 1.0, "min_tokens": 0, "ignore_eos": True}
+    got = llm.generate(ids, max_tokens=new, **plain).token_ids
+    same = next((i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b), new)
+    note = f"{new} tokens" if same == new else f"first difference at new token {same}: {got[same]} here, {expected[same]} there"
+    if llm.config.rope_depends_on_length:
+        note += "; rope frequencies depend on length, which transformers updates token by token" if same < new else ""
+    return [*checks, Check(names[1], same == new, 1 - same / new, 0.0, note)]
+
