@@ -392,7 +392,7 @@ class Engine:
             total = prompt_length + max_tokens
             raise ContextOverflow(
                 f"The prompt of {prompt_length} tokens fits, but with max_tokens {max_tokens} it needs {total} and {what} holds "
-                f" {limit}: {max_tokens - room} too many. Lower max_tokens to {room} or less, shorten the prompt or {remedy}."
+                f"{limit}: {max_tokens - room} too many. Lower max_tokens to {room} or less, shorten the prompt or {remedy}."
             )
         return prompt_length + (room if max_tokens is None else max_tokens)
 

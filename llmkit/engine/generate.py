@@ -39,7 +39,7 @@ def generate(
 
 
 def _undelivered(sequence: Sequence, delivered: dict[Sequence, int]) -> Iterator[Event]:
-    for index in range(delivered[sequence], sequence.num_generated):
+    while (index := delivered[sequence]) < sequence.num_generated:  # which may grow while the caller has the token
         delivered[sequence] = index + 1
         last = index + 1 == sequence.num_generated
         logprobs = None if sequence.logprobs is None else sequence.logprobs[index]

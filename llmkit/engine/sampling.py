@@ -12,8 +12,7 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -289,14 +288,20 @@ def _keep_from(logits: Logits, smallest: float | np.floating[Any]) -> Logits:
     return np.where(logits >= smallest, logits, logits.dtype.type(-np.inf))
 
 
-def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        allowed = f"an integer from {low}" + (f" to {high}" if high is not None else " up")
-        raise UsageError(f"{name} is {value!r}; it must be {allowed}.")
+def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not (whole and _within(value, low, high)):
+        raise UsageError(
+            f"{name} is {value!r}; it must be an integer" + (f" from {low} up." if high is None else f" from {low} to {high}.")
+        )
 
 
-def _check_number(name: str, value: Any, low: float | None, high: float | None) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or (low is not None and value < low) or (high is not None and value > high):
-        bounds = " ".join([f"from {low:g}" if low is not None else "", f"to {high:g}" if high is not None else ""]).strip()
-        raise UsageError(f"{name} is {value!r}; it must be a finite number {bounds}".rstrip() + ".")
+def _check_number(name: str, value: object, low: float | None, high: float | None) -> None:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not (number and math.isfinite(cast(float, value)) and _within(value, low, high)):
+        bounds = ("" if low is None else f" from {low:g}") + ("" if high is None else f" to {high:g}")
+        raise UsageError(f"{name} is {value!r}; it must be a finite number{bounds}.")
+
+
+def _within(value: Any, low: float | None, high: float | None) -> bool:
+    return (low is None or value >= low) and (high is None or value <= high)
