@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llmkit.checkpoint.files import AUTO_MAP, Checkpoint, TensorFile, load_config, open_checkpoint
 from llmkit.checkpoint.weights import EMBEDDING, Assignment, Piece, assign
@@ -91,10 +93,17 @@ def load_model_with_report(
 def empty_model(config: ModelConfig) -> Transformer:
     """The model on the meta device: shapes without memory."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             return Transformer(config)
     except RuntimeError as error:  # sizes whose product no machine can address
         raise ConfigError(f"config.json asks for a model that cannot be built: {error}. Is the file damaged?") from error
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out random initialisation: `normal_` on the meta device would first import torch's compiler, for 3 seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return None if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_) else func(*args, **(kwargs or {}))
 
 
 def as_tensor(stored: TensorFile) -> Tensor:
