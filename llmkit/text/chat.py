@@ -90,8 +90,8 @@ class ChatTemplate:
         for start, inside in sandbox.generations:
             if text[start : start + len(inside)] != inside:
                 raise TemplateError(
-                    "The chat template has a {% generation %} block inside of a macro or a captured block, where its place in the text is not "
-                    "known; move it out."
+                    "The chat template has a {% generation %} block inside of a macro or a captured block, where its place in the text "
+                    "is not known; move it out."
                 )
             spans.append((start, start + len(inside)))
         return text, spans
@@ -101,11 +101,14 @@ class ChatTemplate:
         if template is None:
             template = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
         if template not in self.sources:
-            raise TemplateError(f"There is no chat template {template!r}; pass template= one of {', '.join(sorted(self.sources)) or 'none'}.")
+            known = ", ".join(sorted(self.sources)) or "none"
+            raise TemplateError(f"There is no chat template {template!r}; pass template= one of: {known}.")
         return self.sources[template]
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any
+) -> list[int]:
     """The ids of a conversation up to where the assistant's reply begins (`add_generation_prompt`), for generating it."""
     return tokenizer.encode(_template_of(tokenizer).render(messages, tools, True, **kwargs), bos=False, special=True)
 
@@ -142,38 +145,34 @@ def encode_chat(
     for k, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        start = template.render(messages[:k], tools, True, **kwargs) if k else ""
+        before = template.render(messages[:k], tools, True, **kwargs) if k else ""
         until = template.render(messages[: k + 1], tools, False, **kwargs)
-        if not whole.startswith(start) or not until.startswith(start):
+        if not whole.startswith(before) or not until.startswith(before):
             raise _ambiguous(k)
-        end = len(until)
-        if not whole.startswith(until):
-            end = _end_before_tail(tokenizer, ids, places, until, whole, text[len(start) :], message, k)
-        _mark(mask, places, len(start), end, tokenizer.eos_ids, ids)
+        end: int | None = len(until) if whole.startswith(until) else _end_before_tail(tokenizer, ids, until, whole, len(before), message)
+        if end is None:
+            raise _ambiguous(k)
+        _mark(mask, places, len(before), end, tokenizer.eos_ids, ids)
     return ids, mask
 
 
-def _end_before_tail(
-    tokenizer: Tokenizer, ids: list[int], places: list[Span], until: str, whole: str, after: str, message: Message, k: int
-) -> int:
-    """Where turn `k` ends in a template that closes every conversation with a tail, such as Phi-3's `<|endoftext|>`."""
-    alone, alone_places = tokenizer.encode_spans(until)
-    same = next((n for n, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
-    if same == len(alone) or same == len(ids):
-        raise _ambiguous(k)
-    end = alone_places[same][0]
-    tail = until[end:]
+def _end_before_tail(tokenizer: Tokenizer, ids: list[int], until: str, whole: str, start: int, message: Message) -> int | None:
+    """Where a turn that begins at `start` ends if the template closes each conversation with a tail (Phi-3's `<|endoftext|>`).
+
+    until: the conversation up to the turn, tail and all; whole, ids: all of it. None where the difference of the two
+    is no such tail: it must end the whole as well, and leave the turn its content.
+    """
+    alone, places = tokenizer.encode_spans(until)
+    same = next((n for n, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), None)
+    if same is None:
+        return None
+    end = places[same][0]
     content = message.get("content")
-    turn = until[len(whole) - len(after) if len(after) < len(whole) else 0 : end]
-    # The turn must be whole before the tail: a tail that repeats it would be its own other rendering.
-    if not whole.endswith(tail) or not isinstance(content, str) or not content.strip() or content.strip() not in turn:
-        raise _ambiguous(k)
-    return end
+    kept = isinstance(content, str) and bool(content.strip()) and content.strip() in until[start:end]
+    return end if kept and whole.endswith(until[end:]) else None
 
 
-def _mark(
-    mask: list[bool], places: list[Span], start: int, end: int, eos_ids: Sequence[int] = (), ids: Sequence[int] = ()
-) -> None:
+def _mark(mask: list[bool], places: list[Span], start: int, end: int, eos_ids: Sequence[int] = (), ids: Sequence[int] = ()) -> None:
     """Marks the tokens that hold a character of `[start, end)`, up to the last end-of-text token among them."""
     inside = [n for n, (begin, stop) in enumerate(places) if begin < end and stop > start]
     if not inside:
@@ -191,8 +190,8 @@ def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
 
 def _ambiguous(k: int) -> TemplateError:
     return TemplateError(
-        f"Which tokens of message {k} the assistant wrote cannot be told: the chat template renders the turn in another way once others follow "
-        "it; mark the turns with {% generation %} in the template, or end the conversation with that turn."
+        f"Which tokens of message {k} the assistant wrote cannot be told: the chat template renders the turn in another way once "
+        "others follow it; mark the turns with {% generation %} in the template, or end the conversation with that turn."
     )
 
 
@@ -224,9 +223,12 @@ def _plain(value: Any) -> Any:
     """Plain data and nothing with methods of its own: a template could call them."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):
-        if isinstance(value, kind):  # enums and other subclasses
-            return kind.__str__(value) if kind is str else kind.__new__(kind, value)
+    if isinstance(value, str):  # an enum or another subclass
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
+from llmkit.errors import TokenizerError
 from llmkit.text.settings import AddedToken
 
 Span = tuple[int, int]  # [start, end) in characters
@@ -37,6 +39,21 @@ class Codec(Protocol):
 
     def token_id(self, token: str) -> int | None:
         """The id of a whole token, None if it is not one."""
+
+
+@contextmanager
+def library_errors(cause: str, remedy: str) -> Iterator[None]:
+    """Turns whatever a tokenizer library raises into a TokenizerError.
+
+    They are written in Rust and C++: bare Exception is common, and a Rust panic derives from BaseException only and
+    has no importable name.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{cause} ({error}); {remedy}") from error
 
 
 class Splitter:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import Span
+from llmkit.text.codec import Span, library_errors
 from llmkit.text.settings import TokenizerSettings
 
 PieceMap = Callable[[str, bool], str]  # (token, whether it is the text's first) -> its text
@@ -20,11 +20,8 @@ class JsonCodec:
     def __init__(self, data: bytes, settings: TokenizerSettings, where: str) -> None:
         from tokenizers import AddedToken, Tokenizer
 
-        try:
+        with library_errors(f"{where} is not a usable tokenizer.json", "fetch the file again."):
             self._native = Tokenizer.from_buffer(data)
-        # The library raises bare Exception, and its own panics derive from BaseException.
-        except (Exception, *_panic()) as error:
-            raise TokenizerError(f"{where} is not a usable tokenizer.json ({error}); fetch the file again.") from error
         # Files saved in training cut and pad; a prompt must never be cut in silence.
         self._native.no_truncation()
         self._native.no_padding()
@@ -47,12 +44,12 @@ class JsonCodec:
                 )
                 if self._native.token_to_id(token.content) != token_id:
                     raise TokenizerError(
-                        f"{where} has no token {token.content!r}, and tokenizer_config.json gives it id {token_id}, which is not the next free "
-                        "one; the two files do not belong together: fetch both again."
+                        f"{where} has no token {token.content!r}, and tokenizer_config.json gives it id {token_id}, "
+                        "which is not the next free one; the two files do not belong together: fetch both again."
                     )
         added = self._native.get_added_tokens_decoder()
-        named = {self._native.token_to_id(content) for content in settings.special}
-        self.special_ids = frozenset({i for i, token in added.items() if token.special} | (named - {None}))
+        named = (self.token_id(content) for content in settings.special)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(i for i in named if i is not None)
         self.vocab_size = max([self._native.get_vocab_size(), *(i + 1 for i in added)])
         self.roles: Mapping[str, int] = {}
         self.prefix, self.suffix = self._added_by_post_processor()
@@ -79,10 +76,8 @@ class JsonCodec:
     def _encode(self, text: str, special: bool, add: bool = False) -> Any:
         with self._lock:
             self._native.encode_special_tokens = not special
-            try:
+            with library_errors("The tokenizer cannot encode this text", "is tokenizer.json damaged?"):
                 return self._native.encode(text, add_special_tokens=add)
-            except (Exception, *_panic()) as error:
-                raise TokenizerError(f"The tokenizer cannot encode this text ({error}); is tokenizer.json damaged?") from error
 
     def _added_by_post_processor(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the file's post-processor puts before and after a text, seen on a probe."""
@@ -147,8 +142,8 @@ class _Decoder:
             self._add_word_piece(description)
         else:
             raise TokenizerError(
-                f"{self._where}: decoder {description!r} is none that llmkit knows (ByteLevel, ByteFallback, Fuse, Replace, Strip of leading "
-                "spaces, Metaspace, WordPiece); convert the tokenizer."
+                f"{self._where}: decoder {description!r} is none that llmkit knows (ByteLevel, ByteFallback, Fuse, Replace, "
+                "Strip of leading spaces, Metaspace, WordPiece); convert the tokenizer."
             )
 
     def _add_metaspace(self, description: Mapping[str, Any]) -> None:
@@ -189,11 +184,3 @@ def byte_level_alphabet() -> dict[str, int]:
     others = (byte for byte in range(256) if byte not in set(printable))
     alphabet.update((chr(0x100 + n), byte) for n, byte in enumerate(others))
     return alphabet
-
-
-def _panic() -> tuple[type[BaseException], ...]:
-    """The exception class of a Rust panic, which is not importable by name and not an Exception."""
-    from tokenizers import tokenizers as native
-
-    found = getattr(native, "PanicException", None)
-    return (found,) if found is not None else ()

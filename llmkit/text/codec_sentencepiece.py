@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import Span, Splitter
+from llmkit.text.codec import Span, Splitter, library_errors
 from llmkit.text.settings import AddedToken, TokenizerSettings
 
 SPACE = "▁"
@@ -99,7 +99,5 @@ class SentencePieceCodec:
 def _processor(data: bytes, where: str) -> Any:
     from sentencepiece import SentencePieceProcessor
 
-    try:
+    with library_errors(f"{where} is not a usable sentencepiece model", "fetch the file again."):
         return SentencePieceProcessor(model_proto=data)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise TokenizerError(f"{where} is not a usable sentencepiece model ({error}); fetch the file again.") from error

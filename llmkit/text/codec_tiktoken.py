@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import Span
+from llmkit.text.codec import Span, library_errors
 from llmkit.text.settings import TokenizerSettings
 
 
@@ -29,11 +29,7 @@ class RanksFamily:
 
 def _pattern(digits: str) -> str:
     """Contractions; words with one leading sign; numbers; signs; line ends; other whitespace (Qwen and Llama 3 share it)."""
-    return (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+    return r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 # meta-llama/llama-models, models/llama3/tokenizer.py, in the naming of 3.1: 256 special tokens.
@@ -98,9 +94,7 @@ class TiktokenCodec:
             if not token.special:
                 always.add(token.content)
         self._always = always
-        self._encoding = tiktoken.Encoding(
-            name=family.name, pat_str=family.pattern, mergeable_ranks=ranks, special_tokens=self._special
-        )
+        self._encoding = tiktoken.Encoding(name=family.name, pat_str=family.pattern, mergeable_ranks=ranks, special_tokens=self._special)
         self._bytes = {rank: piece for piece, rank in ranks.items()}
         self._bytes.update((i, content.encode("utf-8")) for content, i in self._special.items())
         self.special_ids = frozenset(i for content, i in self._special.items() if content not in always)
@@ -112,7 +106,8 @@ class TiktokenCodec:
     def encode(self, text: str, special: bool) -> list[int]:
         # A set, not "all": both given empty, special tokens in the text are ordinary text instead of an error.
         allowed = set(self._special) if special else self._always
-        return list(self._encoding.encode(text, allowed_special=allowed, disallowed_special=()))
+        with library_errors("The tokenizer cannot encode this text", "split it."):
+            return list(self._encoding.encode(text, allowed_special=allowed, disallowed_special=()))
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
         ids = self.encode(text, special=True)

@@ -33,10 +33,10 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace, pass_context
+from jinja2.utils import Namespace, _PassArg, pass_context
 from jinja2.visitor import NodeTransformer
 
-SECONDS = 1.5  # real templates take about a millisecond
+SECONDS = 1.5  # of this thread's processor time, so that a busy machine stops nobody; real templates take milliseconds
 HEAVIEST = 8_000_000  # characters and elements of one value: about two million tokens of text
 TOTAL_BYTES = 512_000_000  # of everything made in one rendering; more is never alive at once
 LONGEST_NUMBER = 100_000  # bits
@@ -47,7 +47,7 @@ _WITHOUT_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _CODECS = ("utf-8", "utf8", "ascii", "latin-1")  # punycode and idna take quadratic time
 
 
-class TooMuch(Exception):
+class LimitError(Exception):
     """A template went past its limits."""
 
 
@@ -55,7 +55,7 @@ class Meter:
     """What one rendering has used so far."""
 
     def __init__(self) -> None:
-        self._deadline = time.monotonic() + SECONDS
+        self._deadline = time.thread_time() + SECONDS
         self._made = 0
         # Containers are immutable to the template, so they are weighed once; keeping them keeps their ids theirs.
         self._weights: dict[int, tuple[Any, int]] = {}
@@ -63,16 +63,16 @@ class Meter:
     def step(self, size: int = 0) -> str:
         """A checkpoint; `size` bytes are about to be made."""
         self._made += size
-        if time.monotonic() > self._deadline:
-            raise TooMuch(f"it does not end within {SECONDS} s")
+        if time.thread_time() > self._deadline:
+            raise LimitError(f"it does not end within {SECONDS} s")
         if self._made > TOTAL_BYTES:
-            raise TooMuch(f"it makes more than {TOTAL_BYTES // 10**6} MB")
+            raise LimitError(f"it makes more than {TOTAL_BYTES // 10**6} MB")
         return ""
 
     def expect(self, weight: float) -> None:
         """A value of this weight is about to be made."""
         if weight > HEAVIEST:
-            raise TooMuch(f"it makes a value of more than {HEAVIEST} characters or elements")
+            raise LimitError(f"it makes a value of more than {HEAVIEST} characters or elements")
         self.step()
 
     def hold(self, value: Any) -> Any:
@@ -88,7 +88,7 @@ class Meter:
             return 1 + len(value)
         if isinstance(value, int):
             if value.bit_length() > LONGEST_NUMBER:
-                raise TooMuch("it computes with numbers of more than 30,000 digits")
+                raise LimitError("it computes with numbers of more than 30,000 digits")
             return 1
         if isinstance(value, Mapping):
             parts: Iterable[Any] = (part for item in value.items() for part in item)
@@ -119,7 +119,7 @@ def _expect_operator(meter: Meter, operator: str, left: Any, right: Any) -> None
                 meter.expect(meter.weigh(sequence) * max(count, 0))
     elif operator == "**" and isinstance(left, int) and isinstance(right, int):
         if left.bit_length() * abs(right) > LONGEST_NUMBER:
-            raise TooMuch("it computes with numbers of more than 30,000 digits")
+            raise LimitError("it computes with numbers of more than 30,000 digits")
     elif operator == "%" and isinstance(left, (str, bytes)):
         _expect_percent(meter, left, right)
 
@@ -127,7 +127,7 @@ def _expect_operator(meter: Meter, operator: str, left: Any, right: Any) -> None
 def _expect_percent(meter: Meter, template: str | bytes, values: Any) -> None:
     text = template.decode("latin-1") if isinstance(template, bytes) else template
     if re.search(r"%(?:\([^)]*\))?[-+ #0]*(?:\*|\d{5}|\d*\.(?:\*|\d{5}))", text):
-        raise TooMuch("it formats text with a width of more than 9999 or of no fixed size")
+        raise LimitError("it formats text with a width of more than 9999 or of no fixed size")
     meter.expect(len(text) + text.count("%") * (9999 + meter.weigh(values)) if "%" in text else 0)
 
 
@@ -137,14 +137,14 @@ def _expect_format(meter: Meter, template: str, values: Any) -> None:
     for _, name, spec, _ in string.Formatter().parse(template):
         fields += name is not None
         if spec and ("{" in spec or re.search(r"\d{5}", spec)):
-            raise TooMuch("it formats text with a width of more than 9999 or of no fixed size")
+            raise LimitError("it formats text with a width of more than 9999 or of no fixed size")
     meter.expect(len(template) + fields * (9999 + weight))
 
 
 def _expect_method(meter: Meter, text: str | bytes, method: str, args: tuple[Any, ...]) -> None:
     """Methods of text whose result can be longer than all that goes into them."""
     if any(isinstance(arg, int) and abs(arg) > WIDEST for arg in args):
-        raise TooMuch(f"it calls {method} with a number of more than {WIDEST}")
+        raise LimitError(f"it calls {method} with a number of more than {WIDEST}")
     if method == "replace" and len(args) >= 2:
         meter.expect(len(text) + _count(text, args[0]) * meter.weigh(args[1]))
     elif method == "join" and args:
@@ -155,7 +155,7 @@ def _expect_method(meter: Meter, text: str | bytes, method: str, args: tuple[Any
     elif method == "translate" and args:
         meter.expect(len(text) * meter.weigh(args[0]))
     elif method in ("encode", "decode") and args and str(args[0]).lower() not in _CODECS:
-        raise TooMuch(f"it uses the codec {str(args[0])!r}; templates have {', '.join(_CODECS)}")
+        raise LimitError(f"it uses the codec {str(args[0])!r}; templates have {', '.join(_CODECS)}")
 
 
 def _count(text: Any, part: Any) -> int:
@@ -168,7 +168,7 @@ def _length(value: Any) -> int:
 
 def _expect_filter(meter: Meter, name: str, value: Any, args: tuple[Any, ...]) -> None:
     if any(isinstance(arg, int) and abs(arg) > WIDEST for arg in args) and name not in ("default", "d"):
-        raise TooMuch(f"it calls the filter {name} with a number of more than {WIDEST}")
+        raise LimitError(f"it calls the filter {name} with a number of more than {WIDEST}")
     weight = meter.weigh(value)
     if name == "replace" and len(args) >= 2:
         text, old, new = str(value), str(args[0]), str(args[1])
@@ -179,47 +179,56 @@ def _expect_filter(meter: Meter, name: str, value: Any, args: tuple[Any, ...]) -
     elif name == "format":
         _expect_percent(meter, str(value), args)
     elif name == "round" and args and isinstance(args[0], int) and abs(args[0]) > 1000:
-        raise TooMuch("it rounds to more than 1000 digits")
+        raise LimitError("it rounds to more than 1000 digits")
     meter.step()
 
 
 # --- filters and globals as transformers has them ---------------------------------------------------------------------
 
 
+@pass_context
 def _tojson(
-    meter: Meter, value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    context: Context, value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """json.dumps without HTML escapes (transformers' filter). In pieces: indentation multiplies with depth."""
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if indent is None and separators is None:
         return encoder.encode(value)
     if isinstance(indent, int) and indent > 9999:
-        raise TooMuch("it indents JSON by more than 9999")
+        raise LimitError("it indents JSON by more than 9999")
     pieces = []
     for piece in encoder.iterencode(value):
-        meter.step(len(piece))
+        _meter(context).step(len(piece))
         pieces.append(piece)
     return "".join(pieces)
 
 
-@jinja2.pass_eval_context
-def _join(context: nodes.EvalContext, meter: Meter, value: Any, d: str = "", attribute: Any = None) -> str:
+@pass_context
+def _join(context: Context, value: Any, d: str = "", attribute: Any = None) -> str:
+    meter = _meter(context)
     parts = []
     size = 0
     for part in value:
         size += meter.weigh(part) + len(str(d))
         meter.expect(size)
         parts.append(part)
-    return do_join(context, parts, d, attribute)
+    return do_join(context.eval_ctx, parts, d, attribute)
 
 
-def _sum(context: Context, meter: Meter, value: Any, attribute: Any = None, start: Any = 0) -> Any:
+@pass_context
+def _sum(context: Context, value: Any, attribute: Any = None, start: Any = 0) -> Any:
     """Adds one by one through the metered operator: `sum` of lists is quadratic."""
+    meter = _meter(context)
     items = value if attribute is None else map(make_attrgetter(context.environment, attribute), value)
     for item in items:
         _expect_operator(meter, "+", start, item)
         start = meter.hold(start + item)
     return start
+
+
+def _meter(context: Context) -> Meter:
+    assert isinstance(context.environment, Sandbox)
+    return context.environment.meter
 
 
 def _raise_exception(message: Any) -> None:
@@ -228,15 +237,15 @@ def _raise_exception(message: Any) -> None:
 
 def _strftime_now(layout: str) -> str:
     if len(layout) > 1000:
-        raise TooMuch("it formats the date with more than 1000 characters")
+        raise LimitError("it formats the date with more than 1000 characters")
     return datetime.now().strftime(layout)
 
 
 class _Namespace(Namespace):
     """`namespace()` without names that begin with an underscore, as transformers restricts it."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805  like Jinja's, so that namespace(self=...) works
-        self, args = args[0], args[1:]
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, args = args[0], args[1:]  # like Jinja's, so that namespace(self=...) works
         attributes = dict(*args, **kwargs)
         for name in attributes:
             _check_name(name)
@@ -265,7 +274,7 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 class Generation(Extension):
     """`{% generation %}...{% endgeneration %}`: what the assistant wrote, for the loss mask of training."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  Jinja declares it so
 
     def parse(self, parser: Parser) -> Node:
         line = next(parser.stream).lineno
@@ -299,7 +308,7 @@ class _Checkpoints(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> Node:  # noqa: N802
         self.generic_visit(node)
-        return _call("concat", node.nodes, node.lineno)
+        return _call("concatenate", node.nodes, node.lineno)
 
     def visit_List(self, node: nodes.List) -> Node:  # noqa: N802
         self.generic_visit(node)
@@ -319,12 +328,13 @@ class _Checkpoints(NodeTransformer):
         literal = sum(len(data.data.encode()) for part in node.body for data in part.find_all(nodes.TemplateData))
         step = nodes.ExprStmt(_call("step", [nodes.Const(literal)], node.lineno)).set_lineno(node.lineno)
         node.body.insert(0, step)
-        return node  # type: ignore[no-any-return]
+        return node
 
 
 def _call(attribute: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
     call = nodes.Call(nodes.EnvironmentAttribute(attribute), arguments, [], None, None)
-    return call.set_lineno(line, override=True)  # type: ignore[no-any-return]
+    call.set_lineno(line, override=True)
+    return call
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -338,15 +348,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.generations: list[tuple[int, str]] = []  # (characters written before it, its text)
         self.written = 0
         self.filters = {name: _metered(name, filter) for name, filter in self.filters.items() if name not in _WITHOUT_FILTERS}
-        self.filters["tojson"] = _metered("tojson", lambda *args, **kwargs: _tojson(self.meter, *args, **kwargs))
-        self.filters["join"] = _metered("join", jinja2.pass_eval_context(lambda context, *args, **kwargs: _join(context, self.meter, *args, **kwargs)))
-        self.filters["sum"] = _metered("sum", pass_context(lambda context, *args, **kwargs: _sum(context, self.meter, *args, **kwargs)))
+        self.filters["tojson"] = _metered("tojson", _tojson)
+        self.filters["join"] = _metered("join", _join)
+        self.filters["sum"] = _metered("sum", _sum)
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "namespace": _Namespace, "dict": _dict}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        return _Checkpoints().visit(tree)  # type: ignore[no-any-return]
+        _Checkpoints().visit(tree)
+        return tree
 
     def run(self, code: Any, variables: Mapping[str, Any]) -> Iterator[str]:
         """Renders compiled code piece by piece."""
@@ -364,9 +375,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def hold(self, value: Any) -> Any:
         return self.meter.hold(value)
 
-    def concat(self, *values: Any) -> str:
+    def concatenate(self, *values: Any) -> str:
         self.meter.expect(sum(map(self.meter.weigh, values)))
-        return self.meter.hold("".join(map(str, values)))  # type: ignore[no-any-return]
+        text: str = self.meter.hold("".join(map(str, values)))
+        return text
 
     # What Jinja's compiled code calls.
 
@@ -407,7 +419,7 @@ def _listed(value: Any) -> Any:
 @pass_context
 def _finalize(context: Context, value: Any) -> str:
     """Every `{{ ... }}` passes here on its way out, also into a macro's or a block's buffer."""
-    meter: Meter = context.environment.meter  # type: ignore[attr-defined]
+    meter = _meter(context)
     meter.expect(meter.weigh(value))
     text = str(value)
     meter.step(sys.getsizeof(text))
@@ -416,14 +428,14 @@ def _finalize(context: Context, value: Any) -> str:
 
 def _metered(name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that passes the meter. `pass_context` also keeps Jinja from running it while compiling."""
-    wants = getattr(filter, "jinja_pass_arg", None)
+    wants = _PassArg.from_obj(filter)
 
     @pass_context
     def metered(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
-        meter: Meter = context.environment.meter  # type: ignore[attr-defined]
+        meter = _meter(context)
         if not isinstance(value, Undefined):
             _expect_filter(meter, name, value, (*args, *kwargs.values()))
-        first = {None: (), "context": (context,), "eval_context": (context.eval_ctx,), "environment": (context.environment,)}[wants and wants.name]
-        return meter.hold(filter(*first, value, *args, **kwargs))
+        first = {_PassArg.context: context, _PassArg.eval_context: context.eval_ctx, _PassArg.environment: context.environment}
+        return meter.hold(filter(*([first[wants]] if wants else []), value, *args, **kwargs))
 
     return metered

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from llmkit.errors import TokenizerError
@@ -44,7 +44,8 @@ class Tokenizer:
         if not ids and not settings.roles:
             for role, usual in (("bos_token", _USUAL_BOS), ("eos_token", _USUAL_EOS)):
                 present = [i for i in map(codec.token_id, usual) if i is not None and i in codec.special_ids]
-                ids |= {role: i for i in present[:1]}
+                if present:
+                    ids[role] = present[0]
         self.bos_id: int | None = ids.get("bos_token")
         self.eos_ids: tuple[int, ...] = (ids["eos_token"],) if "eos_token" in ids else ()
         self.pad_id: int | None = ids.get("pad_token")
@@ -120,7 +121,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         data = file.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{file} cannot be read ({error.strerror}); check the file and its permissions.") from error
-    return Tokenizer(_codec_of(data, file)(data, settings, str(file)), settings)
+    return Tokenizer(_codec(data, settings, file), settings)
 
 
 def _vocabulary_file(folder: Path) -> Path:
@@ -133,18 +134,19 @@ def _vocabulary_file(folder: Path) -> Path:
         raise TokenizerError(f"{folder} holds several vocabularies ({names}); name the file instead of the folder.")
     if not others:
         raise TokenizerError(
-            f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or *.tiktoken); put the file there, or pass token ids instead of text."
+            f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or *.tiktoken); put the file there, "
+            "or pass token ids instead of text."
         )
     return others[0]
 
 
-def _codec_of(data: bytes, file: Path) -> Callable[[bytes, TokenizerSettings, str], Codec]:
+def _codec(data: bytes, settings: TokenizerSettings, file: Path) -> Codec:
     if data.lstrip()[:1] == b"{":
-        return JsonCodec
+        return JsonCodec(data, settings, str(file))
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", data):
-        return TiktokenCodec
+        return TiktokenCodec(data, settings, str(file))
     if data[:1] == b"\n":  # a ModelProto begins with its pieces: field 1, length-delimited
-        return SentencePieceCodec
+        return SentencePieceCodec(data, settings, str(file))
     if data.startswith(b"version https://git-lfs"):
         raise TokenizerError(f"{file} is only a Git LFS pointer; fetch the file itself with `git lfs pull`.")
     raise TokenizerError(
@@ -160,6 +162,7 @@ def _checked(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"The text holds a lone surrogate ({text[error.start]!r} at {error.start}), which is no character; decode its source with errors='replace'."
+            f"The text holds a lone surrogate ({text[error.start]!r} at {error.start}), which is no character; "
+            "decode its source with errors='replace'."
         ) from error
     return text
