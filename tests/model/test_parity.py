@@ -18,6 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmkit.checkpoint.load import load_model
+from llmkit.engine.batch import Engine
+from llmkit.engine.generate import generate
+from llmkit.engine.sampling import SamplingParams
 from llmkit.model.backend import TorchBackend
 from llmkit.model.transformer import Transformer
 from tests.families.tiny import ORIGINAL, VARIANTS, WINDOW, hf_config, hf_model, save
@@ -138,19 +141,9 @@ def test_some_rows_and_hidden_states(pair: Pair) -> None:
 
 
 def greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
-    """Greedy continuation with the cache, one token a step."""
-    backend = TorchBackend(model)
-    total = len(prompt) + count
-    tables = [np.arange(-(-total // backend.block_size), dtype=np.int32)[None]] * len(backend.cache_windows)
-    contexts, fed, out = np.array([total], dtype=np.int32), prompt, []
-    for _ in range(count):
-        done = len(prompt) + len(out) - len(fed)
-        positions = np.arange(done, done + len(fed), dtype=np.int32)
-        ids, sequence = np.array(fed, dtype=np.int32), np.zeros(len(fed), dtype=np.int32)
-        logits = backend.step(ids, positions, sequence, tables, contexts, [None], np.array([len(fed) - 1], dtype=np.int32))
-        fed = [int(logits[0].argmax())]
-        out += fed
-    return out
+    """Greedy continuation by the engine, with the cache and chunked prefill."""
+    engine = Engine(TorchBackend(model), max_cache_tokens=1024, prefill_chunk=32)
+    return [event.token for event in generate(engine, [prompt], SamplingParams(temperature=0, max_tokens=count))]
 
 
 def test_64_greedy_tokens_equal_transformers(pair: Pair) -> None:
