@@ -149,10 +149,10 @@ def encode_chat(
         until = template.render(messages[: k + 1], tools, False, **kwargs)
         if not whole.startswith(before) or not until.startswith(before):
             raise _ambiguous(k)
-        end: int | None = len(until) if whole.startswith(until) else _end_before_tail(tokenizer, ids, until, whole, len(before), message)
-        if end is None:
+        stop = len(until) if whole.startswith(until) else _end_before_tail(tokenizer, ids, until, whole, len(before), message)
+        if stop is None:
             raise _ambiguous(k)
-        _mark(mask, places, len(before), end, tokenizer.eos_ids, ids)
+        _mark(mask, places, len(before), stop, tokenizer.eos_ids, ids)
     return ids, mask
 
 

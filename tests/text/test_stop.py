@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ def test_equals_a_search_in_the_whole_text(text: str, stops: list[str], cuts: li
     scanner = StopScanner(stops)
     said, stopped = "", False
     edges = sorted({0, len(text), *(cut for cut in cuts if cut <= len(text))})
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         emit, stopped = scanner.push(text[a:b])
         said += emit
         assert text.startswith(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_any_text_round_trips_with_spans(tokenizers: dict[str, Tokenizer], kind:
     ids, spans = tokenizer.encode_spans(text)
     assert ids == tokenizer.encode(text, bos=False, special=True)
     assert len(ids) == len(spans)
-    assert all(a[0] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[0] <= b[0] for a, b in itertools.pairwise(spans))
     assert not text or spans[-1][1] == len(text)
 
 
@@ -261,8 +262,20 @@ def _vocabularies(factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return _FUZZED
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3), max_leaves=8)  # fmt: skip
-KEYS = ["bos_token", "eos_token", "added_tokens_decoder", "chat_template", "add_bos_token", "additional_special_tokens", "legacy", "extra_special_tokens"]  # fmt: skip
+json_leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
+json_values = st.recursive(
+    json_leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3), max_leaves=8
+)
+KEYS = [
+    "bos_token",
+    "eos_token",
+    "added_tokens_decoder",
+    "chat_template",
+    "add_bos_token",
+    "additional_special_tokens",
+    "legacy",
+    "extra_special_tokens",
+]
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
