@@ -7,18 +7,19 @@ with the same sliding window share one *group* of blocks; a windowed group lets 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int32]
 Table = NDArray[np.int32]
 
 AHEAD = 64  # blocks a growing sequence takes at once, so that its ids stay consecutive beside other growing sequences
+HELD = np.iinfo(np.int64).max
 ABSENT = -1  # in a block table: let go, or not yet taken
 
 
@@ -26,21 +27,17 @@ class BlockPool:
     """The blocks of one group: ids 0 to num_blocks - 1 with reference counts.
 
     A block nobody holds is *free*; while its contents are still known by a hash it is also *cached*: a later
-    sequence may take it back, and only when no empty block is left is the least recently used one emptied.
+    sequence may take it back, and it is emptied only when no run of empty blocks is left that is long enough.
     """
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
+        self.num_free = num_blocks
         self.references = [0] * num_blocks
-        self._empty = np.ones(num_blocks, dtype=np.bool_)
-        self._num_empty = num_blocks
-        self._hashes: list[bytes | None] = [None] * num_blocks
         self.known: dict[bytes, int] = {}  # hash of contents -> block, held or cached
-        self._cached: OrderedDict[int, None] = OrderedDict()  # free blocks with contents, least recently used first
-
-    @property
-    def num_free(self) -> int:
-        return self._num_empty + len(self._cached)
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._last_used = np.zeros(num_blocks, dtype=np.int64)  # 0: empty; HELD; else cached, and the count of releases then
+        self._releases = 0
 
     def is_free(self, block: int) -> bool:
         return self.references[block] == 0
@@ -48,18 +45,17 @@ class BlockPool:
     def hold(self, block: int) -> None:
         """One more reference to a block that is known."""
         if self.references[block] == 0:
-            del self._cached[block]
+            self._last_used[block] = HELD
+            self.num_free -= 1
         self.references[block] += 1
 
     def release(self, block: int) -> None:
         """One reference less; the last one leaves the block cached if its contents are known, else empty."""
         self.references[block] -= 1
         if self.references[block] == 0:
-            if self._hashes[block] is None:
-                self._empty[block] = True
-                self._num_empty += 1
-            else:
-                self._cached[block] = None
+            self._releases += 1
+            self._last_used[block] = 0 if self._hashes[block] is None else self._releases
+            self.num_free += 1
 
     def publish(self, block: int, block_hash: bytes) -> None:
         """Makes the contents of a held block findable; where another block already has them, that one stays."""
@@ -68,42 +64,46 @@ class BlockPool:
             self._hashes[block] = block_hash
 
     def allocate(self, count: int, after: int = ABSENT) -> list[int]:
-        """`count` blocks with one reference each: the ids following `after` if they are empty, else one run, else several.
+        """`count` blocks with one reference each, in one run of ids if there is one, at best the ids following `after`.
 
         The caller has made sure that `count` blocks are free.
         """
-        while self._num_empty < count:
-            self._evict()
         blocks: list[int] = []
         while len(blocks) < count:
-            start = blocks[-1] + 1 if blocks else after + 1
-            if not (start > 0 and start < self.num_blocks and self._empty[start]):
-                start = self._run(count - len(blocks))
-            stop = start
-            while stop < self.num_blocks and self._empty[stop] and stop - start < count - len(blocks):
-                stop += 1
-            self._empty[start:stop] = False
-            self._num_empty -= stop - start
-            blocks.extend(range(start, stop))
-        for block in blocks:
-            self.references[block] = 1
+            start, size = self._place(count - len(blocks), after + 1)
+            for block in range(start, start + size):
+                self._take(block)
+            blocks.extend(range(start, start + size))
         return blocks
 
-    def _run(self, count: int) -> int:
-        """Where the first run of `count` empty blocks starts, or the longest run if none is that long."""
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], self._empty, [False]))))
-        starts, lengths = edges[::2], edges[1::2] - edges[::2]
-        enough = np.flatnonzero(lengths >= count)
-        return int(starts[enough[0] if len(enough) else lengths.argmax()])
+    def _place(self, count: int, following: int) -> tuple[int, int]:
+        """Start and length of the run to take next.
 
-    def _evict(self) -> None:
-        block, _ = self._cached.popitem(last=False)
+        First choice are empty blocks. Where cached ones must go, it is the run at `following`, so that the sequence stays
+        in one piece, or else the run whose most recently used block is the oldest.
+        """
+        continues = 0 < following <= self.num_blocks - count
+        if continues and not self._last_used[following : following + count].any():
+            return following, count
+        newest = sliding_window_view(self._last_used, count).max(axis=1)
+        best = int(newest.argmin())
+        if continues and newest[best] > 0 and newest[following] < HELD:
+            return following, count
+        if newest[best] < HELD:
+            return best, count
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], self._last_used < HELD, [False]))))
+        starts, lengths = edges[::2], edges[1::2] - edges[::2]
+        longest = int(lengths.argmax())
+        return int(starts[longest]), int(lengths[longest])
+
+    def _take(self, block: int) -> None:
         block_hash = self._hashes[block]
         if block_hash is not None:
             del self.known[block_hash]
-        self._hashes[block] = None
-        self._empty[block] = True
-        self._num_empty += 1
+            self._hashes[block] = None
+        self._last_used[block] = HELD
+        self.num_free -= 1
+        self.references[block] = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -221,8 +221,8 @@ class KVCache:
             if needed > stop:
                 pool, table = self.pools[group], tables.tables[group]
                 take = needed - stop
-                if window is None:
-                    take = min(take + AHEAD, tables.promised[group])
+                if window is None:  # the prompt in one piece, and room to grow
+                    take = min(max(needed, len(tables.hashes)) - stop + AHEAD, tables.promised[group])
                     tables.promised[group] -= take
                     self._promised[group] -= take
                 table[stop : stop + take] = pool.allocate(take, int(table[stop - 1]) if stop else ABSENT)

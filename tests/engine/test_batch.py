@@ -329,18 +329,6 @@ def test_ids_stay_consecutive_while_sequences_grow_side_by_side() -> None:
         assert (np.diff(row) == 1).all()
 
 
-def test_a_long_run_of_different_prompts_keeps_ids_consecutive() -> None:
-    """With the cache full of old prefixes, what is evicted makes room in one piece: a backend's fast path."""
-    backend = FakeBackend(tiny_config())
-    engine = Engine(backend)
-    scattered = 0
-    for number in range(23):
-        sequence = engine.add([number] * 21, SamplingParams(temperature=0, max_tokens=12))
-        run(engine, sequence)
-        scattered += int((np.diff(backend.tables[0][0]) != 1).any())
-    assert scattered == 0
-
-
 def test_cache_bytes_are_a_bound_on_all_groups() -> None:
     backend = FakeBackend(tiny_config((None, 5)))
     engine = Engine(backend, cache_bytes=20_000, prefill_chunk=4)
