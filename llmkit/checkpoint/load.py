@@ -61,7 +61,7 @@ def load_model_with_report(
 ) -> tuple[Transformer, LoadReport]:
     """As `load_model`, with the report of what was mapped, copied and skipped."""
     folder = Path(folder)
-    wanted, place = None if dtype is None else _dtype(dtype), _device(device)
+    wanted, place = None if dtype is None else parse_dtype(dtype), _device(device)
     config = load_config(folder)
     notes = (AUTO_MAP,) if "auto_map" in config.hf else ()
     if config.hf.get("quantization_config"):
@@ -159,13 +159,13 @@ def _checkpoint_dtype(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtyp
     text = config.hf.get("text_config")
     for hf in (config.hf, text if isinstance(text, dict) else {}):
         if hf.get("dtype") is not None or hf.get("torch_dtype") is not None:
-            return _dtype(config.dtype)
+            return parse_dtype(config.dtype)
     largest = max(checkpoint.values(), key=lambda tensor: tensor.nbytes)
     stored = TORCH_DTYPES.get(largest.dtype, torch.float32)
     return stored if stored in DTYPES.values() else torch.float32
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise UsageError(f"dtype {name!r} is unknown. Use one of {', '.join(DTYPES)}.")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from llmkit.checkpoint.files import Checkpoint, TensorFile
-from llmkit.config import ModelConfig
+from llmkit.config import ModelConfig, MoEConfig
 from llmkit.families import Family, Rule
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -18,10 +18,14 @@ STACKED_EXPERTS = (
     Rule(
         "model.layers.{i}.mlp.experts.gate_up_proj",
         ("model.layers.{i}.mlp.experts.{j}.gate_proj.weight", "model.layers.{i}.mlp.experts.{j}.up_proj.weight"),
-        lambda config: next((moe.moe_intermediate_size,) * 2 for layer in config.layers if (moe := layer.moe) is not None),
+        lambda config: (_moe(config).moe_intermediate_size,) * 2,
     ),
     Rule("model.layers.{i}.mlp.experts.down_proj", ("model.layers.{i}.mlp.experts.{j}.down_proj.weight",)),
 )
+
+
+def _moe(config: ModelConfig) -> MoEConfig:
+    return next(layer.moe for layer in config.layers if layer.moe is not None)
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,10 @@ def _parts(tensor: TensorFile, rules: list[tuple[_Pattern, Rule]], config: Model
         shape = tensor.shape[1:] if stacked else tensor.shape
         if rule.transpose:
             shape = shape[::-1]
-        sizes = rule.sizes(config) if rule.sizes is not None else shape[:1]
-        if sum(sizes) != sum(shape[:1]) or (stacked and len(tensor.shape) != 3):
-            problems.append(f"wrong shape: {tensor.name!r} {list(tensor.shape)} cannot be cut into {' + '.join(map(str, sizes))} rows")
-            shape = (0,)
+        sizes = shape[:1] if rule.sizes is None else rule.sizes(config)
+        if len(sizes) != len(rule.ours) or sum(sizes) != sum(shape[:1]) or (stacked and tensor.shape[0] != _moe(config).num_experts):
+            problems.append(f"wrong shape: {tensor.name!r} {list(tensor.shape)} cannot be cut into {', '.join(rule.ours)}")
+            return
         for j in range(tensor.shape[0]) if stacked else (None,):
             end = 0
             for ours, size in zip(rule.ours, sizes, strict=True):
@@ -135,13 +139,13 @@ class Stored:
 def stored_layout(names: Iterable[str], family: Family) -> list[Stored]:
     """The tensors of the family's own layout that hold our parameters; of several rules for one name the first is written."""
     left = dict.fromkeys(names)
-    firsts = [(_Pattern.of(rule.ours[0]), rule) for rule in family.rules]
+    rules = [(_Pattern.of(ours), rule) for rule in family.rules for ours in rule.ours]
     out = []
     for name in list(left):
         if name not in left:  # already written together with an earlier one
             continue
         found = Stored(name, (name,))
-        for pattern, rule in firsts:
+        for pattern, rule in rules:
             numbers = pattern.match(name)
             if numbers is not None:
                 found = Stored(rule.theirs.format(**numbers), tuple(ours.format(**numbers) for ours in rule.ours), rule.transpose)

@@ -1,0 +1,161 @@
+"""From what a person types to a folder: a path, a hub id, or HUB_ID@REVISION. No torch.
+
+Downloads are left to huggingface_hub (its cache, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, its progress bars). What
+it does not do is done here: a folder comes first, only needed files are fetched, and no network is an error within
+3 seconds (it retries for about 50).
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import socket
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from llmkit.checkpoint.files import CONVERT, INDEX, PICKLES, SINGLE, shard_names
+from llmkit.errors import CheckpointError, UsageError
+
+CONNECT_SECONDS = 2.0  # for name look-up and TCP together
+LOOK_UP_SECONDS = 20.0
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9][\w./+-]*", re.ASCII)
+_SIDE_FILES = re.compile(r"[^/]*\.(json|jinja|tiktoken)|additional_chat_templates/[^/]*\.jinja|tokenizer\.model|merges\.txt|vocab\.txt")
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: an existing folder, or a hub id (`org/name`, `name`, either with `@revision`), downloaded.
+
+    Raises UsageError for a name that can be neither, CheckpointError where the model cannot be had.
+    """
+    text = str(model)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UsageError(f"{text} is a folder, and a folder has no revision {revision!r}. Leave the revision out, or give a hub id.")
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{text} is a file, not a model folder. Give the folder that holds config.json and {SINGLE}.")
+
+    name, at, tail = text.partition("@")
+    if at and revision is not None:
+        raise UsageError(f"{text} already names a revision, and revision {revision!r} was given too. Give one of them.")
+    revision = tail if at else revision
+    if isinstance(model, Path) or _is_path(name):
+        raise CheckpointError(f"The folder {text} does not exist. Check the path; a hub id looks like org/name.")
+    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+        raise UsageError(f"{text!r} is neither a folder nor a hub id. Give the path of a model folder, or a hub id like org/name.")
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise UsageError(f"revision {revision!r} cannot be a branch, tag or commit. Give one as the hub shows it, such as main.")
+    return _from_hub(name, revision)
+
+
+def needed_files(names: Iterable[str], shards: Iterable[str] = ()) -> list[str]:
+    """Of a repository's files, those llmkit reads: configuration, tokenizer, templates, and one set of safetensors.
+
+    Not fetched: pickles, other frameworks' weights, second copies (`consolidated.safetensors`), sub-folders such as onnx/.
+    """
+    names = set(names)
+    wanted = {name for name in names if _SIDE_FILES.fullmatch(name)}
+    if SINGLE in names:  # as transformers chooses where a repository has both
+        return sorted(wanted - {INDEX} | {SINGLE})
+    return sorted(wanted | names.intersection(shards))
+
+
+def _is_path(name: str) -> bool:
+    outside = name.startswith(("/", "./", "../", "~", ".\\")) or name in (".", "..", "")
+    return outside or name.count("/") > 1 or "\\" in name or name.endswith(("/", ".gguf", ".safetensors"))
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _from_cache(name, revision, "HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE to download it")
+    if (reason := _unreachable(constants.ENDPOINT)) is not None:
+        return _from_cache(name, revision, f"{constants.ENDPOINT} cannot be reached ({reason})", "Check the network")
+    try:
+        info = hub.HfApi().model_info(name, revision=revision, timeout=LOOK_UP_SECONDS)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        if "config.json" not in names:
+            raise CheckpointError(f"{name} on the hub has no config.json, so it is no model llmkit can load. {_formats(names)}")
+        shards: set[str] = set()
+        if SINGLE not in names and INDEX in names:
+            shards = set(shard_names(Path(hub.hf_hub_download(name, INDEX, revision=info.sha))).values())
+        elif SINGLE not in names:
+            raise CheckpointError(f"{name} on the hub has no {SINGLE}. {_formats(names)}")
+        if absent := sorted(shards.difference(names)):
+            raise CheckpointError(
+                f"{name} on the hub lacks the shards {', '.join(absent)}. Its upload is incomplete; choose another revision."
+            )
+        patterns = [glob.escape(file) for file in needed_files(names, shards)]
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the hub, its HTTP client or a full disk raised: one sentence about it
+        raise _explain(name, revision, error) from error
+
+
+def _from_cache(name: str, revision: str | None, reason: str, remedy: str) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # Only config.json is asked for: whether the weights are complete is seen, and said better, on opening them.
+        return Path(hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        at = "" if revision is None else f" at revision {revision}"
+        raise CheckpointError(
+            f"{name}{at} is no folder here and not in the hub cache, and {reason}. {remedy}, or give the path of a model folder."
+        ) from error
+
+
+def _unreachable(endpoint: str) -> str | None:
+    """Why no connection to the hub can be made, or None. In a thread, because a name look-up has no time limit."""
+    url = urlsplit(endpoint)
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    proxy = getproxies().get(url.scheme) or getproxies().get("all")
+    if proxy and not proxy_bypass(host):
+        through = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        host, port = through.hostname or "", through.port or 80
+    reason: list[str | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+            reason.append(None)
+        except OSError as error:
+            reason.append(error.strerror or str(error))
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    return reason[0] if reason else f"no answer within {CONNECT_SECONDS:g} seconds"
+
+
+def _formats(names: list[str]) -> str:
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        return f"It has pickle files ({', '.join(pickles[:3])}). {CONVERT}"
+    return "Choose a repository with config.json and safetensors."
+
+
+def _explain(name: str, revision: str | None, error: Exception) -> CheckpointError:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return CheckpointError(f"{name} is gated. Accept its terms on its hub page, then set HF_TOKEN to a token of that account.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(f"{name} has no revision {revision!r} on the hub. Check the branch, tag or commit.")
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
+        return CheckpointError(
+            f"{name} is neither a folder here nor a hub model you may read (HTTP {status}). "
+            "Check the spelling; for a private or gated model set HF_TOKEN to a token that may read it."
+        )
+    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return CheckpointError(f"{name} could not be downloaded: {first}. Try again; what has arrived is kept in the cache.")

@@ -1,0 +1,203 @@
+"""A `Transformer` as a Hugging Face folder: the family's own tensor names and layouts, the config.json it was read from.
+
+All is written to a hidden folder beside the target and renamed at the end: the target is either as it was or complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from llmkit.checkpoint.files import INDEX, SINGLE
+from llmkit.checkpoint.load import TORCH_DTYPES, parse_dtype
+from llmkit.checkpoint.weights import Stored, stored_layout
+from llmkit.config import ModelConfig
+from llmkit.errors import CheckpointError, ConfigError, UsageError
+from llmkit.families import family
+from llmkit.model.transformer import Transformer
+
+MAX_SHARD_BYTES = 5_000_000_000
+# What belongs to a model beside config.json and weights.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+
+_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+
+
+def save_model(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that `load_model` and transformers open.
+
+    source: a model folder whose tokenizer, chat templates and generation_config.json are copied.
+    dtype: float32, float16 or bfloat16 to convert to, tensor by tensor; by default the weights' own.
+    max_shard_bytes: weights beyond it are split into shards with an index; a larger tensor has a shard to itself.
+    overwrite: replace a model folder that is there; without it, only a new or an empty folder is written.
+    Raises UsageError for a target that may not be replaced, CheckpointError where writing fails (nothing is left behind).
+    """
+    if max_shard_bytes < 1:
+        raise UsageError(f"max_shard_bytes is {max_shard_bytes}, but a shard holds at least one byte. Leave it out for 5 GB.")
+    wanted = None if dtype is None else parse_dtype(dtype)
+    target = Path(folder).expanduser().resolve()
+    _check_target(target, overwrite)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    layout = stored_layout(weights, family(model.config.model_type))
+    config = _config_json(model.config, {wanted or tensor.dtype for tensor in weights.values()})
+    with _replacing(target) as partial:
+        _write_json(partial / "config.json", config)
+        if source is not None:
+            _copy_side_files(Path(source), partial)
+        _write_weights(partial, layout, weights, wanted, max_shard_bytes)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file, and a model is saved as a folder. Choose another name.")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{target} exists and is not empty. Choose another folder, or overwrite it (overwrite=True).")
+    if not (target / "config.json").is_file():
+        # Replacing means deleting all that is in it; a home folder given by mistake must survive that.
+        raise UsageError(f"{target} is not a model folder (it has no config.json), so it is not overwritten. Choose another folder.")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` that becomes `target` at the end, or vanishes whatever happens."""
+    suffix = uuid.uuid4().hex[:8]
+    partial, old = target.with_name(f".{target.name}.{suffix}.partial"), target.with_name(f".{target.name}.{suffix}.old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    except BaseException as error:  # Ctrl-C too
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"Cannot save to {target}: {error.strerror or error}. Nothing was written; free space, or choose another folder."
+            ) from error
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _config_json(config: ModelConfig, dtypes: set[torch.dtype]) -> dict[str, Any]:
+    """The config.json as it was read, in its old or new spelling, with the dtype that is really written."""
+    if not config.hf:
+        raise ConfigError("The model's configuration was not read from a config.json, so none can be written. Build it with read_config.")
+    # The code that auto_map points to is not part of what we read, and so not of what we write.
+    hf = {name: value for name, value in config.hf.items() if name != "auto_map"}
+    for name in {"dtype", "torch_dtype"} & hf.keys():
+        if len(dtypes) == 1:
+            hf[name] = str(*dtypes).removeprefix("torch.")
+    return hf
+
+
+def _copy_side_files(source: Path, folder: Path) -> None:
+    for pattern in SIDE_FILES:
+        for file in source.glob(pattern):
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _write_weights(
+    folder: Path, layout: Sequence[Stored], weights: Mapping[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int
+) -> None:
+    entries = [_Entry(stored, weights, dtype) for stored in layout]
+    shards: list[list[_Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        return _write_safetensors(folder / SINGLE, shards[0])
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_safetensors(folder / name, shard)
+        weight_map |= {entry.stored.name: name for entry in shard}
+    _write_json(folder / INDEX, {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": weight_map})
+
+
+class _Entry:
+    """A tensor to be written. Its shape is known before its bytes are put together, so only one is ever in memory."""
+
+    def __init__(self, stored: Stored, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+        self.stored = stored
+        self.parts = [weights[name] for name in stored.ours]
+        self.dtype = self.parts[0].dtype if dtype is None else dtype
+        shape = (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+        self.shape = shape[::-1] if stored.transpose else shape
+        self.nbytes = sum(part.numel() for part in self.parts) * self.dtype.itemsize
+
+    def tensor(self) -> Tensor:
+        whole = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        return (whole.t() if self.stored.transpose else whole).to("cpu", self.dtype).contiguous()
+
+
+def _write_safetensors(path: Path, entries: Sequence[_Entry]) -> None:
+    # Wider elements first, and a header padded to 8 bytes: every tensor is aligned, so that it can be mapped in place.
+    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        header[entry.stored.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for entry in entries:
+            file.write(memoryview(entry.tensor().flatten().view(torch.uint8).numpy()))
+        _sync(file)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with path.open("wb") as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+        _sync(file)
+
+
+def _sync(file: BinaryIO) -> None:
+    """A disk may report only here that it is full, and a rename must not come before the bytes."""
+    file.flush()
+    os.fsync(file.fileno())
