@@ -225,12 +225,8 @@ class LLM:
         ids = self._encode(prompt)
         logprobs: list[float] = []
         for logits in self._forward(ids):
-            start = len(logprobs)
-            targets = np.asarray(ids[start + 1 : start + 1 + len(logits)])
-            wide = logits[: len(targets)].astype(np.float64)
-            top = wide.max(axis=-1, keepdims=True) if len(wide) else wide
-            norm = np.log(np.exp(wide - top).sum(axis=-1)) + top.reshape(-1) if len(wide) else np.zeros(0)
-            logprobs.extend((wide[np.arange(len(targets)), targets] - norm).tolist())
+            targets = ids[len(logprobs) + 1 : len(logprobs) + 1 + len(logits)]  # the very last token predicts none of them
+            logprobs += _log_probabilities(logits[: len(targets)], targets)
         return Score(tuple(ids), tuple(logprobs), self._scored_bytes(prompt, ids))
 
     def _scored_bytes(self, prompt: Prompt, ids: list[int]) -> int | None:
@@ -357,6 +353,14 @@ def _context_size(config: ModelConfig, ctx_size: int | None) -> int:
     if not 1 <= ctx_size <= limit:
         raise UsageError(f"ctx_size {ctx_size} is not between 1 and {limit}, the model's own context. Choose one in between.")
     return ctx_size
+
+
+def _log_probabilities(logits: np.ndarray, targets: list[int]) -> list[float]:
+    """The natural log probability of target i under row i of the logits `[len(targets), vocab]`."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    chosen = wide[np.arange(len(targets)), np.asarray(targets, dtype=np.int64)]
+    return (chosen - np.log(np.exp(wide).sum(axis=-1))).tolist()
 
 
 def _human(count: int) -> str:

@@ -18,3 +18,11 @@ def data_dir() -> Path:
     if not (folder / "MANIFEST.md").is_file():
         pytest.skip(f"no real data at {folder}; set LLMKIT_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model folder with a tokenizer and a chat template (see tests/tiny.py)."""
+    from tests.tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")

@@ -32,6 +32,7 @@ RATIOS = {
 @option("--prefill", type=click.IntRange(min=1), default=512, show_default=True, metavar="N", help="Tokens of the prompt.")
 @option("--decode", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="Tokens of the reply.")
 @option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Runs of which the median is taken.")
+@option("--starts", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Process starts of each side.")
 @option("--against", type=click.Choice(["transformers"]), help="Measure this beside it, taking turns, in float32 unless --dtype says else.")
 @option("--json", "as_json", is_flag=True, envvar="LLMKIT_JSON", help="Print one flat JSON object and nothing else.")
 def bench(
@@ -42,6 +43,7 @@ def bench(
     prefill: int,
     decode: int,
     repeat: int,
+    starts: int,
     against: str | None,
     as_json: bool,
     **_: object,
@@ -61,6 +63,7 @@ def bench(
         prefill=prefill,
         decode=decode,
         repeat=repeat,
+        starts=starts,
         against_transformers=against is not None,
     )
     result = measure(plan, _progress if sys.stderr.isatty() else lambda _: None)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmkit.errors import UsageError
 from llmkit.results import Chunk, Completion
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ def state_dir() -> Path:
 def read_input(name: str) -> str:
     """The text of a file, or of standard input for `-`, without the newline at its very end."""
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    try:
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        where = "standard input" if name == "-" else name
+        raise UsageError(f"{where} is not UTF-8 text (byte {error.start}). Convert it first, for example with iconv.") from error
 
 
 def finish(stream: Stream, show: Callable[[Chunk], None] = lambda _: None) -> Completion:
