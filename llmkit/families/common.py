@@ -245,6 +245,7 @@ class Fields:
 
     def model(self, *, layers: Iterable[LayerConfig], **fields: Any) -> ModelConfig:
         """The ModelConfig: the fields all families share, and the ones given here, which win."""
+        layers = tuple(layers)
         heads = self.integer("num_attention_heads")
         kv_heads = heads if self.get("num_key_value_heads") is None else self.integer("num_key_value_heads")
         if heads % kv_heads:
@@ -259,19 +260,27 @@ class Fields:
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": self.head_dim,
-            "max_position_embeddings": self.integer("max_position_embeddings", maximum=MAX_POSITIONS),
+            "max_position_embeddings": max(self.integer("max_position_embeddings", maximum=MAX_POSITIONS), *map(_reach, layers)),
             "hidden_act": ACTIVATIONS[self.choice("hidden_act", ACTIVATIONS)],
             "norm_eps": self.number("rms_norm_eps"),
             "tie_word_embeddings": self.flag("tie_word_embeddings"),
             "dtype": "float32" if self.get(dtype) is None else self.choice(dtype, DTYPES),
             "hf": self.hf,
         }
-        return ModelConfig(layers=tuple(layers), **(shared | fields))
+        return ModelConfig(layers=layers, **(shared | fields))
 
 
 def uniform(fields: Fields, **layer: Any) -> Sequence[LayerConfig]:
     """Layers that are all alike."""
     return [LayerConfig(**layer)] * fields.num_hidden_layers
+
+
+def _reach(layer: LayerConfig) -> int:
+    """Positions that a dynamic or yarn RoPE was stretched to: config.json may still give those of the original context."""
+    rope = layer.rope
+    if rope is None or rope.rope_type not in ("dynamic", "yarn") or rope.original_max_position_embeddings is None:
+        return 0
+    return min(MAX_POSITIONS, int(rope.original_max_position_embeddings * rope.factor))
 
 
 def _rope(own: Fields, head_dim: int, positions: int, *, partial: bool) -> RopeConfig:

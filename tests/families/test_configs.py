@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmkit.config import ModelConfig, RopeConfig
 from llmkit.errors import ConfigError
 from llmkit.families import MODEL_TYPES, family, read_config
-from tests.families.tiny import LLAMA3, LONG, SHORT, VARIANTS, YARN, hf_config, raw_config
+from tests.families.tiny import LLAMA3, LONG, ORIGINAL, SHORT, VARIANTS, YARN, hf_config, raw_config
 
 CONFIG_CLASSES = {
     "gemma2": "Gemma2Config", "gemma3": "Gemma3Config", "gemma3_text": "Gemma3TextConfig", "gpt2": "GPT2Config",
@@ -63,7 +63,8 @@ def test_fields_agree_with_transformers(variant: str) -> None:
     theirs, ours = hf_config(variant), read_config(raw_config(hf_config(variant)))
     assert (ours.vocab_size, ours.hidden_size, ours.num_hidden_layers) == (theirs.vocab_size, theirs.hidden_size, theirs.num_hidden_layers)
     assert ours.num_attention_heads == theirs.num_attention_heads
-    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    if variant != "llama-dynamic":
+        assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.hf == raw_config(theirs)
 
@@ -82,6 +83,12 @@ def test_rope_types_keep_their_parameters() -> None:
     assert rope_of("llama-yarn").original_max_position_embeddings == YARN["rope_parameters"]["original_max_position_embeddings"]
     longrope = rope_of("phi3-longrope")
     assert (longrope.short_factor, longrope.long_factor, longrope.factor) == (tuple(SHORT), tuple(LONG), 512 / 48)
+
+
+def test_stretched_contexts_may_be_used() -> None:
+    """Where config.json keeps the original context, the factor says how far a request may go."""
+    assert tiny("llama-dynamic").max_position_embeddings == 3 * ORIGINAL
+    assert tiny("llama-yarn", max_position_embeddings=ORIGINAL).max_position_embeddings == 4 * ORIGINAL
 
 
 def test_older_names_of_longrope() -> None:
