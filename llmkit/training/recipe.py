@@ -1,0 +1,285 @@
+"""Recipes: a YAML file plus `key=value` overrides as one frozen dataclass. No torch.
+
+The dataclasses below are the only description of the keys: they parse, check, print the help and are stored with the
+run. An unknown key, a wrong type or a combination that cannot work is a `UsageError` naming the key and, where one is
+near, the key that was probably meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from llmkit.errors import UsageError
+
+
+def key(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
+    """A recipe key with its one-line description."""
+    metadata = {"help": help}
+    if factory is not dataclasses.MISSING:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of `data`."""
+
+    path: str = key("a .txt, .md or .jsonl file, or a folder of them")
+    weight: float = key("how often each document is seen per epoch; 0.5: a fresh random half each epoch", 1.0)
+    format: Literal["auto", "text", "jsonl"] = key("auto: by the file's ending", "auto")
+    separator: str = key("parts the documents of a text file", "<|endoftext|>")
+    chat: bool | None = key("prompt/completion rows through the chat template; default: where there is a template", None)
+    learn: Literal["completion", "all"] = key("which tokens of a prompt or chat are targets", "completion")
+    held_out: float | None = key("share of documents held out, instead of the recipe's held_out; 1 is evaluation only", None)
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """A byte-level BPE to be trained on the recipe's own text."""
+
+    vocab_size: int = key("entries, special tokens and the 256 bytes included")
+    special_tokens: tuple[str, ...] = key("added in this order, from id 0", ("<|endoftext|>",))
+    bos: str | None = key("begins every document", "<|endoftext|>")
+    eos: str = key("ends every document", "<|endoftext|>")
+    chat_template: str | None = key("a Jinja chat template; {% generation %} marks what is learned", None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All keys of a recipe, with their defaults."""
+
+    model: str | dict[str, Any] = key("a checkpoint (folder or hub id), or a config.json mapping to start from scratch")
+    data: tuple[Source, ...] = key("the sources that are mixed")
+    output: str = key("the run's folder: model/, checkpoint.pt, metrics.jsonl, loss.png")
+    tokenizer: str | TokenizerRecipe | None = key("a folder, or a mapping to train one; default: the model's own", None)
+
+    max_length: int = key("tokens per packed row", 512)
+    batch_size: int = key("rows per forward pass", 8)
+    grad_accumulation: int = key("forward passes per optimizer step", 1)
+    held_out: float = key("share of documents kept for evaluation, chosen by a hash of their text", 0.01)
+
+    max_steps: int | None = key("stop after this many optimizer steps", None)
+    epochs: float | None = key("stop after this many passes over the data", None)
+    max_minutes: float | None = key("stop after this much training time; the schedule follows the share that has passed", None)
+
+    optimizer: Literal["adamw", "muon"] = key("muon: Muon for the hidden matrices, AdamW for the rest", "adamw")
+    learning_rate: float = key("the peak", 1e-3)
+    muon_learning_rate: float | None = key("the peak for Muon's matrices, in AdamW's scale; default: learning_rate", None)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = key("wsd: constant, then linear over the decay share", "cosine")
+    warmup_steps: int = key("steps of linear warm-up", 100)
+    min_learning_rate: float = key("where the schedule ends, as a share of the peak", 0.1)
+    decay: float = key("share of the run that wsd spends decaying", 0.2)
+    weight_decay: float = key("on matrices only; not on norms, biases and embeddings", 0.1)
+    beta1: float = key("AdamW", 0.9)
+    beta2: float = key("AdamW", 0.95)
+    max_grad_norm: float = key("gradients are clipped to this norm; 0: never", 1.0)
+    ema: float | None = key("decay of a moving average of the weights, which is then evaluated and saved", None)
+
+    seed: int = key("for the weights and the order of the data", 0)
+    device: str = key("cpu, cuda, mps; auto takes the fastest there is", "auto")
+    dtype: Literal["float32", "bfloat16"] = key("bfloat16: autocast on CUDA; the weights stay float32", "float32")
+    compile: bool = key("torch.compile the model (pays in long runs)", False)
+    save_dtype: Literal["float32", "bfloat16", "float16"] = key("of the tensors in model/", "float32")
+
+    generation: dict[str, Any] = key("defaults for sampling, written to generation_config.json of a model from scratch", factory=dict)
+
+    log_every: int = key("steps between lines of metrics.jsonl", 10)
+    eval_every: int = key("steps between evaluations; 0: only at the end", 250)
+    eval_documents: int = key("held-out documents per source that an evaluation reads; 0: all", 200)
+    save_every: int = key("steps between checkpoints; 0: by save_minutes and at the end only", 0)
+    save_minutes: float = key("minutes between checkpoints; 0: by save_every and at the end only", 5.0)
+    prompts: tuple[str, ...] = key("continued by the model at every evaluation, to look at", ())
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "max_length": (2, 2**20), "batch_size": (1, 2**20), "grad_accumulation": (1, 2**20), "held_out": (0, 0.9),
+            "max_steps": (1, 2**40), "epochs": (1e-9, 1e9), "max_minutes": (1e-9, 1e9), "learning_rate": (1e-12, 10),
+            "muon_learning_rate": (1e-12, 10), "warmup_steps": (0, 2**40), "min_learning_rate": (0, 1), "decay": (0, 1),
+            "weight_decay": (0, 10), "beta1": (0, 0.99999), "beta2": (0, 0.9999999), "max_grad_norm": (0, 1e9), "ema": (0, 0.9999999),
+            "seed": (0, 2**63 - 1), "log_every": (1, 2**40), "eval_every": (0, 2**40), "eval_documents": (0, 2**40),
+            "save_every": (0, 2**40), "save_minutes": (0, 1e9),
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            _within(name, getattr(self, name), low, high)
+        if not self.data:
+            raise UsageError("data lists no source. Give at least one, as in data: [{path: stories.txt}].")
+        for index, source in enumerate(self.data):
+            _within(f"data.{index}.weight", source.weight, 0, 1000)
+            _within(f"data.{index}.held_out", source.held_out, 0, 1)
+        if self.max_steps is None and self.epochs is None and self.max_minutes is None:
+            raise UsageError("Nothing says when to stop. Set max_steps, epochs or max_minutes.")
+        if self.muon_learning_rate is not None and self.optimizer != "muon":
+            raise UsageError(f"muon_learning_rate has no effect with optimizer={self.optimizer}. Set optimizer=muon or drop the key.")
+        if isinstance(self.model, dict) and self.tokenizer is None:
+            raise UsageError("model is a configuration without a tokenizer. Set tokenizer to a folder, or to a mapping to train one.")
+        if isinstance(self.tokenizer, TokenizerRecipe):
+            _check_tokenizer(self.tokenizer)
+            if isinstance(self.model, str):
+                raise UsageError(
+                    f"a new tokenizer does not fit the trained embedding of {self.model}. Drop tokenizer, or start from scratch with a mapping."
+                )
+
+
+def _check_tokenizer(tokenizer: TokenizerRecipe) -> None:
+    for name, token in (("bos", tokenizer.bos), ("eos", tokenizer.eos)):
+        if token is not None and token not in tokenizer.special_tokens:
+            raise UsageError(f"tokenizer.{name} is {token!r}, which is not among tokenizer.special_tokens. Add it there.")
+    least = 256 + len(tokenizer.special_tokens)
+    if tokenizer.vocab_size < least:
+        raise UsageError(f"tokenizer.vocab_size is {tokenizer.vocab_size}, but 256 bytes and the special tokens need {least}. Raise it.")
+
+
+def _within(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise UsageError(f"{name} is {value:g}, which is out of range. Choose a value from {low:g} to {high:g}.")
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, changed by `key=value` strings (dotted keys: `data.0.weight=2`).
+
+    Raises:
+        UsageError: the file, a key, a value or a combination cannot be right.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe {path} cannot be read ({error}). Give the path of a YAML file.") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe {path} is not YAML ({' '.join(str(error).split())}). Mend the line named.") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"the recipe {path} is a {type(raw).__name__}, not a mapping of keys. See llmkit train --help.")
+    for override in overrides:
+        _override(raw, override)
+    recipe: Recipe = _build(Recipe, raw, "")
+    return recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain YAML-able data; `from_dict` reads it back."""
+    return dataclasses.asdict(recipe)
+
+
+def from_dict(raw: Mapping[str, Any]) -> Recipe:
+    """The inverse of `to_dict`."""
+    recipe: Recipe = _build(Recipe, raw, "")
+    return recipe
+
+
+def keys_help() -> str:
+    """Every key with its type, default and meaning, for `llmkit train --help`."""
+    return "\n".join(_help_lines(Recipe, ""))
+
+
+def _help_lines(cls: type, prefix: str) -> Iterator[str]:
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        default = "required" if required else f"default {'none' if item.default is None else item.default}"
+        yield f"{prefix}{item.name} ({_type_name(hints[item.name])}; {default}): {item.metadata['help']}"
+        for inner in (hints[item.name], *get_args(hints[item.name])):
+            if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+                yield from _help_lines(inner, f"{prefix}{item.name}.{'N.' if get_origin(hints[item.name]) is tuple else ''}")
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UsageError(f"{override!r} is not of the form key=value. Write, for instance, max_steps=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"the value in {override!r} cannot be read. Quote it as in YAML.") from None
+    *path, last = name.split(".")
+    node: Any = raw
+    for depth, part in enumerate(path):
+        if isinstance(node, dict):
+            node = node.setdefault(part, {})
+        elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            raise UsageError(f"{name} cannot be set: {'.'.join(path[: depth + 1])} does not exist in the recipe. Check the key.")
+    if isinstance(node, dict):
+        node[last] = value
+    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    else:
+        raise UsageError(f"{name} cannot be set: {'.'.join(path) or 'the recipe'} holds no keys. Check the key.")
+
+
+def _build(cls: type, raw: Any, where: str) -> Any:
+    if not isinstance(raw, Mapping):
+        raise UsageError(f"{where} is {raw!r}, not a mapping. Its keys are {', '.join(f.name for f in dataclasses.fields(cls))}.")
+    hints = get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    for name in raw:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
+            remedy = f"Did you mean {prefix}{near[0]}?" if near else f"Known keys are {', '.join(hints)}."
+            raise UsageError(f"{prefix}{name} is not a key of a recipe. {remedy}")
+    for item in dataclasses.fields(cls):
+        if item.name not in raw and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise UsageError(f"{prefix}{item.name} is missing. Set it: {item.metadata['help']}.")
+    return cls(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in raw.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`; the only liberties are int for float and YAML 1.1's `1e-3`, which it reads as a string."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        for option in options:
+            if dataclasses.is_dataclass(option) == isinstance(value, Mapping) or get_origin(option) is dict:
+                return _convert(option, value, where)
+        return _convert(options[0], value, where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where)
+    if origin is Literal:
+        if value in arguments and isinstance(value, str):
+            return value
+        near = difflib.get_close_matches(str(value), arguments, n=1)
+        remedy = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(arguments)}."
+        raise UsageError(f"{where} is {value!r}, which is not a choice. {remedy}")
+    if origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_convert(arguments[0], entry, f"{where}.{index}") for index, entry in enumerate(value))
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif type(value) is hint:
+        return value
+    raise UsageError(f"{where} is {value!r}, which is not {_article(_type_name(hint))}. Correct the value.")
+
+
+def _type_name(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments if a is not type(None))
+    if origin is Literal:
+        return "|".join(arguments)
+    if origin is tuple:
+        return "list"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "mapping"
+    return {float: "number", int: "integer", str: "string", bool: "true|false"}.get(hint, "value")
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -1,0 +1,222 @@
+"""Documents, labels, the held-out split and packing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmkit.errors import UsageError
+from llmkit.model.transformer import Transformer
+from llmkit.text.chat import encode_prompt
+from llmkit.text.tokenizer import Tokenizer, load_tokenizer
+from llmkit.training.data import IGNORE, Corpus, RowStream, encode_document, load_corpora, pack, sequential_batches
+from llmkit.training.documents import Document, parse_row, read_documents
+from llmkit.training.loss import cross_entropy
+from llmkit.training.recipe import Source, TokenizerRecipe
+from llmkit.training.tokenizer import train_tokenizer
+
+from .conftest import stories
+
+
+def corpus_of(lengths: list[int], divisible: bool = True) -> Corpus:
+    """Documents with the tokens 1, 2, 3, ... all of them different."""
+    total = sum(lengths)
+    return Corpus(
+        np.arange(1, total + 1, dtype=np.int32),
+        np.ones(total, bool),
+        np.cumsum([0, *lengths], dtype=np.int64),
+        np.zeros(len(lengths), np.int64),
+        np.full(len(lengths), divisible),
+        np.array(lengths, np.int64),
+        [f"d{n}" for n in range(len(lengths))],
+    )
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Source:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return Source(path=str(path))
+
+
+# -- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_keeps_every_text(tokenizer: Tokenizer) -> None:
+    for text in ["The cat", " 2 dogs\n\n\tÄ 日本 🦊\x00 <|user|>", "".join(map(chr, range(1, 300)))]:
+        assert tokenizer.decode(tokenizer.encode(text, bos=False), skip_special=False) == text
+
+
+def test_tokenizer_is_deterministic_and_splits_digits(tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path) -> None:
+    recipe = TokenizerRecipe(vocab_size=300, special_tokens=("<|end|>", "<|user|>", "<|assistant|>"), bos="<|end|>", eos="<|end|>")
+    train_tokenizer(recipe, stories(120), tmp_path, 64)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tokenizer_folder / "tokenizer.json").read_bytes()
+    ids = tokenizer.encode("12 trees", bos=False)
+    assert tokenizer.decode(ids[:1]) == "1"
+    assert tokenizer.decode(ids[1:2]) == "2"
+    assert tokenizer.encode("cat")[0] == tokenizer.bos_id == 0
+
+
+# -- documents and labels --------------------------------------------------------------------------------------------
+
+
+def test_text_learns_everything_and_the_end(tokenizer: Tokenizer) -> None:
+    ids, learned = encode_document(Document("here", text="The cat."), tokenizer)
+    assert ids == [0, *tokenizer.encode("The cat.", bos=False), 0]
+    assert all(learned)
+
+
+def test_chat_learns_the_assistant_and_its_end(tokenizer: Tokenizer) -> None:
+    row = {"messages": [{"role": "user", "content": "A cat?"}, {"role": "assistant", "content": "The cat."}]}
+    ids, learned = encode_document(parse_row(json.dumps(row), "here"), tokenizer)
+    prompt = encode_prompt(tokenizer, row["messages"][:1])
+    assert ids[: len(prompt)] == prompt
+    assert ids[len(prompt) :] == [*tokenizer.encode("The cat.", bos=False), 0]
+    assert learned == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+    assert encode_document(parse_row(json.dumps(row), "here"), tokenizer, learn="all") == (ids, [True] * len(ids))
+
+
+def test_prompt_and_completion_with_and_without_template(tokenizer: Tokenizer) -> None:
+    document = Document("here", prompt="The cat ", completion="saw.")
+    as_chat = Document("here", messages=({"role": "user", "content": "The cat "}, {"role": "assistant", "content": "saw."}))
+    assert encode_document(document, tokenizer) == encode_document(as_chat, tokenizer)
+    ids, learned = encode_document(document, tokenizer, chat=False)
+    prompt, completion = tokenizer.encode("The cat "), tokenizer.encode("saw.", bos=False)
+    assert ids == prompt + completion + [0]
+    assert learned == [False] * len(prompt) + [True] * (len(completion) + 1)
+
+
+def test_chat_without_template_is_refused(tmp_path: Path) -> None:
+    train_tokenizer(TokenizerRecipe(vocab_size=280), stories(20), tmp_path, 64)
+    with pytest.raises(UsageError, match="no chat template"):
+        encode_document(parse_row('{"messages": [{"role": "user", "content": "a"}]}', "here"), load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("{", "not JSON"), ("[1]", "JSON list"), ('{"texts": "a"}', "has the keys texts"), ('{"messages": []}', "has the keys messages")],
+)
+def test_bad_rows_name_file_and_line(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n' + line, encoding="utf-8")
+    with pytest.raises(UsageError, match=said) as caught:
+        list(read_documents(Source(path=str(path))))
+    assert "rows.jsonl:2" in str(caught.value)
+
+
+def test_sources_that_are_not_there_or_not_text(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").mkdir()
+    for name, said in (("none.txt", "does not exist"), ("latin.txt", "not UTF-8"), ("empty", "has no .txt")):
+        with pytest.raises(UsageError, match=said):
+            list(read_documents(Source(path=str(tmp_path / name))))
+
+
+# -- the held-out split ----------------------------------------------------------------------------------------------
+
+
+def test_held_out_split_is_stable(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = [f"Story number {n}." for n in range(1000)]
+    held = {text for text in texts if Document("", text=text).is_held_out(0.1)}
+    assert 70 <= len(held) <= 130
+    assert held <= {text for text in texts if Document("", text=text).is_held_out(0.2)}  # a larger share only adds
+    assert Document("", text="Story number 13.").is_held_out(0.5) == Document("other place", text="  STORY number\n13. ").is_held_out(0.5)
+    # The same story lies on one side in every form, wherever it stands in the file.
+    forms = [{"text": text} for text in texts] + [{"messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": t}]} for t in texts]
+    train, out = load_corpora([write_rows(tmp_path / "a.jsonl", forms[::-1])], tokenizer, 0.1)
+    assert len(out) == 2 * len(held)
+    assert len(train) == 2 * (1000 - len(held))
+
+
+def test_a_source_may_be_evaluation_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", [{"text": t} for t in stories(20)])
+    two = Source(path=one.path, held_out=1.0)
+    train, out = load_corpora([Source(path=one.path, held_out=0.0), two], tokenizer, 0.5)
+    assert set(train.sources.tolist()) == {0}
+    assert set(out.sources.tolist()) == {1}
+    with pytest.raises(UsageError, match="no document to learn from"):
+        load_corpora([two], tokenizer, 0.5)
+
+
+# -- packing ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 32), min_size=1, max_size=80))
+def test_pack_puts_every_piece_in_one_row_and_wastes_little(lengths: list[int]) -> None:
+    rows = pack(np.array(lengths), 32)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= 32
+    assert len(rows) <= 11 / 9 * np.ceil(sum(lengths) / 32) + len([n for n in lengths if n > 10]) + 1
+    assert sum(f <= 16 for f in filled) <= 1  # two rows that are half empty would have been one
+
+
+def test_every_target_is_learned_once_per_epoch() -> None:
+    corpus = corpus_of([5, 70, 2, 33, 9])
+    stream = RowStream(corpus, [1.0], 16, seed=3, epochs=1)
+    pairs = []
+    while (batch := stream.next_batch(2)) is not None:
+        learned = batch.labels != IGNORE
+        pairs += list(zip(batch.tokens[learned].tolist(), batch.labels[learned].tolist(), strict=True))
+        assert batch.tokens.shape[1] <= 16
+    ends = {5, 75, 77, 110, 119}
+    assert sorted(pairs) == [(t, t + 1) for t in range(1, 119) if t not in ends]
+    assert corpus.target_count == len(pairs)
+
+
+def test_chats_are_cut_not_continued() -> None:
+    batches = list(sequential_batches(corpus_of([40, 5], divisible=False), 16, 4))
+    learned = sum(b.target_count for b in batches)
+    assert learned == 16 + 4
+
+
+def test_weights_say_how_often() -> None:
+    corpus = corpus_of([3] * 400)
+    corpus.sources[200:] = 1
+    stream = RowStream(corpus, [2.0, 0.5], 8, seed=0, epochs=1)
+    seen = np.zeros(400, int)
+    while (batch := stream.next_batch(16)) is not None:
+        firsts = batch.tokens[batch.positions == 0]
+        for token in firsts[firsts % 3 == 1].tolist():
+            seen[(token - 1) // 3] += 1
+    assert (seen[:200] == 2).all()
+    assert 70 <= seen[200:].sum() <= 130
+    assert seen[200:].max() == 1
+    with pytest.raises(UsageError, match="weight 0"):
+        RowStream(corpus, [0.0, 0.0], 8, seed=0)
+
+
+def test_stream_continues_from_its_place() -> None:
+    corpus = corpus_of([7, 9, 30, 4, 12, 2] * 5)
+    one, two = (RowStream(corpus, [1.0], 16, seed=1) for _ in range(2))
+    for _ in range(23):
+        one.next_batch(3)
+    two.seek(one.epoch, one.row)
+    assert one.epoch >= 1
+    for _ in range(9):
+        a, b = one.next_batch(3), two.next_batch(3)
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a.tokens, b.tokens)
+        assert a.documents == b.documents
+
+
+def test_packed_documents_equal_separate_ones(tokenizer: Tokenizer, make_model: Callable[..., Transformer], tmp_path: Path) -> None:
+    """Loss and gradients of packed rows are those of every document on its own: nothing leaks."""
+    train, _ = load_corpora([write_rows(tmp_path / "a.jsonl", [{"text": t} for t in stories(12)])], tokenizer, 0.0)
+    packed, separate = make_model(), make_model()
+    batches = list(sequential_batches(train, 64, 3))
+    assert max(int(b.segments.max()) for b in batches) >= 2
+    total = sum(cross_entropy(packed, batch) for batch in batches)
+    alone = sum(cross_entropy(separate, batch) for n in range(len(train)) for batch in sequential_batches(train.select(np.array([n])), 64, 1))
+    total.backward()
+    alone.backward()
+    assert torch.allclose(total, alone, rtol=1e-5)
+    for a, b in zip(packed.parameters(), separate.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4 * float(b.grad.abs().max()))
