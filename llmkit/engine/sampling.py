@@ -151,12 +151,12 @@ def top_p(logits: Logits, p: float) -> Logits:
     Source: The Curious Case of Neural Text Degeneration, arXiv:1904.09751, section 3.1.
     """
     largest = logits.max()
-    weights = np.exp(logits - largest)
+    weights = _weights(logits, largest)
     removable = (1.0 - p) * float(weights.sum(dtype=np.float64))
     large = weights > removable / len(weights)
     candidates = np.sort(logits[large])
     below = float(weights.sum(where=~large, dtype=np.float64))
-    reached = below + np.cumsum(np.exp(candidates - largest), dtype=np.float64)
+    reached = below + np.cumsum(_weights(candidates, largest), dtype=np.float64)
     first_kept = int(np.searchsorted(reached, removable, side="right"))
     return _keep_from(logits, candidates[first_kept] if first_kept < len(candidates) else largest)
 
@@ -221,7 +221,7 @@ def choose(logits: Logits, draw: float) -> int:
     Weights are float32, their sums float64. Sums over runs of tokens find the run, so that only one run is summed up token by token.
     """
     run = 512
-    weights = np.exp(logits - logits.max())
+    weights = _weights(logits, logits.max())
     ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), run), dtype=np.float64))
     target = draw * ends[-1]
     # The minimum: draw * total may round up to the total, and then the first place that reaches it is the last with any weight.
@@ -277,11 +277,17 @@ def sample(
 def token_logprobs(logits: Logits, token: int, k: int) -> TokenLogprobs:
     """Log probability of `token` and of the k likeliest tokens under softmax of the raw `logits` `[vocab]`."""
     largest = logits.max()
-    log_total = float(largest) + math.log(np.exp(logits - largest).sum(dtype=np.float64))
+    log_total = float(largest) + math.log(_weights(logits, largest).sum(dtype=np.float64))
     k = min(k, len(logits))
     ids = np.argpartition(logits, len(logits) - k)[len(logits) - k :] if k else np.empty(0, dtype=np.int64)
     ids = ids[np.lexsort((ids, -logits[ids]))]
     return TokenLogprobs(token, float(logits[token]) - log_total, tuple((int(i), float(logits[i]) - log_total) for i in ids))
+
+
+def _weights(logits: Logits, largest: np.floating[Any]) -> Logits:
+    """Probabilities up to their sum; in one new array, because fresh memory costs more than the arithmetic."""
+    weights: Logits = logits - largest
+    return np.exp(weights, out=weights)
 
 
 def _keep_from(logits: Logits, smallest: float | np.floating[Any]) -> Logits:

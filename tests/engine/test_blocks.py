@@ -60,6 +60,20 @@ def test_blocks_are_scattered_only_where_no_run_is_long_enough() -> None:
     assert pool.allocate(1) == [5]
 
 
+def test_a_cached_prefix_taken_back_is_room_no_more() -> None:
+    """Five of twelve blocks are free, and all five are the prefix: the two blocks beyond it do not fit."""
+    cache = KVCache((None,), 4, max_tokens=48, max_step_tokens=64)
+    prompt = np.zeros(20, dtype=np.int32)
+    cache.close(fill(cache, prompt, 20, 20))
+    other = cache.open(b"other", prompt, 28)
+    assert cache.admit(other, 0)
+    again = cache.open(b"", np.append(prompt, np.int32(0)), 28)
+    assert cache.match(again, 21) == 5
+    assert not cache.admit(again, 5)
+    cache.close(other)
+    assert cache.admit(again, 5)
+
+
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 9])
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
 def test_most_held_is_reached_and_never_passed(window: int, step: int) -> None:
