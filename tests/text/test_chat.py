@@ -110,7 +110,7 @@ HOSTILE = {
     "value into a buffer": "{% set s = 'x' * 999999 %}{% set t %}{% for a in range(99999) %}{{ s }}{% endfor %}{% endset %}",
     "text times": "{{ 'a' * 10 ** 9 }}",
     "list times": "{{ ([1] * 1000000000)|length }}",
-    "power": "{{ 9 ** 9 ** 9 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
     "squares": doubled("ns.x * ns.x", start="3"),
     "plus": doubled("ns.x + ns.x"),
     "tilde": doubled("ns.x ~ ns.x"),
@@ -145,7 +145,7 @@ HOSTILE = {
     "batch": "{{ [1]|batch(1000000000, 'x')|list }}",
     "sum of lists": "{{ ([[1, 2, 3]] * 99999)|sum(start=[]) }}",
     "macro that calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(200) }}",
+    "macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
     "block that calls itself": "{% block b %}{{ self.b() }}{{ self.b() }}{% endblock %}",
     "recursive loop": "{% for x in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
     "redefined checkpoints": "{% set environment = 1 %}{% set step = 1 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -172,6 +172,7 @@ def test_hostile_templates_are_stopped(name: str) -> None:
         except BaseException as error:
             ended.append(error)
 
+    ChatTemplate("").render([USER])  # the import of Jinja is not the template's time
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     thread = threading.Thread(target=render)
