@@ -66,6 +66,8 @@ def save_model(
     """
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes is {max_shard_bytes}, but a shard holds at least one byte. Leave it out for 5 GB.")
+    if source is not None and not Path(source).is_dir():
+        raise UsageError(f"source {source} is not a folder, so there is no tokenizer to copy. Give the folder the model came from.")
     wanted = None if dtype is None else parse_dtype(dtype)
     target = Path(folder).expanduser().resolve()
     _check_target(target, overwrite)
@@ -144,13 +146,16 @@ def _write_weights(
 ) -> None:
     entries = [_Entry(stored, weights, dtype) for stored in layout]
     shards: list[list[_Entry]] = [[]]
+    size = 0
     for entry in entries:
-        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > max_shard_bytes:
+        if shards[-1] and size + entry.nbytes > max_shard_bytes:
             shards.append([])
+            size = 0
         shards[-1].append(entry)
+        size += entry.nbytes
     if len(shards) == 1:
         return _write_safetensors(folder / SINGLE, shards[0])
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_safetensors(folder / name, shard)
@@ -187,7 +192,7 @@ def _write_safetensors(path: Path, entries: Sequence[_Entry]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for entry in entries:
-            file.write(memoryview(entry.tensor().flatten().view(torch.uint8).numpy()))
+            file.write(entry.tensor().flatten().view(torch.uint8).numpy().data)
         _sync(file)
 
 
