@@ -216,7 +216,7 @@ def test_damaged_ranks_and_models(tmp_path: Path, tokenizers: dict[str, Tokenize
     for content, said in [
         (ranks(), "265 ranks, the number of no family"),
         (ranks().replace(b"AQ== 1\n", b"AQ== x\n"), "line 2"),
-        (ranks()[8:], "no rank for byte 0"),
+        (ranks()[7:], "no rank for byte 0"),
         (ranks() + b"YWJj 3\n", "gives a rank twice"),
         (b"\n\x05junk", "not a usable sentencepiece model"),
     ]:
