@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ from llmkit.errors import UsageError
 from llmkit.results import Chunk, Completion
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
     from llmkit.llm import Stream
 
@@ -60,6 +61,20 @@ def write_stream(stream: Stream) -> Completion:
     return completion
 
 
+class Tail:
+    """The last lines of something taller than the terminal: where the text grows."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        from rich.segment import Segment
+
+        for line in console.render_lines(self._content, options.update(height=None), pad=False)[1 - console.height :]:
+            yield from line
+            yield Segment.line()
+
+
 def write_markdown(stream: Stream, console: Console) -> Completion:
     """Print a reply as Markdown as it is said.
 
@@ -70,14 +85,14 @@ def write_markdown(stream: Stream, console: Console) -> Completion:
     from rich.markdown import Markdown
 
     open_text = ""
-    with Live(console=console, transient=True, refresh_per_second=12, vertical_overflow="ellipsis") as live:
+    with Live(console=console, transient=True, refresh_per_second=12) as live:
 
         def show(chunk: Chunk) -> None:
             nonlocal open_text
             done, open_text = split_finished(open_text + chunk.text)
             if done.strip():
                 live.console.print(Markdown(done), "")
-            live.update(Markdown(open_text))
+            live.update(Tail(Markdown(open_text)))
 
         completion = finish(stream, show)
         live.update("")

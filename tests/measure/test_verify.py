@@ -1,0 +1,89 @@
+"""verify finds what is wrong, and only that."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import llmkit
+from llmkit.errors import UsageError
+from llmkit.measure.verify import default_length, relative, steps, verify
+from llmkit.model.attention import Attention
+from tests.tiny import write_model
+
+
+def test_relative() -> None:
+    assert relative(np.array([1.0, 2.0]), np.array([1.0, 4.0])) == 0.5
+    assert relative(np.array([np.nan]), np.array([1.0])) == np.inf
+
+
+def test_every_row_of_a_good_model_is_the_same(tiny_model_dir: Path) -> None:
+    checks = verify(tiny_model_dir, length=40, device="cpu")
+    assert [check.ok for check in checks] == [True] * 5, checks
+
+
+def test_a_wrong_model_differs_from_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our arithmetic is changed by a little; transformers' is not."""
+    folder = write_model(tmp_path / "model")
+    right = Attention.forward
+
+    def wrong(self: Attention, *arguments: object, **rest: object) -> torch.Tensor:
+        return right(self, *arguments, **rest) * 1.01  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Attention, "forward", wrong)
+    checks = {check.name: check for check in verify(folder, length=40, device="cpu")}
+    assert checks["logits vs transformers"].ok is False
+    assert all(checks[name].ok for name in ("cached vs uncached", "chunked vs whole prefill", "batch vs single"))
+
+
+def test_a_step_that_rounds_is_found(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only single-token steps are spoiled: the rows that never take one stay right."""
+    from llmkit.model.backend import TorchBackend
+
+    right = TorchBackend.step
+
+    def rounded(self: TorchBackend, tokens: np.ndarray, *rest: object, **named: object) -> np.ndarray:
+        logits = right(self, tokens, *rest, **named)  # type: ignore[arg-type]
+        return logits.round(2) if len(tokens) == 1 else logits
+
+    monkeypatch.setattr(TorchBackend, "step", rounded)
+    checks = {check.name: check for check in verify(tiny_model_dir, length=40, device="cpu")}
+    assert checks["cached vs uncached"].ok is False
+    assert checks["chunked vs whole prefill"].ok is True
+    assert checks["logits vs transformers"].ok is True
+
+
+def test_what_transformers_cannot_load_is_not_checked_and_says_why(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no such architecture\nmore")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    checks = verify(tiny_model_dir, length=40, device="cpu")
+    assert [check.ok for check in checks] == [None, None, True, True, True]
+    assert checks[0].note == "transformers could not load it: no such architecture"
+
+
+def test_steps_agree_with_the_api(tiny_model_dir: Path) -> None:
+    llm = llmkit.load(tiny_model_dir, device="cpu")
+    ids = list(range(5, 45))
+    (logits,) = steps(llm.new_backend(), [ids], [40])
+    np.testing.assert_allclose(logits, llm.logits(ids), atol=1e-6)
+
+
+def test_length(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = llmkit.load(tiny_model_dir, device="cpu").config
+    assert default_length(config) == 96
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_model_dir, folder)
+    config_json = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config_json | {"max_position_embeddings": 32}))
+    assert default_length(llmkit.load(folder, device="cpu").config) == 16
+    with pytest.raises(UsageError, match="length 32 is not between 2 and 31"):
+        verify(folder, length=32, device="cpu")
