@@ -270,6 +270,20 @@ def test_windows_alone_hold_any_length() -> None:
     assert sequence.token_ids.tolist() == backend.reply(PROMPT, params, seed=0)
 
 
+def test_nobody_waits_for_a_prefix_that_a_window_has_left_behind() -> None:
+    backend = FakeBackend(tiny_config((6,)))
+    engine = Engine(backend, max_cache_tokens=24, prefill_chunk=4)
+    first = engine.add(PROMPT, SamplingParams(temperature=0, max_tokens=60))
+    while first.num_generated < 30:
+        engine.step()
+    second = engine.add(PROMPT, GREEDY)
+    engine.step()
+    assert second in engine.scheduler.running
+    assert second.cached_tokens == 0
+    run(engine, first, second)
+    assert second.token_ids.tolist() == backend.reply(PROMPT, GREEDY, seed=0)
+
+
 def test_without_max_tokens_the_reply_fills_the_context() -> None:
     engine = Engine(FakeBackend(tiny_config(max_positions=32)))
     sequence = engine.add(PROMPT, SamplingParams(temperature=0))

@@ -74,6 +74,19 @@ def test_a_cached_prefix_taken_back_is_room_no_more() -> None:
     assert cache.admit(again, 5)
 
 
+def test_equal_contents_computed_twice_are_known_once() -> None:
+    """Two replies that happen to be equal: the second copy must not outlive, nor take along, what is known of the first."""
+    pool = BlockPool(2)
+    first, second = pool.allocate(2)
+    for block in (first, second):
+        pool.publish(block, b"same")
+    pool.release(first)
+    pool.release(second)
+    assert pool.known == {b"same": first}
+    pool.allocate(2)
+    assert pool.known == {}
+
+
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 9])
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
 def test_most_held_is_reached_and_never_passed(window: int, step: int) -> None:
