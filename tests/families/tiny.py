@@ -121,9 +121,10 @@ def perturb(model: torch.nn.Module, seed: int) -> None:
 
 
 def hf_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model in eval mode. Eager attention: the others leave out soft caps."""
+    """A random float32 model in eval mode. Eager attention: the others leave out soft caps; eager experts: the others want even sizes."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager)
     perturb(model, seed)
     return model.eval()
 
