@@ -305,7 +305,8 @@ def test_without_a_tokenizer(tmp_path: Path, tiny_model_dir: Path) -> None:
     completion = llm.generate([BOS, 5, 6], temperature=0, max_tokens=6)
     assert completion.text == ""
     assert list(completion.token_ids) == greedy(llm, [BOS, 5, 6], 6)
-    assert tuple(token for chunk in llm.stream([BOS, 5, 6], temperature=0, max_tokens=6) for token in chunk.token_ids) == completion.token_ids
+    chunks = list(llm.stream([BOS, 5, 6], temperature=0, max_tokens=6))
+    assert tuple(token for chunk in chunks for token in chunk.token_ids) == completion.token_ids
     assert llm.logits([1, 2]).shape == (2, llm.config.vocab_size)
     assert llm.score([1, 2, 3]).bits_per_byte is None
     for ask in (lambda: llm.generate("text"), lambda: llm.score("text"), lambda: llm.generate([1], stop="x"), lambda: llm.tokenizer):
@@ -335,7 +336,7 @@ def test_prompts_that_do_not_fit_say_the_numbers(tiny_model_dir: Path) -> None:
     with pytest.raises(ContextOverflow, match=r"64 tokens.*64"):
         llm.generate([5] * 64)
     assert len(llm.generate([5] * 40, temperature=0, ignore_eos=True).token_ids) == 24  # up to the end of the context
-    with pytest.raises(UsageError, match="5000.*4096"):
+    with pytest.raises(UsageError, match=r"5000.*4096"):
         llmkit.load(tiny_model_dir, ctx_size=5000)
     with pytest.raises(UsageError, match="token id 100000"):
         llm.generate([100000])

@@ -29,7 +29,10 @@ LEVELS = [
 ROOM_OF_FILE = {"folder": "llm", "reply": "llm"}
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
-NO_TORCH = ["__init__", "config", "errors", "results", "folder", "reply", "llm", "families", "text", "engine", "checkpoint/files", "checkpoint/hub", "cli"]
+NO_TORCH = [
+    *("__init__", "config", "errors", "results", "folder", "reply", "llm"),
+    *("families", "text", "engine", "checkpoint/files", "checkpoint/hub", "cli"),
+]
 
 
 def modules() -> list[Path]:

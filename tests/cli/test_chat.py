@@ -23,7 +23,7 @@ class Terminal:
 
     def __init__(self, model: Path, state: Path, *arguments: str) -> None:
         env = {name: value for name, value in os.environ.items() if not name.startswith("LLMKIT_")}
-        env |= {"XDG_STATE_HOME": str(state), "TERM": "xterm-256color", "COLUMNS": "100", "PROMPT_TOOLKIT_NO_CPR": "1", "LLMKIT_DEVICE": "cpu"}
+        env |= {"XDG_STATE_HOME": str(state), "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "LLMKIT_DEVICE": "cpu"}
         command = ["-m", "llmkit", "chat", str(model), *arguments]
         self.child = pexpect.spawn(sys.executable, command, env=env, encoding="utf-8", timeout=WAIT, dimensions=(40, 100))
 

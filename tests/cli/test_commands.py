@@ -138,7 +138,9 @@ def test_generate_from_bos(said: Said, tiny_model_dir: Path) -> None:
 
 
 def test_generate_json(said: Said, tiny_model_dir: Path) -> None:
-    code, out, err = said("generate", str(tiny_model_dir), "-p", "Once", "-n", "5", "--seed", "3", "--json", "--logprobs", "2", "--ignore-eos")
+    code, out, err = said(
+        *("generate", str(tiny_model_dir), "-p", "Once", "-n", "5", "--seed", "3", "--json", "--logprobs", "2", "--ignore-eos")
+    )
     assert (code, err) == (0, "")
     result = json.loads(out)
     assert len(result["token_ids"]) == result["usage"]["completion_tokens"] == 5

@@ -60,7 +60,7 @@ def test_saved_chats_are_training_rows(conversation: Conversation, tmp_path: Pat
     assert other.messages == conversation.messages
 
 
-@pytest.mark.parametrize("content", ["", "not json", "{}", '{"messages": 3}', '{"messages": [1]}', '{"messages": [{"role": "user"}]}', "[]"])
+@pytest.mark.parametrize("content", ["", "no json", "{}", '{"messages": 3}', '{"messages": [1]}', '{"messages": [{"role": "user"}]}', "[]"])
 def test_loading_what_is_no_chat(conversation: Conversation, tmp_path: Path, content: str) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text(content)
