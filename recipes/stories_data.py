@@ -7,7 +7,7 @@ Sources: real TinyStories (CDLA-Sharing-1.0), stories sampled from stories260K (
 
     heldout.jsonl            real stories kept apart (5%, by a hash of the text); no training file holds one, nor a near copy of one
     real-plain.jsonl         real stories as they are
-    real-prompted.jsonl      each real story several times, as the answer to different requests, half of them with nouns exchanged
+    real-prompted.jsonl      each real story several times, as the answer to different requests, most of them with nouns exchanged
     sampled-plain.jsonl      the teacher's stories
     sampled-prompted.jsonl   the same as answers
     books.jsonl              passages of the books
@@ -84,6 +84,8 @@ AGAIN = [
 MEN = words("boy man dad brother grandpa prince king policeman fireman wizard")
 WOMEN = words("girl woman mom sister grandma princess queen fairy witch nurse mermaid")
 NEVER_REPLACED = AMBIGUOUS | UNIQUE | words("mom dad grandma grandpa friend baby room house park")  # "Mom said": used like names
+COMMON = words("mom dad girl boy man park toy house room tree")  # a story tells of them unasked
+EXCHANGE_SHARE = 0.8  # of the requests; with a half, a model of two million parameters was slow to see that the request matters
 _COMPOUND = re.compile(r"\b(?:teddy|polar|ice|living|dining|rain|snow|hot|potato|tooth|swimming) (?=\w)", re.IGNORECASE)
 
 
@@ -102,7 +104,11 @@ def salient(story: str) -> dict[str, float]:
     """The nouns one may ask for to get this story, each with a weight: those that come early or come back, and stand as nouns."""
     opening = nouns_in(story[: len(story) // 3])
     counts = {noun: count for noun, count in nouns_in(story).items() if count > 1 or noun in opening}
-    return {noun: count**0.5 for noun, count in counts.items() if noun != "friend" and stands_as_noun(noun, story)}
+    return {
+        noun: min(count, 5) * (0.3 if noun in COMMON else 1.0)
+        for noun, count in counts.items()
+        if noun != "friend" and stands_as_noun(noun, story)
+    }
 
 
 def choose(rng: random.Random, weights: dict[str, float], count: int) -> list[str]:
@@ -129,7 +135,7 @@ def exchanged(rng: random.Random, story: str, nouns: Sequence[str]) -> tuple[str
         present = nouns_in(story)
         compound = any(story[m.end() :].lower().startswith(noun) for m in _COMPOUND.finditer(story))
         choices = [] if noun in NEVER_REPLACED or compound else [new for new in stand_ins(noun) if new not in present]
-        if choices and rng.random() < 0.75:
+        if choices and rng.random() < 0.85:
             new = rng.choice(choices)
             story = exchange(story, noun, new)
             noun = new
@@ -231,6 +237,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", default=os.environ.get("LLMKIT_TEST_DATA", "../shared/data"), help="the data folder")
     parser.add_argument("output", type=Path, nargs="?", default=Path("runs/stories-data"))
     parser.add_argument("--variants", type=int, default=8, help="requests per real story")
+    parser.add_argument("--samples", type=Path, help="the teacher's shards; samples/ in the output folder by default")
     args = parser.parse_args()
     data, output = Path(args.data), args.output
     output.mkdir(parents=True, exist_ok=True)
@@ -239,7 +246,7 @@ def main() -> None:
     training, held_out = read_stories(data)
     books = [path.read_text(encoding="utf-8") for path in sorted((data / "text" / "books").glob("*.txt"))]
     vocabulary = frozenset(re.findall(r"[a-z]+", "\n".join([*training, *books]).lower()))
-    samples, reasons = read_samples(output / "samples", held_out, vocabulary)
+    samples, reasons = read_samples(args.samples or output / "samples", held_out, vocabulary)
     print(f"{len(training)} real stories, {len(held_out)} held out; {len(samples)} sampled stories, left out: {dict(reasons)}", flush=True)
 
     def allowed(row: Row) -> bool:
@@ -250,10 +257,10 @@ def main() -> None:
     write(output / "sampled-plain.jsonl", ({"text": story} for story in samples), allowed)
     write(output / "books.jsonl", ({"text": passage} for book in books for passage in passages(book)), allowed)
     rng = random.Random(0)
-    real = (prompted(rng, story, training, exchange_share=0.5) for _ in range(args.variants) for story in training)
+    real = (prompted(rng, story, training, EXCHANGE_SHARE) for _ in range(args.variants) for story in training)
     write(output / "real-prompted.jsonl", real, allowed)
     recalled = [story for story in samples if max(nouns_in(story).values(), default=0) > 2]  # something stays its subject
-    write(output / "sampled-prompted.jsonl", (prompted(rng, story, recalled, exchange_share=0.4) for story in recalled), allowed)
+    write(output / "sampled-prompted.jsonl", (prompted(rng, story, recalled, EXCHANGE_SHARE) for story in recalled), allowed)
 
 
 if __name__ == "__main__":
