@@ -156,10 +156,8 @@ def _equal(head: TensorFile, embedding: TensorFile) -> bool:
 
 def _checkpoint_dtype(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
     """The dtype config.json states, as in transformers; without one, that of the largest tensor."""
-    text = config.hf.get("text_config")
-    for hf in (config.hf, text if isinstance(text, dict) else {}):
-        if hf.get("dtype") is not None or hf.get("torch_dtype") is not None:
-            return parse_dtype(config.dtype)
+    if config.hf.get("dtype") is not None or config.hf.get("torch_dtype") is not None:
+        return parse_dtype(config.dtype)
     largest = max(checkpoint.values(), key=lambda tensor: tensor.nbytes)
     stored = TORCH_DTYPES.get(largest.dtype, torch.float32)
     return stored if stored in DTYPES.values() else torch.float32

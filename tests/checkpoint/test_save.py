@@ -15,7 +15,7 @@ import transformers
 
 from llmkit.checkpoint import save
 from llmkit.checkpoint.files import open_checkpoint, read_json
-from llmkit.checkpoint.load import load_model
+from llmkit.checkpoint.load import load_model, load_model_with_report
 from llmkit.checkpoint.save import save_model
 from llmkit.errors import CheckpointError, ConfigError, UsageError
 from llmkit.families import MODEL_TYPES, read_config
@@ -90,6 +90,32 @@ def test_gpt2_body_without_prefix(tmp_path: Path) -> None:
     raw.write(tmp_path / "bare" / "model.safetensors", tensors)
     save_model(load_model(tmp_path / "bare"), tmp_path / "saved")
     assert stored(tmp_path / "saved") == stored(source)
+
+
+def test_the_text_part_of_an_image_model(tmp_path: Path) -> None:
+    """Gemma 3 as published: the text model under `language_model.`, its configuration in text_config, and a vision tower."""
+    text = tiny.tiny_folder(tmp_path / "text", "gemma3")
+    tensors = {f"language_model.{name}": (d, list(s), b) for name, (d, s, b) in stored(text).items()}
+    tensors["vision_tower.vision_model.post_layernorm.weight"] = raw.floats([3], 1.0)
+    inner = read_json(text / "config.json")
+    (tmp_path / "whole").mkdir()
+    outer = {"model_type": "gemma3", "text_config": inner, "vision_config": {}, "dtype": inner.pop("dtype")}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(outer))
+    raw.write(tmp_path / "whole" / "model.safetensors", tensors)
+    model, report = load_model_with_report(tmp_path / "whole")
+    assert report.skipped == ("vision_tower.vision_model.post_layernorm.weight",)
+    save_model(model, tmp_path / "saved")
+    assert stored(tmp_path / "saved") == stored(text)
+    assert torch.equal(hf_logits(tmp_path / "saved"), hf_logits(text))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["stories260K-hf", "gpt-nano-sort-hf"])
+def test_trained_models(tmp_path: Path, data_dir: Path, name: str) -> None:
+    source = data_dir / "models" / name
+    save_model(load_model(source), tmp_path / "saved", source=source)
+    assert stored(tmp_path / "saved") == stored(source)
+    assert read_json(tmp_path / "saved" / "config.json") == read_json(source / "config.json")
 
 
 def test_conversion_is_written_into_the_config(tmp_path: Path) -> None:
