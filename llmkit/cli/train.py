@@ -26,8 +26,16 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
     settings = read_recipe(recipe, overrides)
     from llmkit.training.run import run_recipe
 
-    folder = run_recipe(settings, resume=resume)
-    click.echo(folder)
+    click.echo(run_recipe(settings, resume=resume, sample=_sample))
+
+
+def _sample(folder: Path, prompt: str) -> str:
+    """What a person would get: an answer where the model chats, else a continuation."""
+    import llmkit
+
+    llm = llmkit.load(folder)
+    speak = llm.chat if llm.tokenizer.chat_template is not None else llm.generate
+    return f"{prompt} -> {speak(prompt, max_tokens=min(120, llm.config.max_position_embeddings // 2), seed=0).text}"
 
 
 if __name__ == "__main__":

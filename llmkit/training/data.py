@@ -54,6 +54,11 @@ class Corpus:
         first[self.offsets[:-1]] = True  # nothing comes before a document's first token to predict it from
         return int((self.learned & ~first).sum())
 
+    def longer_than(self, max_length: int) -> tuple[int, int]:
+        """How many documents do not fit into a row: those that go on in further rows, and those that are cut."""
+        long = self.offsets[1:] - self.offsets[:-1] - 1 > max_length
+        return int((long & self.divisible).sum()), int((long & ~self.divisible).sum())
+
     def select(self, documents: Ints) -> Corpus:
         """The corpus of some of the documents."""
         spans = [slice(self.offsets[d], self.offsets[d + 1]) for d in documents]
@@ -69,7 +74,9 @@ class Corpus:
         )
 
 
-def encode_document(document: Document, tokenizer: Tokenizer, chat: bool | None = None, learn: str = "completion") -> tuple[list[int], list[bool]]:
+def encode_document(
+    document: Document, tokenizer: Tokenizer, chat: bool | None = None, learn: str = "completion"
+) -> tuple[list[int], list[bool]]:
     """Token ids of a document and, for each, whether it is a target.
 
     Prompt and completion go through the chat template where there is one (`chat` overrules it), else they are encoded
@@ -149,8 +156,8 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> Batch:
-        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions, self.segments))
-        return Batch(*moved, self.documents)
+        tokens, labels, positions, segments = (t.to(device) for t in (self.tokens, self.labels, self.positions, self.segments))
+        return Batch(tokens, labels, positions, segments, self.documents)
 
 
 # Pieces of documents: int64 `[pieces, 3]` of document, first slot, number of slots.
@@ -215,7 +222,7 @@ def make_batch(corpus: Corpus, rows: Sequence[Ints]) -> Batch:
         positions[r, at:] = np.arange(length - at)
         segments[r, at:] = len(row)
     documents = tuple(dict.fromkeys(int(d) for row in rows for d in row[:, 0]))
-    return Batch(*(torch.from_numpy(a) for a in (tokens, labels, positions, segments)), documents)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions), torch.from_numpy(segments), documents)
 
 
 class RowStream:

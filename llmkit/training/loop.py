@@ -223,9 +223,10 @@ class Trainer:
             self.report.say(f"step {self.done.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         for text in texts:
             self.report.say(f"  {text!r}")
+        self.report.draw()
 
     def save(self) -> None:
-        """Write the checkpoint (replacing the last one whole), the model for people and the loss curve."""
+        """Write the checkpoint, replacing the last one whole, and the model for people."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.checkpoint.with_name(f"{self.checkpoint.name}.{os.getpid()}.tmp")
         try:
@@ -239,7 +240,6 @@ class Trainer:
         if self.export is not None:
             with self.averaged() as model:
                 self.export(model)
-        self.report.draw()
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on."""
@@ -290,7 +290,8 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(
-                f"the checkpoint {self.checkpoint} does not fit this recipe or is damaged ({reason}). Use the recipe it was made with, or start anew."
+                f"the checkpoint {self.checkpoint} does not fit this recipe or is damaged ({reason}). "
+                "Use the recipe it was made with, or start anew."
             ) from None
         self.report.rewind(self.done.step)
 

@@ -5,6 +5,7 @@ run. An unknown key, a wrong type or a combination that cannot work is a `UsageE
 near, the key that was probably meant.
 """
 
+# ruff: noqa: RUF009  (key() only describes a field)
 from __future__ import annotations
 
 import dataclasses
@@ -124,7 +125,8 @@ class Recipe:
             _check_tokenizer(self.tokenizer)
             if isinstance(self.model, str):
                 raise UsageError(
-                    f"a new tokenizer does not fit the trained embedding of {self.model}. Drop tokenizer, or start from scratch with a mapping."
+                    f"a new tokenizer does not fit the trained embedding of {self.model}. "
+                    "Drop tokenizer, or start from scratch with a mapping."
                 )
 
 

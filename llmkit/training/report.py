@@ -31,7 +31,12 @@ class Report:
 
     def __enter__(self) -> Report:
         if self.console.is_terminal:
-            columns = (TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("step {task.fields[step]}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>5.1f}%"),
+                TextColumn("{task.fields[text]}"),
+            )
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=1.0, step=0, text="")
             self._bar.start()
@@ -84,7 +89,9 @@ class Report:
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         loss.plot([e["step"] for e in train], [e["loss"] for e in train], lw=0.8, alpha=0.7, label="training")
         if held:
-            loss.plot([e["step"] for e in held], [e["eval_loss"] for e in held], "o-", ms=3, label=f"held out ({held[-1]['eval_loss']:.3f})")
+            loss.plot(
+                [e["step"] for e in held], [e["eval_loss"] for e in held], "o-", ms=3, label=f"held out ({held[-1]['eval_loss']:.3f})"
+            )
         loss.set_ylabel("loss (nats per token)")
         loss.legend()
         loss.grid(alpha=0.3)

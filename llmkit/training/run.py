@@ -15,7 +15,7 @@ from torch import nn
 from llmkit.checkpoint.hub import resolve
 from llmkit.checkpoint.load import load_model
 from llmkit.checkpoint.save import save_model
-from llmkit.errors import ConfigError, UsageError
+from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
 from llmkit.model.transformer import Transformer, init_weights
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
@@ -78,6 +78,9 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Callable[[Path, str
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(train):,} documents, {train.target_count:,} targets, "
         f"{stream.rows_per_epoch:,} rows of {recipe.max_length} per epoch; {len(held):,} documents held out"
     )
+    for count, what in zip(train.longer_than(recipe.max_length), ("go on in further rows", "are cut"), strict=True):
+        if count:
+            report.say(f"{count:,} documents are longer than max_length={recipe.max_length} and {what}")
 
     def write(trained: nn.Module, target: Path = folder.model) -> None:
         assert isinstance(trained, Transformer)
@@ -130,14 +133,22 @@ class _Evaluation:
         return {"eval_loss": total / targets, "eval_bits_per_byte": total / math.log(2) / size, **figures}
 
 
-def _sampler(recipe: Recipe, folder: RunFolder, write: Export, sample: Callable[[Path, str], str] | None) -> Callable[[nn.Module], list[str]] | None:
+def _sampler(
+    recipe: Recipe, folder: RunFolder, write: Export, sample: Callable[[Path, str], str] | None
+) -> Callable[[nn.Module], list[str]] | None:
     """Samples come from the folder a person would use, so that they show what that folder really does."""
     if sample is None or not recipe.prompts:
         return None
 
     def texts(model: nn.Module) -> list[str]:
         write(model)
-        return [sample(folder.model, prompt) for prompt in recipe.prompts]
+        shown = []
+        for prompt in recipe.prompts:
+            try:
+                shown.append(sample(folder.model, prompt))
+            except LLMKitError as error:  # a prompt that is too long must not end hours of training
+                shown.append(f"no sample for {prompt!r}: {error}")
+        return shown
 
     return texts
 
@@ -158,7 +169,7 @@ def _tokenizer_folder(recipe: Recipe, folder: RunFolder, resume: bool) -> Path:
 def _model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Transformer:
     """The model to train, float32, on its device."""
     if isinstance(recipe.model, str):
-            return load_model(resolve(recipe.model), dtype="float32", device=str(device))
+        return load_model(resolve(recipe.model), dtype="float32", device=str(device))
     hf = {
         "vocab_size": tokenizer.vocab_size,
         "max_position_embeddings": recipe.max_length,
@@ -178,7 +189,8 @@ def _check_lengths(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> 
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}. Leave model.vocab_size out or raise it."
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}. "
+            "Leave model.vocab_size out or raise it."
         )
     if recipe.max_length > config.max_position_embeddings:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Training a tokenizer: byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; over bytes as in GPT-2), written as a Hugging Face folder."""
+"""Training a tokenizer: byte-level BPE (arXiv:1508.07909, over bytes as in GPT-2), written as a Hugging Face folder."""
 
 from __future__ import annotations
 

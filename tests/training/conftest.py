@@ -38,13 +38,8 @@ MODEL = {
 
 def stories(count: int, seed: int = 0) -> list[str]:
     choose = random.Random(seed).choice
-    return [
-        " ".join(
-            f"The {choose(['cat', 'dog', 'hen', 'cow'])} {choose(['saw', 'met', 'liked'])} {choose(['a ball', 'the moon', 'an egg', '12 trees'])}."
-            for _ in range(1 + (seed + n) % 5)
-        )
-        for n in range(count)
-    ]
+    who, did, what = ["cat", "dog", "hen", "cow"], ["saw", "met", "liked"], ["a ball", "the moon", "an egg", "12 trees"]
+    return [" ".join(f"The {choose(who)} {choose(did)} {choose(what)}." for _ in range(1 + (seed + n) % 5)) for n in range(count)]
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,9 @@ def test_held_out_split_is_stable(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert held <= {text for text in texts if Document("", text=text).is_held_out(0.2)}  # a larger share only adds
     assert Document("", text="Story number 13.").is_held_out(0.5) == Document("other place", text="  STORY number\n13. ").is_held_out(0.5)
     # The same story lies on one side in every form, wherever it stands in the file.
-    forms = [{"text": text} for text in texts] + [{"messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": t}]} for t in texts]
+    forms = [{"text": text} for text in texts] + [
+        {"messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": t}]} for t in texts
+    ]
     train, out = load_corpora([write_rows(tmp_path / "a.jsonl", forms[::-1])], tokenizer, 0.1)
     assert len(out) == 2 * len(held)
     assert len(train) == 2 * (1000 - len(held))
@@ -214,7 +216,9 @@ def test_packed_documents_equal_separate_ones(tokenizer: Tokenizer, make_model: 
     batches = list(sequential_batches(train, 64, 3))
     assert max(int(b.segments.max()) for b in batches) >= 2
     total = sum(cross_entropy(packed, batch) for batch in batches)
-    alone = sum(cross_entropy(separate, batch) for n in range(len(train)) for batch in sequential_batches(train.select(np.array([n])), 64, 1))
+    alone = sum(
+        cross_entropy(separate, batch) for n in range(len(train)) for batch in sequential_batches(train.select(np.array([n])), 64, 1)
+    )
     total.backward()
     alone.backward()
     assert torch.allclose(total, alone, rtol=1e-5)

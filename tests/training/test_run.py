@@ -1,0 +1,129 @@
+"""From a YAML file to a folder that transformers opens."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from llmkit.checkpoint.load import load_model
+from llmkit.errors import ConfigError, UsageError
+from llmkit.text.tokenizer import load_tokenizer
+from llmkit.training.data import load_corpora, sequential_batches
+from llmkit.training.loss import cross_entropy
+from llmkit.training.recipe import Recipe, read_recipe, to_dict
+from llmkit.training.run import run_recipe
+
+from .conftest import MODEL, SPECIAL, TEMPLATE, stories
+
+
+def write_recipe(path: Path, **keys: object) -> Path:
+    path.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    return path
+
+
+def test_yaml_to_a_folder_that_transformers_opens(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    chats = [{"messages": [{"role": "user", "content": "Go on"}, {"role": "assistant", "content": story}]} for story in stories(40, seed=1)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    (tmp_path / "plain.txt").write_text("<|endoftext|>".join(stories(60)), encoding="utf-8")
+    recipe = write_recipe(
+        tmp_path / "tiny.yaml",
+        model=MODEL,
+        tokenizer={"vocab_size": 300, "special_tokens": SPECIAL, "bos": "<|end|>", "eos": "<|end|>", "chat_template": TEMPLATE},
+        data=[{"path": str(tmp_path / "plain.txt")}, {"path": str(tmp_path / "chats.jsonl"), "weight": 2}],
+        generation={"temperature": 0.5},
+        output=str(tmp_path / "run"),
+        **{"max_length": 64, "batch_size": 4, "max_steps": 6, "held_out": 0.2, "eval_every": 3, "prompts": ["The"]},
+        **{"optimizer": "muon", "ema": 0.9, "save_dtype": "float16"},
+    )
+    sampled: list[tuple[Path, str]] = []
+
+    def sample(folder: Path, prompt: str) -> str:
+        sampled.append((folder, prompt))
+        load_model(folder)
+        if len(sampled) == 2:
+            raise UsageError("this one is too long")  # and yet training goes on
+        return prompt
+
+    folder = run_recipe(read_recipe(recipe), sample=sample)
+    assert sampled == [(folder, "The")] * 2
+
+    tokenizer, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert theirs.encode("The cat 12") == tokenizer.encode("The cat 12")
+    messages = chats[0]["messages"]
+    assert tokenizer.chat_template is not None
+    assert theirs.apply_chat_template(messages, tokenize=False) == tokenizer.chat_template.render(messages, add_generation_prompt=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.generation_config.temperature == 0.5
+    assert model.generation_config.eos_token_id == [0]
+    ids = torch.tensor([tokenizer.encode("The cat saw a ball. The dog")])
+    ours = load_model(folder, dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert set(last) >= {"step", "eval_loss", "eval_bits_per_byte", "plain_loss", "chats_bits_per_byte"}
+    _, held = load_corpora(read_recipe(recipe).data, tokenizer, 0.2)
+    batches = sequential_batches(held, 64, 1)
+    with torch.no_grad():  # the file holds float16, so the figures agree to three digits
+        nats = sum(float(cross_entropy(ours, batch)) for batch in batches)
+    said = [m["content"] for c in chats for m in c["messages"][1:]]
+    assert last["eval_loss"] == pytest.approx(nats / held.target_count, rel=2e-3)
+    assert last["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / int(held.target_bytes.sum()), rel=2e-3)
+    assert int(held.target_bytes[held.sources == 1].max()) <= max(len(text) for text in said)
+
+
+def test_a_run_is_reproducible_and_never_overwritten(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    first = run_recipe(make_recipe(output=str(tmp_path / "a"), max_steps=3))
+    second = run_recipe(make_recipe(output=str(tmp_path / "b"), max_steps=3))
+    other = run_recipe(make_recipe(output=str(tmp_path / "c"), max_steps=3, seed=1))
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (first, second, other)]
+    assert weights[0] == weights[1] != weights[2]
+    with pytest.raises(UsageError, match="already holds a run"):
+        run_recipe(make_recipe(output=str(tmp_path / "a")))
+
+
+def test_a_trained_model_is_trained_on(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    first = run_recipe(make_recipe(output=str(tmp_path / "a"), max_steps=30))
+    before = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
+    run_recipe(make_recipe(output=str(tmp_path / "b"), model=str(first), tokenizer=None, max_steps=1, learning_rate=1e-6))
+    after = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
+    assert after == pytest.approx(before, abs=1e-3)
+
+
+def test_what_does_not_fit_together_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="more than the model's 32 positions"):
+        run_recipe(make_recipe(model=MODEL | {"max_position_embeddings": 32}))
+    with pytest.raises(ConfigError, match="the tokenizer has 300 entries"):
+        run_recipe(make_recipe(model=MODEL | {"vocab_size": 200}))
+
+
+def test_command_line(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(to_dict(make_recipe(max_steps=2))))
+    command = [sys.executable, "-m", "llmkit", "finetune", str(path)]
+    done = subprocess.run([*command, "max_steps=1", "prompts=[The cat]"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "run" / "model"))
+    assert "documents held out" in done.stderr
+    assert "The cat -> " in done.stderr
+    wrong = subprocess.run([*command, "max_step=1"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "error: max_step is not a key of a recipe. Did you mean max_steps?\n"
+
+
+def test_training_needs_no_engine() -> None:
+    """Siblings do not import each other, and reading a recipe needs no torch."""
+    code = (
+        "import sys, llmkit.training.recipe; assert 'torch' not in sys.modules; "
+        "import llmkit.training.run; print([m for m in sys.modules if 'llmkit.engine' in m])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
