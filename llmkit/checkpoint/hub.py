@@ -8,6 +8,7 @@ it does not do is done here: a folder comes first, only needed files are fetched
 from __future__ import annotations
 
 import glob
+import os
 import re
 import socket
 import sys
@@ -40,12 +41,13 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     text = str(model)
     if not text.strip():
         raise UsageError("The model has no name. Give the path of a model folder, or a hub id like org/name.")
-    folder = Path(text).expanduser()
-    if folder.is_dir():
+    # os.path, because pathlib raises where a name is too long or ~USER has no home.
+    folder = Path(os.path.expanduser(text))
+    if os.path.isdir(folder):
         if revision is not None:
             raise UsageError(f"{text} is a folder, and a folder has no revision {revision!r}. Leave the revision out, or give a hub id.")
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(f"{text} is a file, not a model folder. Give the folder that holds config.json and {SINGLE}.")
 
     name, at, tail = text.partition("@")

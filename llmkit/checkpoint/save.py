@@ -69,7 +69,7 @@ def save_model(
     if source is not None and not Path(source).is_dir():
         raise UsageError(f"source {source} is not a folder, so there is no tokenizer to copy. Give the folder the model came from.")
     wanted = None if dtype is None else parse_dtype(dtype)
-    target = Path(folder).expanduser().resolve()
+    target = Path(os.path.expanduser(folder)).resolve()
     _check_target(target, overwrite)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     layout = stored_layout(weights, family(model.config.model_type))

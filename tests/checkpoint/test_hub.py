@@ -205,7 +205,21 @@ def test_a_folder_comes_first(server: FakeHub) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/no/such", "./m", "../m", "~/no-such-model", "models/org/m", "m/", "x.gguf", "a\\b", "org//m", Path("org/m")]
+    "path",
+    [
+        "/no/such",
+        "./m",
+        "../m",
+        "~/no-such-model",
+        "~nobody",
+        "./" + "m" * 300,
+        "models/org/m",
+        "m/",
+        "x.gguf",
+        "a\\b",
+        "org//m",
+        Path("org/m"),
+    ],
 )
 def test_paths_do_not_go_to_the_hub(server: FakeHub, path: str | Path) -> None:
     with pytest.raises(CheckpointError, match=r"The folder .* does not exist"):
