@@ -23,23 +23,46 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Weights widened at a time: 1 MiB of float32 stays in the second-level cache until the product has read it.
 _WIDEN_ELEMENTS = 1 << 18
+# Up to so many rows a product is bound by reading the matrix.
+_FEW_ROWS = 64
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x [..., in] @ weight [out, in].T + bias`, in the dtype of `x`.
 
     16-bit weights under float32 activations (the CPU case) are widened a slice at a time, so the arithmetic is float32
-    and no float32 copy of the matrix ever exists.
+    and no float32 copy of a large matrix exists while tokens are generated.
     """
-    if weight.dtype == x.dtype:
-        return F.linear(x, weight, bias)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or x.device.type != "cpu":
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    rows = max(1, _WIDEN_ELEMENTS // weight.shape[1]) if x.numel() == x.shape[-1] else weight.shape[0]
-    for start in range(0, weight.shape[0], rows):
-        out[..., start : start + rows] = F.linear(x, weight[start : start + rows].to(x.dtype))
+    few = x.numel() <= _FEW_ROWS * x.shape[-1]
+    product = _few_rows if few else F.linear
+    if weight.dtype == x.dtype:
+        out = product(x, weight)
+    else:
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        step = max(1, _WIDEN_ELEMENTS // weight.shape[1]) if few else weight.shape[0]
+        for start in range(0, weight.shape[0], step):
+            out[..., start : start + step] = product(x, weight[start : start + step].to(x.dtype))
     return out if bias is None else out.add_(bias)
+
+
+def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` on a CPU for the rows of a few tokens.
+
+    The matrix is cut into groups of output rows, one batched product of them all: BLAS divides a batch evenly among its
+    threads, but a lone product with few rows badly, and reads the matrix at half the memory's speed (measured: 12 GB/s
+    against 21 for one token, 7 against 14 for four).
+    """
+    out_features, in_features = weight.shape
+    groups = 2 * torch.get_num_threads()
+    size, rest = divmod(out_features, groups)
+    if rest:  # an odd vocabulary
+        left = F.linear(x, weight[-rest:])
+        return torch.cat((_few_rows(x, weight[:-rest]), left), -1) if size else left
+    flat = x.reshape(1, -1, in_features).expand(groups, -1, -1)
+    out = torch.bmm(flat, weight.view(groups, size, in_features).mT)  # [groups, rows, size]
+    return out.transpose(0, 1).reshape(*x.shape[:-1], out_features)
 
 
 class Linear(nn.Linear):
