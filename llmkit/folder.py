@@ -10,7 +10,8 @@ from typing import Any
 from llmkit.checkpoint.files import load_config, read_json
 from llmkit.checkpoint.hub import resolve
 from llmkit.config import ModelConfig
-from llmkit.errors import TemplateError, UsageError
+from llmkit.engine.sampling import SamplingParams
+from llmkit.errors import CheckpointError, TemplateError, UsageError
 from llmkit.text.chat import ChatTemplate
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -47,13 +48,17 @@ def read_folder(model: str, *, revision: str | None = None, chat_template: str |
     generation = path / "generation_config.json"
     said = read_json(generation) if generation.is_file() else {}
     template = None if tokenizer is None else tokenizer.chat_template
-    eos_ids, bos_id = special_ids(tokenizer, config, said)
+    try:
+        eos_ids, bos_id = special_ids(tokenizer, config, said)
+        defaults = sampling_defaults(said)
+    except UsageError as error:  # nobody typed it: it stands in a file
+        raise CheckpointError(f"{path} has a value in generation_config.json or config.json that cannot be: {error}") from error
     return ModelFolder(
         path=path,
         config=config,
         tokenizer=tokenizer,
         chat_template=template if chat_template is None else read_template(chat_template, tokenizer),
-        defaults=sampling_defaults(said),
+        defaults=defaults,
         eos_ids=eos_ids,
         bos_id=bos_id,
     )
@@ -77,26 +82,40 @@ def read_template(template: str | Path, tokenizer: Tokenizer | None) -> ChatTemp
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling arguments of a generation_config.json; `do_sample: false` means greedy, whatever else it says."""
+    """The sampling arguments of a generation_config.json; `do_sample: false` means greedy, whatever else it says.
+
+    Raises UsageError for a value that no request may have.
+    """
     defaults = {ours: generation_config[theirs] for theirs, ours in SAMPLING.items() if generation_config.get(theirs) is not None}
     if generation_config.get("do_sample") is False:
         defaults["temperature"] = 0.0
         for name in ("top_k", "top_p", "min_p"):
             defaults.pop(name, None)
+    SamplingParams(**defaults)
     return defaults
 
 
 def special_ids(
     tokenizer: Tokenizer | None, config: ModelConfig, generation_config: Mapping[str, Any]
 ) -> tuple[tuple[int, ...], int | None]:
-    """The ids that end a text (all that generation_config.json, config.json and the tokenizer name) and the one that begins it."""
-    eos: list[int] = []
-    for source in (generation_config.get("eos_token_id"), config.hf.get("eos_token_id"), () if tokenizer is None else tokenizer.eos_ids):
-        ids = [source] if isinstance(source, int) else list(source or ())
-        eos += [token for token in ids if token not in eos]
-    named = [generation_config.get("bos_token_id"), config.hf.get("bos_token_id")]
-    bos = [tokenizer.bos_id] if tokenizer is not None and tokenizer.bos_id is not None else [id_ for id_ in named if isinstance(id_, int)]
-    return tuple(eos), next(iter(bos), None)
+    """The ids that end a text (all that generation_config.json, config.json and the tokenizer name) and the one that begins it.
+
+    Raises UsageError where a file names something that is no id.
+    """
+    eos = [] if tokenizer is None else list(tokenizer.eos_ids)
+    bos = [] if tokenizer is None or tokenizer.bos_id is None else [tokenizer.bos_id]
+    for file in (generation_config, config.hf):
+        eos += _ids("eos_token_id", file.get("eos_token_id"))
+        bos += _ids("bos_token_id", file.get("bos_token_id"))
+    return tuple(dict.fromkeys(eos)), next(iter(bos), None)
+
+
+def _ids(name: str, said: Any) -> list[int]:
+    """A token id, or a list of them, or null."""
+    ids = said if isinstance(said, list) else [] if said is None else [said]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        raise UsageError(f"{name} is {said!r:.80}; it must be a token id or a list of them.")
+    return ids
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:

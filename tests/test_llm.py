@@ -14,7 +14,7 @@ import torch
 
 import llmkit
 from llmkit.checkpoint.load import load_model
-from llmkit.errors import ContextOverflow, LLMKitError, TemplateError, TokenizerError, UsageError
+from llmkit.errors import CheckpointError, ContextOverflow, LLMKitError, TemplateError, TokenizerError, UsageError
 from llmkit.llm import LLM
 from llmkit.results import Completion
 from tests.tiny import BOS, EOS, write_model
@@ -90,6 +90,20 @@ def test_do_sample_false_means_greedy(tmp_path: Path, tiny_model_dir: Path) -> N
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7}))
     params = llmkit.load(folder, device="cpu").params()
     assert (params.temperature, params.top_p, params.max_tokens) == (0.0, 1.0, 7)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"eos_token_id": 1.5}, {"eos_token_id": [[1]]}, {"bos_token_id": "<s>"}, {"temperature": "hot"}, {"max_new_tokens": 0}],
+    ids=str,
+)
+def test_a_generation_config_that_cannot_be_is_an_error_of_the_folder(
+    tmp_path: Path, tiny_model_dir: Path, said: dict[str, object]
+) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "odd")
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="generation_config.json"):
+        llmkit.load(folder, device="cpu")
 
 
 def test_empty_prompt_starts_from_bos(llm: LLM) -> None:

@@ -122,6 +122,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(read_text(path))
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate (\ud800) is no text to any vocabulary
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again.") from error
     if not isinstance(value, dict):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from llmkit.errors import UsageError
 from llmkit.training.recipe import Source
 
 TEXT_ENDINGS = (".txt", ".md")
+ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that Windows puts before it
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,13 @@ def read_documents(source: Source) -> Iterator[Document]:
     for path in _files(source):
         try:
             if source.format == "jsonl" or (source.format == "auto" and path.suffix == ".jsonl"):
-                with path.open(encoding="utf-8") as lines:
+                with path.open(encoding=ENCODING) as lines:
                     for number, line in enumerate(lines, 1):
                         if line.strip():
                             yield parse_row(line, f"{path}:{number}")
             else:
-                passages = path.read_text(encoding="utf-8").split(source.separator) if source.separator else [path.read_text("utf-8")]
+                text = path.read_text(ENCODING)
+                passages = text.split(source.separator) if source.separator else [text]
                 for number, passage in enumerate(passages, 1):
                     if passage.strip():
                         yield Document(f"{path}, document {number}", text=passage.strip())
@@ -76,7 +79,8 @@ def parse_row(line: str, place: str) -> Document:
     """One JSONL row as a document; UsageError says what is wrong with it."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+        json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate (\ud800) is no text
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{place} is not JSON ({error}). Each line must be one JSON object.") from None
     if not isinstance(row, dict):
         raise UsageError(f"{place} is a JSON {type(row).__name__}, not an object. Each line must be one JSON object.")
@@ -89,7 +93,7 @@ def parse_row(line: str, place: str) -> Document:
         tools = row.get("tools")
         return Document(place, messages=tuple(messages), tools=tuple(tools) if isinstance(tools, list) else None)
     raise UsageError(
-        f"{place} has the keys {', '.join(map(str, row)) or '(none)'}, which make no document. "
+        f"{place} has the keys {', '.join(row) or '(none)':.200}, which make no document. "
         'A row is {"text": "..."}, {"prompt": "...", "completion": "..."} or {"messages": [{"role": "...", "content": "..."}]}.'
     )
 
@@ -108,11 +112,11 @@ def training_texts(sources: Sequence[Source], held_out: float) -> Iterator[str]:
 
 def _files(source: Source) -> list[Path]:
     path = Path(source.path)
-    if path.is_dir():
+    if os.path.isdir(path):  # os.path, because pathlib raises where a name is too long
         files = sorted(f for f in path.rglob("*") if f.suffix in (*TEXT_ENDINGS, ".jsonl") and f.is_file())
         if files:
             return files
         raise UsageError(f"the folder {path} in data has no .txt, .md or .jsonl file. Give a folder that has, or a file.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"{path} in data does not exist. Check the path (it is relative to where you run the command).")
     return [path]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from llmkit.errors import UsageError
+
+_SHORT = reprlib.Repr()  # YAML's aliases let a few lines stand for a value whose whole repr fills the memory
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 def key(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
@@ -141,7 +145,8 @@ def _check_tokenizer(tokenizer: TokenizerRecipe) -> None:
 
 def _within(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
-        raise UsageError(f"{name} is {value:g}, which is out of range. Choose a value from {low:g} to {high:g}.")
+        shown = f"{value:g}" if isinstance(value, float) else _SHORT.repr(value)
+        raise UsageError(f"{name} is {shown}, which is out of range. Choose a value from {low:g} to {high:g}.")
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -151,9 +156,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: the file, a key, a value or a combination cannot be right.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise UsageError(f"the recipe {path} cannot be read ({error}). Give the path of a YAML file.") from None
+    try:
+        raw = _plain_yaml(text)
     except yaml.YAMLError as error:
         raise UsageError(f"the recipe {path} is not YAML ({' '.join(str(error).split())}). Mend the line named.") from None
     if not isinstance(raw, dict):
@@ -162,6 +169,14 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(raw, override)
     recipe: Recipe = _build(Recipe, raw, "")
     return recipe
+
+
+def _plain_yaml(text: str) -> Any:
+    """Plain values; YAMLError also where PyYAML's constructors raise something else (a 13th month, `!!int abc`, bottomless nesting)."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -196,7 +211,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise UsageError(f"{override!r} is not of the form key=value. Write, for instance, max_steps=100.")
     try:
-        value = yaml.safe_load(text)
+        value = _plain_yaml(text)
     except yaml.YAMLError:
         raise UsageError(f"the value in {override!r} cannot be read. Quote it as in YAML.") from None
     *path, last = name.split(".")
@@ -204,13 +219,13 @@ def _override(raw: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(path):
         if isinstance(node, dict):
             node = node.setdefault(part, {})
-        elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
         else:
             raise UsageError(f"{name} cannot be set: {'.'.join(path[: depth + 1])} does not exist in the recipe. Check the key.")
     if isinstance(node, dict):
         node[last] = value
-    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
+    elif isinstance(node, list) and last.isdecimal() and int(last) < len(node):
         node[int(last)] = value
     else:
         raise UsageError(f"{name} cannot be set: {'.'.join(path) or 'the recipe'} holds no keys. Check the key.")
@@ -218,7 +233,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 def _build(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, Mapping):
-        raise UsageError(f"{where} is {raw!r}, not a mapping. Its keys are {', '.join(f.name for f in dataclasses.fields(cls))}.")
+        raise UsageError(
+            f"{where} is {_SHORT.repr(raw)}, not a mapping. Its keys are {', '.join(f.name for f in dataclasses.fields(cls))}."
+        )
     hints = get_type_hints(cls)
     prefix = f"{where}." if where else ""
     for name in raw:
@@ -250,7 +267,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return value
         near = difflib.get_close_matches(str(value), arguments, n=1)
         remedy = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(arguments)}."
-        raise UsageError(f"{where} is {value!r}, which is not a choice. {remedy}")
+        raise UsageError(f"{where} is {_SHORT.repr(value)}, which is not a choice. {remedy}")
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_convert(arguments[0], entry, f"{where}.{index}") for index, entry in enumerate(value))
@@ -258,16 +275,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, Mapping):
             return dict(value)
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 return float(value)
-            except ValueError:
+            except (ValueError, OverflowError):  # an integer of a thousand digits does not fit into a float
                 pass
     elif type(value) is hint:
         return value
-    raise UsageError(f"{where} is {value!r}, which is not {_article(_type_name(hint))}. Correct the value.")
+    raise UsageError(f"{where} is {_SHORT.repr(value)}, which is not {_article(_type_name(hint))}. Correct the value.")
 
 
 def _type_name(hint: Any) -> str:

@@ -196,6 +196,8 @@ def test_add_eos_token(tmp_path: Path) -> None:
         ("tokenizer_config.json", b"[1]", "not a JSON object"),
         ("tokenizer_config.json", b"{" * 100_000, "not valid JSON"),
         ("tokenizer_config.json", b'{"eos_token": 3}', "is not a token"),
+        ("tokenizer_config.json", rb'{"eos_token": "\ud800"}', "not valid JSON"),
+        ("added_tokens.json", rb'{"\ud800": 400}', "not valid JSON"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "y"}}}', "not a token id"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"9999": {"content": "<new>"}}}', "do not belong together"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "no name and template"),

@@ -99,7 +99,14 @@ def test_chat_without_template_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("{", "not JSON"), ("[1]", "JSON list"), ('{"texts": "a"}', "has the keys texts"), ('{"messages": []}', "has the keys messages")],
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        (r'{"text": "\ud800"}', "not JSON"),
+        ("[1]", "JSON list"),
+        ('{"texts": "a"}', "has the keys texts"),
+        ('{"messages": []}', "has the keys messages"),
+    ],
 )
 def test_bad_rows_name_file_and_line(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "rows.jsonl"
@@ -115,6 +122,12 @@ def test_sources_that_are_not_there_or_not_text(tmp_path: Path) -> None:
     for name, said in (("none.txt", "does not exist"), ("latin.txt", "not UTF-8"), ("empty", "has no .txt")):
         with pytest.raises(UsageError, match=said):
             list(read_documents(Source(path=str(tmp_path / name))))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", '{"text": "fine"}'), ("a.txt", "fine")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert [document.text for document in read_documents(Source(path=str(tmp_path / name)))] == ["fine"]
 
 
 # -- the held-out split ----------------------------------------------------------------------------------------------

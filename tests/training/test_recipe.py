@@ -71,6 +71,11 @@ def test_a_stored_recipe_reads_back(tmp_path: Path) -> None:
         ("tokenizer=7", "tokenizer is 7, which is not a string."),
         ("max_steps", "'max_steps' is not of the form key=value."),
         ("prompts=[", "the value in 'prompts=[' cannot be read."),
+        ("seed=2026-13-01", "the value in 'seed=2026-13-01' cannot be read."),
+        ("seed=!!timestamp x", "the value in 'seed=!!timestamp x' cannot be read."),
+        ("learning_rate=1" + "0" * 400, "learning_rate is 1000"),
+        ("seed=1" + "0" * 400, "seed is 1000"),
+        ("data.²=1", "data.² cannot be set"),
     ],
 )
 def test_errors_name_the_key_and_the_remedy(tmp_path: Path, override: str, said: str) -> None:
@@ -81,12 +86,31 @@ def test_errors_name_the_key_and_the_remedy(tmp_path: Path, override: str, said:
     assert message.rstrip().endswith((".", "?"))
 
 
-@pytest.mark.parametrize(("text", "said"), [("- a", "is a list, not a mapping"), ("a: [", "is not YAML"), ("", "is a NoneType")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a", "is a list, not a mapping"),
+        ("a: [", "is not YAML"),
+        ("", "is a NoneType"),
+        ("seed: 2026-13-01", "is not YAML"),
+        ("seed: !!int x", "is not YAML"),
+        ("seed: " + "9" * 5000, "is not YAML"),
+        ("prompts: " + "[" * 2000, "is not YAML"),
+    ],
+)
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         read(tmp_path, text)
     with pytest.raises(UsageError, match="cannot be read"):
         read_recipe(tmp_path / "none.yaml")
+
+
+def test_values_are_shown_in_short(tmp_path: Path) -> None:
+    """A few lines of aliases can stand for a value of gigabytes."""
+    doubled = "\n".join(f"  - &a{n + 1} [*a{n}, *a{n}]" for n in range(24))
+    with pytest.raises(UsageError, match="which is not an integer") as caught:
+        read(tmp_path, GOOD + f"seed:\n  - &a0 [x, x]\n{doubled}\n")
+    assert len(str(caught.value)) < 2000
 
 
 def test_help_tells_every_key() -> None:
