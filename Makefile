@@ -9,11 +9,11 @@ CONSTRAINT := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 INSTALLED := $(VENV)/.installed
 MODEL ?=
 
-.PHONY: help setup chat test test-slow lint format bench stories clean
+.PHONY: help setup chat test test-slow lint format bench stories-data stories clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## make .venv and install llmkit with every extra and the test requirements
 
@@ -42,6 +42,16 @@ format: $(INSTALLED)  ## let ruff lay out the code
 
 bench: $(INSTALLED)  ## measure a model: speed, memory, time to first token (MODEL=folder-or-hub-id)
 	@$(BIN)/llmkit bench $(MODEL)
+
+DATA ?= ../shared/data
+stories-data: $(INSTALLED)  ## write the training text of the embedded model (needs the DATA folder)
+	$(BIN)/python recipes/stories_sampler.py $(DATA) runs/stories-data/samples --megabytes 9
+	$(BIN)/python recipes/stories_data.py $(DATA) runs/stories-data
+
+stories: stories-data  ## train the embedded model again and judge it (two hours)
+	$(BIN)/llmkit train recipes/stories.yaml
+	$(BIN)/llmkit train recipes/stories_requests.yaml
+	$(BIN)/python recipes/stories_eval.py runs/stories/model --data $(DATA)
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
