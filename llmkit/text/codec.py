@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from tempfile import TemporaryFile
 from typing import Protocol
 
 from llmkit.errors import TokenizerError
@@ -54,6 +56,29 @@ def library_errors(cause: str, remedy: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise TokenizerError(f"{cause} ({error}); {remedy}") from error
+
+
+@contextmanager
+def panics_unreported() -> Iterator[None]:
+    """Keeps a Rust panic's report off the terminal: the library writes it to file descriptor 2 before Python hears of it.
+
+    What anybody else writes there meanwhile comes out at the end, unless this ends with an error.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed: nothing can be seen there
+        yield
+        return
+    with TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        held.seek(0)
+        for line in held:
+            os.write(2, line)
 
 
 class Splitter:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import Span, library_errors
+from llmkit.text.codec import Span, library_errors, panics_unreported
 from llmkit.text.settings import TokenizerSettings
 
 PieceMap = Callable[[str, bool], str]  # (token, whether it is the text's first) -> its text
@@ -20,7 +20,7 @@ class JsonCodec:
     def __init__(self, data: bytes, settings: TokenizerSettings, where: str) -> None:
         from tokenizers import AddedToken, Tokenizer
 
-        with library_errors(f"{where} is not a usable tokenizer.json", "fetch the file again."):
+        with library_errors(f"{where} is not a usable tokenizer.json", "fetch the file again."), panics_unreported():
             self._native = Tokenizer.from_buffer(data)
         # Files saved in training cut and pad; a prompt must never be cut in silence.
         self._native.no_truncation()
@@ -81,7 +81,8 @@ class JsonCodec:
 
     def _added_by_post_processor(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the file's post-processor puts before and after a text, seen on a probe."""
-        encoding = self._encode("a", False, add=True)
+        with panics_unreported():
+            encoding = self._encode("a", False, add=True)
         text = [n for n, added in enumerate(encoding.special_tokens_mask) if not added]
         if not text:  # a vocabulary without the probe's letter
             return tuple(encoding.ids), ()

@@ -19,6 +19,7 @@ class SentencePieceCodec:
     """A sentencepiece model: byte fallback, and the space put before a text by the trainer's add_dummy_prefix."""
 
     replace_each_byte = True
+    strip_leading = 0  # the space the model puts before a text is a part of the first piece, and left out there
 
     def __init__(self, data: bytes, settings: TokenizerSettings, where: str) -> None:
         self._model = _processor(data, where)
@@ -27,9 +28,9 @@ class SentencePieceCodec:
             raise TokenizerError(f"{where} is a sentencepiece model without pieces; fetch the file again.")
         self._legacy = settings.legacy
         probe = self._model.encode_as_pieces("a")
-        self.strip_leading = int(bool(probe) and probe[0].startswith(SPACE))
+        self._adds_space = bool(probe) and probe[0].startswith(SPACE)
         # Text after a special token gets no space where the configuration says `"legacy": false`.
-        self._unprefixed = _processor(data + _NO_PREFIX, where) if self.strip_leading and not self._legacy else self._model
+        self._unprefixed = _processor(data + _NO_PREFIX, where) if self._adds_space and not self._legacy else self._model
 
         self._added: dict[int, AddedToken] = {
             i: AddedToken(self._model.id_to_piece(i)) for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)
@@ -84,6 +85,8 @@ class SentencePieceCodec:
         piece: str = self._model.id_to_piece(token_id)
         if self._model.is_byte(token_id):  # "<0xE2>"
             return bytes([int(piece[3:5], 16)])
+        if first and self._adds_space:
+            piece = piece.removeprefix(SPACE)
         return piece.replace(SPACE, " ").encode("utf-8")
 
     def token_id(self, token: str) -> int | None:

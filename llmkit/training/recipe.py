@@ -233,9 +233,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 def _build(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, Mapping):
-        raise UsageError(
-            f"{where} is {_SHORT.repr(raw)}, not a mapping. Its keys are {', '.join(f.name for f in dataclasses.fields(cls))}."
-        )
+        keys = ", ".join(item.name for item in dataclasses.fields(cls))
+        raise UsageError(f"{where} is {_SHORT.repr(raw)}, not a mapping. Its keys are {keys}.")
     hints = get_type_hints(cls)
     prefix = f"{where}." if where else ""
     for name in raw:
