@@ -26,6 +26,8 @@ class SentencePieceCodec:
         size = self._model.get_piece_size()
         if not size:
             raise TokenizerError(f"{where} is a sentencepiece model without pieces; fetch the file again.")
+        with library_errors(f"{where} has a piece that is not UTF-8", "fetch the file again."):
+            self._pieces: list[str] = self._model.id_to_piece(list(range(size)))
         self._legacy = settings.legacy
         probe = self._model.encode_as_pieces("a")
         self._adds_space = bool(probe) and probe[0].startswith(SPACE)
@@ -33,12 +35,12 @@ class SentencePieceCodec:
         self._unprefixed = _processor(data + _NO_PREFIX, where) if self._adds_space and not self._legacy else self._model
 
         self._added: dict[int, AddedToken] = {
-            i: AddedToken(self._model.id_to_piece(i)) for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)
+            i: AddedToken(self._pieces[i]) for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)
         }
         for token_id, token in settings.added.items():
-            if token_id < size and self._model.id_to_piece(token_id) != token.content:
+            if token_id < size and self._pieces[token_id] != token.content:
                 raise TokenizerError(
-                    f"{where}: id {token_id} is {self._model.id_to_piece(token_id)!r}, but tokenizer_config.json calls it "
+                    f"{where}: id {token_id} is {self._pieces[token_id]!r}, but tokenizer_config.json calls it "
                     f"{token.content!r}; the two files do not belong together: fetch both again."
                 )
             self._added[token_id] = token
@@ -80,9 +82,9 @@ class SentencePieceCodec:
     def piece(self, token_id: int, first: bool) -> bytes | None:
         if token_id in self._added:
             return self._added[token_id].content.encode("utf-8")
-        if not 0 <= token_id < self._model.get_piece_size():
+        if not 0 <= token_id < len(self._pieces):
             return None
-        piece: str = self._model.id_to_piece(token_id)
+        piece = self._pieces[token_id]
         if self._model.is_byte(token_id):  # "<0xE2>"
             return bytes([int(piece[3:5], 16)])
         if first and self._adds_space:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llmkit.errors import TokenizerError
 from llmkit.text import Tokenizer, load_tokenizer
 
-from .conftest import KINDS, byte_level_folder, ranks, sentencepiece_folder
+from .conftest import KINDS, byte_level_folder, ranks, sentencepiece_folder, sentencepiece_model
 
 EXPECTED = {"gpt-2": "gpt2", "llama-bpe": "llama3", "llama-spm": "llama2", "phi-3": "phi-3-mini", "qwen2": "qwen"}
 TEXTS = ["Hello world", " leading", "  two", "a\n\nb\t", "Füße 你好 🦙🦙", "", " ", "the <|im_end|> cat", "\x00\x7f", "e\u0301"]
@@ -234,6 +234,7 @@ def test_damaged_ranks_and_models(tmp_path: Path, tokenizers: dict[str, Tokenize
         (ranks()[7:], "no rank for byte 0"),
         (ranks() + b"YWJj 3\n", "gives a rank twice"),
         (b"\n\x05junk", "not a usable sentencepiece model"),
+        (sentencepiece_model().replace("▁the".encode(), b"\xff\x96\x81the"), "not UTF-8"),
     ]:
         file.write_bytes(content)
         with pytest.raises(TokenizerError, match=said):
