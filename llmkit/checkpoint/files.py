@@ -40,6 +40,7 @@ _MAX_JSON = 100_000_000  # bytes; the largest index in use is about 10 MB
 _MAX_RANK = 64
 
 REDOWNLOAD = "Download or copy the file again."
+GGUF = "GGUF files are not read yet; give the safetensors checkpoint that the file was made from."
 AUTO_MAP = "The folder brings its own modelling code (auto_map in config.json), and llmkit never runs code from a checkpoint."
 CONVERT = (
     "Pickle files can run code and are never opened; convert the model once, where you trust it: "
@@ -252,6 +253,8 @@ def _no_weights(folder: Path) -> CheckpointError:
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         return CheckpointError(f"{folder} has only pickle files ({', '.join(pickles)}) and no {SINGLE}. {CONVERT}")
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return CheckpointError(f"{folder} has {', '.join(ggufs)} and no {SINGLE}. {GGUF}")
     others = [name for name in names if name.endswith(".safetensors")]
     found = f"it has {', '.join(others)}, but no {INDEX}" if others else "it has no safetensors file at all"
     return CheckpointError(f"{folder} has no {SINGLE}; {found}. Download or copy the folder again.")

@@ -13,19 +13,20 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from llmkit.checkpoint.files import CONVERT, INDEX, PICKLES, SINGLE, shard_names
+from llmkit.checkpoint.files import CONVERT, GGUF, INDEX, PICKLES, SINGLE, shard_names
 from llmkit.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from huggingface_hub.utils.tqdm import tqdm
 
-CONNECT_SECONDS = 2.0  # for name look-up and TCP together
+CONNECT_SECONDS = 1.5  # for name look-up and TCP together
 LOOK_UP_SECONDS = 10.0
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
@@ -48,6 +49,8 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
             raise UsageError(f"{text} is a folder, and a folder has no revision {revision!r}. Leave the revision out, or give a hub id.")
         return folder
     if os.path.isfile(folder):
+        if text.endswith(".gguf"):
+            raise CheckpointError(f"{text} cannot be loaded. {GGUF}")
         raise CheckpointError(f"{text} is a file, not a model folder. Give the folder that holds config.json and {SINGLE}.")
 
     name, at, tail = text.partition("@")
@@ -156,13 +159,18 @@ def _unreachable(endpoint: str) -> str | None:
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(CONNECT_SECONDS)
+    deadline = time.monotonic() + CONNECT_SECONDS
+    from huggingface_hub import HfApi, snapshot_download  # noqa: F401  needed next; importing takes 0.3 s, as well spent waiting
+
+    thread.join(max(0.0, deadline - time.monotonic()))
     return reason[0] if reason else f"no answer within {CONNECT_SECONDS:g} seconds"
 
 
 def _formats(names: list[str]) -> str:
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         return f"It has pickle files ({', '.join(pickles[:3])}). {CONVERT}"
+    if any(name.endswith(".gguf") for name in names):
+        return f"It has GGUF files. {GGUF}"
     return "Choose a repository with config.json and safetensors."
 
 

@@ -46,12 +46,14 @@ def verify(
 
     length: tokens of the random test prompt; by default past the smallest sliding window, within the context.
     """
+    from llmkit.llm import load
+
+    llm = load(model, dtype="float32", device=device, threads=threads)  # before torch, so that a wrong name is said at once
+
     import torch
 
-    from llmkit.llm import load
     from llmkit.model.backend import TorchBackend
 
-    llm = load(model, dtype="float32", device=device, threads=threads)
     config = llm.config
     length = default_length(config) if length is None else length
     new = min(GREEDY_TOKENS, config.max_position_embeddings - length)

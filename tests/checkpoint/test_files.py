@@ -172,6 +172,12 @@ def test_no_file_stands_in_for_a_damaged_one(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_folder_of_gguf_says_so(tmp_path: Path) -> None:
+    (tmp_path / "m-Q4_0.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"has m-Q4_0.gguf and no model.safetensors. GGUF files are not read yet"):
+        open_checkpoint(tmp_path)
+
+
 class Bomb:
     def __reduce__(self) -> Any:
         return os.mkdir, (str(Path(os.environ["BOMB"])),)
