@@ -120,5 +120,5 @@ def _ids(name: str, said: Any) -> list[int]:
 
 def _tokenizer(path: Path) -> Tokenizer | None:
     """None where there is none of the files a tokenizer can be in; a damaged one is an error."""
-    patterns = ("tokenizer.json", "*.model", "*.tiktoken")
+    patterns = ("tokenizer.json", "*.model", "*.tiktoken", "merges.txt")
     return load_tokenizer(path) if any(True for pattern in patterns for _ in path.glob(pattern)) else None

@@ -33,15 +33,17 @@ class TokenizerSettings:
     special: frozenset[str] = frozenset()  # special tokens named without an id (additional_special_tokens)
     add_bos_token: bool | None = None  # None: not said
     add_eos_token: bool | None = None
+    add_prefix_space: bool = False  # GPT-2: a text begins as if a space stood before it
+    tokenizer_class: str | None = None
     legacy: bool = True  # sentencepiece: a space before every piece of text between special tokens, not only the first
     templates: Mapping[str, str] = field(default_factory=dict)  # name -> Jinja source; the usual one is "default"
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
     """The settings of a tokenizer's folder; files that are not there are no error, damaged ones are a TokenizerError."""
-    config = _read_object(folder / "tokenizer_config.json")
-    special_map = _read_object(folder / "special_tokens_map.json")
-    plain_added = _read_object(folder / "added_tokens.json")
+    config = read_object(folder / "tokenizer_config.json")
+    special_map = read_object(folder / "special_tokens_map.json")
+    plain_added = read_object(folder / "added_tokens.json")
     # Where both name a token, tokenizer_config.json is the newer file and wins, as in transformers.
     named = {**special_map, **config}
     where = str(folder / "tokenizer_config.json")
@@ -78,6 +80,8 @@ def read_settings(folder: Path) -> TokenizerSettings:
         special=frozenset(special),
         add_bos_token=_flag(config, "add_bos_token", where),
         add_eos_token=_flag(config, "add_eos_token", where),
+        add_prefix_space=_flag(config, "add_prefix_space", where) is True,
+        tokenizer_class=kind if isinstance(kind := config.get("tokenizer_class"), str) else None,
         legacy=_flag(config, "legacy", where) is not False,
         templates=_read_templates(folder, config),
     )
@@ -89,7 +93,7 @@ def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     said = config.get("chat_template")
     if said is None:
         where = folder / "chat_template.json"  # how processors (Gemma 3) once stored it
-        said = _read_object(where).get("chat_template")
+        said = read_object(where).get("chat_template")
     templates: dict[str, str] = {}
     if isinstance(said, str):
         templates["default"] = said
@@ -117,7 +121,8 @@ def read_text(path: Path) -> str:
         raise TokenizerError(f"{path} is not UTF-8 text (byte {error.start}); fetch the file again.") from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object, empty where there is no file; TokenizerError where it is damaged."""
     if not path.is_file():
         return {}
     try:

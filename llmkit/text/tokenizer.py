@@ -12,9 +12,11 @@ from llmkit.text.codec import Codec, Span
 from llmkit.text.codec_json import JsonCodec
 from llmkit.text.codec_sentencepiece import SentencePieceCodec
 from llmkit.text.codec_tiktoken import TiktokenCodec
+from llmkit.text.merges import merges_as_json
 from llmkit.text.settings import TokenizerSettings, read_settings
 from llmkit.text.stream import StreamDecoder
 
+MERGES = "merges.txt"
 # Tokens that end a text in checkpoints whose files name no role (GPT-2's tokenizer_config.json has only a length).
 _USUAL_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _USUAL_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
@@ -110,15 +112,15 @@ class Tokenizer:
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer of a checkpoint folder, or of one vocabulary file.
 
-    In a folder tokenizer.json is read first, then tokenizer.model, then the only `*.model` or `*.tiktoken` file; what
-    kind a file is its content says. Raises TokenizerError where there is none, or where any file read is damaged: a
-    damaged file is never passed over for another one.
+    In a folder tokenizer.json is read first, then tokenizer.model, then the only `*.model` or `*.tiktoken` file, then
+    merges.txt with vocab.json; what kind a file is its content says. Raises TokenizerError where there is none, or where
+    any file read is damaged: a damaged file is never passed over for another one.
     """
     path = Path(path)
     file = path if path.is_file() else _vocabulary_file(path)
     settings = read_settings(file.parent)
     try:
-        data = file.read_bytes()
+        data = merges_as_json(file, settings) if file.name == MERGES else file.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{file} cannot be read ({error.strerror}); check the file and its permissions.") from error
     return Tokenizer(_codec(data, settings, file), settings)
@@ -129,12 +131,14 @@ def _vocabulary_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     others = sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")])
+    if not others and (folder / MERGES).is_file():
+        return folder / MERGES
     if len(others) > 1:
         names = ", ".join(file.name for file in others)
         raise TokenizerError(f"{folder} holds several vocabularies ({names}); name the file instead of the folder.")
     if not others:
         raise TokenizerError(
-            f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or *.tiktoken); put the file there, "
+            f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, *.tiktoken or merges.txt); put the file there, "
             "or pass token ids instead of text."
         )
     return others[0]

@@ -226,6 +226,60 @@ def test_a_panic_of_the_library_is_one_clean_error(tmp_path: Path, capfd: pytest
     assert capfd.readouterr().err == ""
 
 
+def split_into_merges(folder: Path) -> None:
+    """The vocabulary of a tokenizer.json as vocab.json and merges.txt, without any other file."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type"),
+    [
+        ({}, "gpt2"),
+        ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, "llama"),
+        ({"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<|im_end|>"]}, "qwen2"),
+        ({}, "qwen2"),
+    ],
+)
+def test_vocab_and_merges_are_read_as_transformers_reads_them(tmp_path: Path, config: dict[str, object], model_type: str) -> None:
+    import transformers
+
+    split_into_merges(byte_level_folder(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hello world's ball, 12 345!", "  the cat\n\n", "naïve cafe\u0301 — 你好 🦙", "the dog<|endoftext|> <|im_end|>x", ""):
+        ids = theirs(text).input_ids
+        assert ours.encode(text, special=True) == ids
+        assert ours.decode(ids, skip_special=False) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    assert ours.eos_ids == (theirs.eos_token_id,)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("vocab.json", None, "no vocab.json"),
+        ("vocab.json", "{", "not valid JSON"),
+        ("vocab.json", '{"a": "b"}', "not a usable"),
+        ("merges.txt", "#version: 0.2\na", "not a usable"),
+        ("merges.txt", "zz yy", "not a usable"),
+        ("tokenizer_config.json", '{"tokenizer_class": "CLIPTokenizer"}', "belongs to a CLIPTokenizer"),
+    ],
+)
+def test_damaged_vocab_and_merges(tmp_path: Path, name: str, content: str | None, said: str) -> None:
+    split_into_merges(byte_level_folder(tmp_path))
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(TokenizerError, match=said):
+        load_tokenizer(tmp_path)
+
+
 def test_damaged_ranks_and_models(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
     file = tmp_path / "tokenizer.model"
     for content, said in [
