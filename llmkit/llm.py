@@ -5,6 +5,7 @@ torch is imported when a model is loaded, so that whatever is wrong with a name,
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -62,6 +63,8 @@ def load(
     """
     folder = read_folder(str(model), revision=revision, chat_template=chat_template)
     context = _context_size(folder.config, ctx_size)
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UsageError(f"threads is {threads!r}; it must be an integer from 1 up.")
 
     import torch
 
@@ -93,7 +96,7 @@ def embedded_model() -> Path:
 
 
 class LLM:
-    """A loaded model. Made by `load`.
+    """A loaded model. Made by `load`. Threads may share it: their requests run as one batch.
 
     Where a method takes sampling arguments, these are the fields of `SamplingParams` by name (temperature, top_k, top_p, min_p,
     max_tokens, stop, seed, ...); those left out come from `defaults`, the model's generation_config.json.
@@ -151,12 +154,12 @@ class LLM:
                 hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(SAMPLING_NAMES)}."
                 raise UsageError(f"{name!r} is not a sampling argument. {hint}")
         given = {name: value for name, value in sampling.items() if value is not None}
-        if isinstance(given.get("stop"), str):
-            given["stop"] = (given["stop"],)
-        for name in ("stop", "stop_token_ids"):
-            if name in given:
-                given[name] = tuple(given[name])
         return SamplingParams(**{**self.defaults, **given})
+
+    def _request(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        """`params`, but without a max_tokens that nobody asked for: a usual length gives way where the context ends before."""
+        params = self.params(**sampling)
+        return params if sampling.get("max_tokens") is not None else replace(params, max_tokens=None)
 
     @overload
     def generate(self, prompt: str, **sampling: Any) -> Completion: ...
@@ -169,10 +172,10 @@ class LLM:
         Returns a Completion; a list of them for a list of prompts; with n > 1 a list of n in place of each.
         Raises UsageError for a bad argument, ContextOverflow where a prompt and its reply do not fit.
         """
-        params = self.params(**sampling)
-        several = not isinstance(prompt, str) and (len(prompt) == 0 or not isinstance(prompt[0], (int, np.integer)))
-        prompts = [self._encode(p) for p in prompt] if several else [self._encode(prompt)]  # type: ignore[arg-type]
-        results = self._run(prompts, params, continues=True)
+        params = self._request(sampling)
+        several = _are_prompts(prompt)
+        prompts: list[Any] = list(prompt) if several else [prompt]
+        results = self._run([self._encode(one) for one in prompts], params, continues=True)
         return results if several else results[0]
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Stream:
@@ -180,7 +183,7 @@ class LLM:
 
         Leaving the loop, `close()` or Ctrl-C stops the sequence; `stream.completion` keeps what was said.
         """
-        return self._stream(self._encode(prompt), self.params(**sampling), continues=True)
+        return self._stream(self._encode(prompt), self._request(sampling), continues=True)
 
     @overload
     def chat(self, messages: str | Seq[Message], *, stream: Literal[True], **rest: Any) -> Stream: ...
@@ -202,7 +205,7 @@ class LLM:
         The part of the prompt that earlier turns share is not computed again (`usage.cached_tokens`).
         """
         ids = self.encode_chat(messages, tools=tools, **(template_kwargs or {}))
-        params = self.params(**sampling)
+        params = self._request(sampling)
         return self._stream(ids, params, continues=False) if stream else self._run([ids], params, continues=False)[0]
 
     def encode_chat(
@@ -239,6 +242,11 @@ class LLM:
 
     def _forward(self, ids: list[int]) -> Iterator[np.ndarray]:
         """Logits of all tokens, PREFILL_CHUNK rows at a time, in a cache of their own."""
+        if self.config.learned_positions and len(ids) > self.config.max_position_embeddings:
+            raise ContextOverflow(
+                f"the text has {len(ids)} tokens and the model has learned {self.config.max_position_embeddings} positions. "
+                "Shorten the text."
+            )
         backend = self.new_backend()
         blocks = -(-len(ids) // backend.block_size)
         tables = [np.arange(blocks, dtype=np.int32)[None] for _ in backend.cache_windows]
@@ -254,7 +262,7 @@ class LLM:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = [int(token) for token in prompt]
+            ids = _token_ids(prompt)
             for token in ids:
                 if not 0 <= token < self.config.vocab_size:
                     raise UsageError(
@@ -292,13 +300,17 @@ class LLM:
         room = self.ctx_size - len(ids)
         if params.stop:
             _ = self.tokenizer  # stop strings need text
-        if room < (params.max_tokens or 1):
+        least = params.max_tokens or max(params.min_tokens, 1)
+        if room < least:
+            remedies = ["shorten the prompt"] + ["lower max_tokens"] * (least > 1)
+            remedies += ["take a larger ctx_size"] * (self.ctx_size < self.config.max_position_embeddings)
             raise ContextOverflow(
-                f"the prompt has {len(ids)} tokens and the reply may have {params.max_tokens or 1}, "
-                f"more than the context of {self.ctx_size}. Shorten the prompt, lower max_tokens or take a larger ctx_size."
+                f"the prompt has {len(ids)} tokens and the reply may have {least}, "
+                f"more than the context of {self.ctx_size}. {' or '.join(remedies).capitalize()}."
             )
         if params.max_tokens is None:
-            params = replace(params, max_tokens=max(params.min_tokens, min(MAX_TOKENS, room)))
+            usual = self.defaults.get("max_tokens", MAX_TOKENS)
+            params = replace(params, max_tokens=max(params.min_tokens, min(usual, room)))
         sequences = self._engine.add_samples(ids, params, eos_ids=self.folder.eos_ids)
         return [Reply(sequence, self.folder.tokenizer, continues=continues) for sequence in sequences]
 
@@ -332,9 +344,10 @@ class Stream(Iterator[Chunk]):
         return reply.chunks.popleft()
 
     def close(self) -> None:
-        """End the reply now; `completion` keeps what was said."""
-        self._engine.abort(self._reply.sequence)
-        self._reply.interrupt()
+        """End the reply now, from any thread; `completion` keeps what was said."""
+        with self._engine.lock:
+            self._engine.abort(self._reply.sequence)
+            self._reply.interrupt()
 
     def __enter__(self) -> Stream:
         return self
@@ -346,12 +359,32 @@ class Stream(Iterator[Chunk]):
         self.close()
 
 
+def _are_prompts(prompt: Any) -> bool:
+    """Whether this is a list of prompts, not one: its elements are texts or have elements themselves."""
+    if isinstance(prompt, str | bytes):
+        return False
+    if not isinstance(prompt, Seq):
+        return np.ndim(prompt) > 1  # an array or a tensor
+    return not prompt or isinstance(prompt[0], Seq) or np.ndim(prompt[0]) > 0
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """The ids of a list, a numpy array or a torch tensor."""
+    try:
+        ids = np.asarray(prompt)
+    except (TypeError, ValueError):  # a ragged list; a tensor on another device
+        ids = np.asarray(None)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise UsageError(f"the prompt is {reprlib.repr(prompt)}; it must be text or a flat list of token ids.")
+    return [int(token) for token in ids]
+
+
 def _context_size(config: ModelConfig, ctx_size: int | None) -> int:
     limit = config.max_position_embeddings
     if ctx_size is None:
         return limit
-    if not 1 <= ctx_size <= limit:
-        raise UsageError(f"ctx_size {ctx_size} is not between 1 and {limit}, the model's own context. Choose one in between.")
+    if not isinstance(ctx_size, int) or not 1 <= ctx_size <= limit:
+        raise UsageError(f"ctx_size {ctx_size!r} is not between 1 and {limit}, the model's own context. Choose one in between.")
     return ctx_size
 
 

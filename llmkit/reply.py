@@ -44,9 +44,13 @@ class Reply:
     def advance(self, engine: Engine) -> None:
         """Take the tokens that are new, at most one step of the engine's; a stop string ends the sequence.
 
-        Several replies may advance on one engine in turn: a step that one of them asks for serves all of them.
-        Raises the sequence's error where the engine gave it up.
+        Several replies may advance on one engine in turn, from several threads too: a step that one of them asks for serves
+        all of them. Raises the sequence's error where the engine gave it up.
         """
+        with engine.lock:
+            self._advance(engine)
+
+    def _advance(self, engine: Engine) -> None:
         if len(self._ids) == self.sequence.num_generated and self.sequence.finish_reason is None:
             engine.step()
         if self.sequence.error is not None:

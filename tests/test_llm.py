@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +18,7 @@ from llmkit.checkpoint.load import load_model
 from llmkit.errors import CheckpointError, ContextOverflow, LLMKitError, TemplateError, TokenizerError, UsageError
 from llmkit.llm import LLM
 from llmkit.results import Completion
+from tests.families.tiny import tiny_folder
 from tests.tiny import BOS, EOS, write_model
 
 
@@ -104,6 +106,55 @@ def test_a_generation_config_that_cannot_be_is_an_error_of_the_folder(
     (folder / "generation_config.json").write_text(json.dumps(said))
     with pytest.raises(CheckpointError, match="generation_config.json"):
         llmkit.load(folder, device="cpu")
+
+
+def test_a_usual_length_gives_way_where_the_context_ends(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """max_new_tokens of generation_config.json is a habit of the model; the same number as an argument is a demand."""
+    folder = tmp_path / "long"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "max_new_tokens": 40}))
+    llm = llmkit.load(folder, device="cpu", ctx_size=32)
+    assert llm.generate([5] * 20, ignore_eos=True).usage.completion_tokens == 12
+    assert llm.generate([5] * 2, ignore_eos=True).usage.completion_tokens == 30
+    assert llm.chat("dog", ignore_eos=True).finish_reason == "length"
+    with pytest.raises(ContextOverflow, match=r"20 tokens.*40.*32"):
+        llm.generate([5] * 20, max_tokens=40)
+
+
+def test_ids_come_as_lists_arrays_and_tensors(llm: LLM) -> None:
+    kept = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
+    expected = llm.generate([5, 6, 7], **kept).token_ids
+    for ids in ((5, 6, 7), range(5, 8), np.array([5, 6, 7]), np.array([5, 6, 7], dtype=np.uint8), torch.tensor([5, 6, 7])):
+        assert llm.generate(ids, **kept).token_ids == expected
+        assert llm.stream(ids, **kept).completion.usage.prompt_tokens == 3
+        assert llm.logits(ids).shape == (3, llm.config.vocab_size)
+    for several in (torch.tensor([[5, 6, 7], [7, 6, 5]]), np.array([[5, 6, 7], [7, 6, 5]]), [torch.tensor([5, 6, 7]), [7, 6, 5]]):
+        assert next(c.token_ids for c in llm.generate(several, **kept)) == expected
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [1.5, 2], [True], ["a", None], [5, "a"], [["a"]], {"role": "user"}, b"dog", [2**70], [[[5]]]])
+def test_what_is_no_prompt_is_refused(llm: LLM, prompt: object) -> None:
+    with pytest.raises(UsageError, match=r"the prompt is .*it must be text or a flat list of token ids"):
+        llm.generate(prompt, max_tokens=1)  # type: ignore[call-overload]
+
+
+def test_one_model_serves_several_threads(llm: LLM) -> None:
+    def ask(number: int) -> tuple[int, ...]:
+        reply = llm.generate(f"Once upon {number % 6}", temperature=1.0, seed=number % 6, max_tokens=20, ignore_eos=True)
+        return reply.token_ids
+
+    alone = [ask(number) for number in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(ask, range(30))) == alone * 5
+    assert not llm._engine.busy
+
+
+def test_learned_positions_end_somewhere(tmp_path: Path) -> None:
+    llm = llmkit.load(tiny_folder(tmp_path / "gpt2", "gpt2", n_positions=64), device="cpu")
+    assert llm.logits([5] * 64).shape == (64, llm.config.vocab_size)
+    for ask in (llm.logits, llm.score):
+        with pytest.raises(ContextOverflow, match=r"65 tokens.*64 positions"):
+            ask([5] * 65)
 
 
 def test_empty_prompt_starts_from_bos(llm: LLM) -> None:
@@ -352,6 +403,9 @@ def test_prompts_that_do_not_fit_say_the_numbers(tiny_model_dir: Path) -> None:
     assert len(llm.generate([5] * 40, temperature=0, ignore_eos=True).token_ids) == 24  # up to the end of the context
     with pytest.raises(UsageError, match=r"5000.*4096"):
         llmkit.load(tiny_model_dir, ctx_size=5000)
+    for wrong in ({"ctx_size": "10"}, {"ctx_size": 10.5}, {"threads": 0}, {"threads": "2"}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            llmkit.load(tiny_model_dir, **wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="token id 100000"):
         llm.generate([100000])
     with pytest.raises(UsageError, match="one reply, not n=2"):

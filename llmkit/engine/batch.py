@@ -7,6 +7,7 @@ one more. A sequence does not know the others, and its tokens do not depend on t
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -211,7 +212,9 @@ class Scheduler:
 
 
 class Engine:
-    """Runs requests on a backend. One caller at a time drives it; see `generate.py` for the loop.
+    """Runs requests on a backend; see `generate.py` for the loop.
+
+    Several threads may add, step and abort; each step serves all of them. Who reads a sequence while another thread may step holds `lock`.
 
     Args:
         backend: what computes; see Backend.
@@ -244,6 +247,7 @@ class Engine:
         self.cache = KVCache(backend.cache_windows, backend.block_size, max_cache_tokens, prefill_chunk)
         self.scheduler = Scheduler(self.cache, prefill_chunk)
         self._batch = _Batch(self.cache)
+        self.lock = threading.RLock()
 
     @property
     def busy(self) -> bool:
@@ -295,7 +299,8 @@ class Engine:
             length=len(prompt),
             logprobs=None if params.logprobs is None else [],
         )
-        self.scheduler.waiting.append(sequence)
+        with self.lock:
+            self.scheduler.waiting.append(sequence)
         return sequence
 
     def add_samples(
@@ -312,6 +317,10 @@ class Engine:
 
         If the backend raises, or Ctrl-C comes, no sequence has advanced: step again, or abort.
         """
+        with self.lock:
+            return self._step()
+
+    def _step(self) -> list[Event]:
         work = self.scheduler.plan()
         if not work:
             return []
@@ -331,8 +340,9 @@ class Engine:
 
     def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
         """Ends a sequence now, with what it has (`reason` "stop" where a stop string was met); one that has ended stays as it is."""
-        if sequence.finish_reason is None:
-            self._finish(sequence, reason, time.perf_counter())
+        with self.lock:
+            if sequence.finish_reason is None:
+                self._finish(sequence, reason, time.perf_counter())
 
     def _draw(self, sequence: Sequence, logits: NDArray[np.float32]) -> tuple[int, TokenLogprobs | None] | LLMKitError:
         """The next token of a sequence from its logits `[vocab]`; an error concerns this sequence alone."""

@@ -46,8 +46,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop: Any = self.stop  # one string is what OpenAI's API allows too
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else _as_tuple("stop", stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         _check_number("temperature", self.temperature, 0.0, None)
         _check_integer("top_k", self.top_k, 0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
@@ -57,9 +57,11 @@ class SamplingParams:
             raise UsageError("repetition_penalty is 0, which would divide by zero; 1 switches it off.")
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers.")
         for token, bias in self.logit_bias.items():
-            _check_integer("logit_bias (a token id)", token, 0)
-            _check_number(f"logit_bias[{token}]", bias, None, None)
+            _check_integer("logit_bias (a token id)", token, 0, 2**31 - 1)
+            _check_number(f"logit_bias[{token}]", bias, -1e30, 1e30)  # sums stay finite in float32
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, 2**64 - 1)
         if self.max_tokens is not None:
@@ -73,6 +75,8 @@ class SamplingParams:
             raise UsageError(f"stop is {self.stop!r}; give one or several strings, none of them empty.")
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids (a token id)", token, 0)
+        if not isinstance(self.ignore_eos, bool | np.bool_):
+            raise UsageError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False.")
         if self.logprobs is not None:
             _check_integer("logprobs", self.logprobs, 0)
         _check_integer("n", self.n, 1)
@@ -124,14 +128,15 @@ def presence_frequency_penalty(logits: Logits, generated: Tokens, presence: floa
 def ban(logits: Logits, tokens: Iterable[int]) -> Logits:
     """Removes `tokens` (ids beyond the vocabulary are no token of this model and are passed over)."""
     logits = logits.copy()
-    logits[[token for token in tokens if token < len(logits)]] = -np.inf
+    logits[[token for token in tokens if 0 <= token < len(logits)]] = -np.inf
     return logits
 
 
 def temperature(logits: Logits, value: float) -> Logits:
     """Divides by the temperature, as `TemperatureLogitsWarper`; a quotient beyond float32 becomes infinite."""
+    divisor = max(value, float(np.finfo(np.float32).tiny))  # one that float32 rounds to zero would make 0 / 0 of the likeliest
     with np.errstate(over="ignore"):
-        return (logits / value).astype(logits.dtype, copy=False)
+        return (logits / divisor).astype(logits.dtype, copy=False)
 
 
 def top_k(logits: Logits, k: int) -> Logits:
@@ -292,6 +297,13 @@ def _weights(logits: Logits, largest: np.floating[Any]) -> Logits:
 
 def _keep_from(logits: Logits, smallest: float | np.floating[Any]) -> Logits:
     return np.where(logits >= smallest, logits, logits.dtype.type(-np.inf))
+
+
+def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise UsageError(f"{name} is {values!r}; it must be a list.") from None
 
 
 def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -185,7 +185,9 @@ def test_choose_never_runs_off_the_end(vocab: int) -> None:
 
 def test_a_tiny_temperature_is_greedy_and_a_huge_one_flat() -> None:
     logits = random_logits(1, vocab=10)
-    assert {sample(logits, SamplingParams(temperature=1e-45), NOTHING, 0, seed) for seed in range(20)} == {int(logits.argmax())}
+    assert {sample(logits, SamplingParams(temperature=value), NOTHING, 0, seed) for seed in range(20) for value in (1e-45, 1e-300)} == {
+        int(logits.argmax())
+    }
     assert len({sample(logits, SamplingParams(temperature=1e30), NOTHING, 0, seed) for seed in range(200)}) == 10
 
 
@@ -220,12 +222,18 @@ def test_logprobs_are_the_models_own() -> None:
         ("top_p", 1.1), ("top_p", -0.1), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", -1), ("presence_penalty", 2.5),
         ("frequency_penalty", -3), ("seed", -1), ("seed", 2**64), ("max_tokens", 0), ("min_tokens", -1), ("stop", ("",)), ("stop", (3,)),
         ("stop_token_ids", (-1,)), ("logprobs", -1), ("n", 0), ("logit_bias", {-1: 1.0}), ("logit_bias", {1: math.inf}),
-        ("logit_bias", {"a": 1.0}),
+        ("logit_bias", {"a": 1.0}), ("logit_bias", {1: 1e308}), ("logit_bias", {2**70: 1.0}), ("logit_bias", [1]), ("stop", 3),
+        ("stop_token_ids", 3), ("ignore_eos", "no"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"^{name}.* is "):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_an_id_that_no_token_has_bans_nothing() -> None:
+    logits = random_logits(2, vocab=10)
+    np.testing.assert_array_equal(sampling.ban(logits, (-1, 10)), logits)  # -1 stands for "none" in some configurations
 
 
 def test_parameters_are_normalised_and_compared_with_each_other() -> None:
