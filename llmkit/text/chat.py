@@ -197,7 +197,7 @@ def _ambiguous(k: int) -> TemplateError:
 
 def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as templates expect them: no keys that are None, and reasoning under the names templates read."""
-    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+    if isinstance(messages, (str, Mapping)) or not messages:
         raise UsageError("A chat needs a list of messages with at least one in it, such as [{'role': 'user', 'content': 'Hello'}].")
     plain = []
     for message in _plain(list(messages)):
@@ -214,7 +214,7 @@ def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def _plain_objects(values: Sequence[Mapping[str, Any]] | None, what: str) -> list[dict[str, Any]] | None:
     if values is None:
         return None
-    if isinstance(values, str) or not isinstance(values, Sequence) or not all(isinstance(value, Mapping) for value in values):
+    if isinstance(values, (str, Mapping)) or not all(isinstance(value, Mapping) for value in values):
         raise UsageError(f"{what} must be a list of objects (JSON schemas or title and text); pass dictionaries.")
     return [_plain(value) for value in values]
 
