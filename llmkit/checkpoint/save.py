@@ -11,7 +11,7 @@ import shutil
 import struct
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -69,7 +69,8 @@ def save_model(
     if source is not None and not Path(source).is_dir():
         raise UsageError(f"source {source} is not a folder, so there is no tokenizer to copy. Give the folder the model came from.")
     wanted = None if dtype is None else parse_dtype(dtype)
-    target = Path(os.path.expanduser(folder)).resolve()
+    # os.path, because pathlib raises where there is no such ~user, where links go round in a circle, or a name is too long.
+    target = Path(os.path.realpath(os.path.expanduser(folder)))
     _check_target(target, overwrite)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     layout = stored_layout(weights, family(model.config.model_type))
@@ -82,7 +83,7 @@ def save_model(
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
+    if not os.path.exists(target):
         return
     if not target.is_dir():
         raise UsageError(f"{target} is a file, and a model is saved as a folder. Choose another name.")
@@ -100,6 +101,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target` that becomes `target` at the end, or vanishes whatever happens."""
     suffix = uuid.uuid4().hex[:8]
     partial, old = target.with_name(f".{target.name}.{suffix}.partial"), target.with_name(f".{target.name}.{suffix}.old")
+    new_parents = [parent for parent in target.parents if not os.path.exists(parent)]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
@@ -108,16 +110,19 @@ def _replacing(target: Path) -> Iterator[Path]:
             target.rename(old)
         partial.rename(target)
     except BaseException as error:  # Ctrl-C too
-        if old.exists() and not target.exists():
+        if os.path.exists(old) and not target.exists():
             old.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):
+                parent.rmdir()
         if isinstance(error, OSError):
             raise CheckpointError(
                 f"Cannot save to {target}: {error.strerror or error}. Nothing was written; free space, or choose another folder."
             ) from error
         raise
     finally:
-        if target.exists():
+        if os.path.exists(target):
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -237,6 +237,15 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: p
     assert stored(tmp_path / "target") == before
 
 
+def test_targets_that_cannot_be_made(tmp_path: Path) -> None:
+    model = load_model(raw.llama_folder(tmp_path / "source"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for target in ("loop", "loop/x", "x" * 300, "new/" + "x" * 300, "source/config.json/x"):
+        with pytest.raises(CheckpointError, match="Cannot save"):
+            save_model(model, tmp_path / target)
+    assert files(tmp_path) == ["loop", "source"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""
@@ -258,4 +267,6 @@ def test_a_disk_that_is_really_full(tmp_path: Path, small_disk: Path) -> None:
     model = load_model(tiny.tiny_folder(tmp_path / "source"))
     with pytest.raises(CheckpointError, match=r"No space left on device. Nothing was written"):
         save_model(model, small_disk / "target")
+    with pytest.raises(CheckpointError, match=r"No space left on device"):
+        save_model(model, small_disk / "new" / "folders" / "target")
     assert files(small_disk) == []
