@@ -27,6 +27,13 @@ class DoesNotFit(LLMKitError):
     exit_code = 4
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's own, the system's, or torch's on any device (a RuntimeError by its text)."""
+    text = str(error)
+    told = "out of memory" in text or "allocate memory" in text
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and told)
+
+
 class ConfigError(LLMKitError):
     """A configuration that cannot be right or that llmkit does not run."""
 

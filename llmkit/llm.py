@@ -20,7 +20,7 @@ import numpy as np
 from llmkit.config import ModelConfig
 from llmkit.engine.batch import Backend, Engine, tokens_within
 from llmkit.engine.sampling import SamplingParams
-from llmkit.errors import ContextOverflow, LLMKitError, TemplateError, TokenizerError, UsageError
+from llmkit.errors import ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError, out_of_memory
 from llmkit.folder import ModelFolder, read_folder
 from llmkit.reply import Reply
 from llmkit.results import Chunk, Completion, Score
@@ -75,7 +75,12 @@ def load(
         torch.set_num_threads(threads)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    transformer = load_model(folder.path, dtype=dtype, device=device)
+    try:
+        transformer = load_model(folder.path, dtype=dtype, device=device)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise DoesNotFit(f"{model} does not fit in the memory of {device}. Take a smaller model or dtype.") from error
     count = sum(parameter.numel() for parameter in transformer.parameters())
     stored = str(next(transformer.parameters()).dtype).removeprefix("torch.")
     return LLM(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from llmkit.config import ModelConfig
-from llmkit.errors import CheckpointError, ConfigError
+from llmkit.errors import CheckpointError, ConfigError, DoesNotFit, out_of_memory
 from llmkit.families import MODEL_TYPES, read_config
 
 SINGLE = "model.safetensors"
@@ -164,6 +164,8 @@ def open_safetensors(path: Path) -> dict[str, TensorFile]:
             # Private and writable: torch may train in place, and the file stays as it is.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: an empty file
+        if out_of_memory(error):
+            raise DoesNotFit(f"{path} has {path.stat().st_size} bytes, more than there is memory to map. Take a smaller model.") from error
         raise CheckpointError(f"Cannot map {path}: {error}. {REDOWNLOAD}") from error
     header, start = _read_header(path, mapped)
     data = memoryview(mapped)[start:]

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 import click
 
 import llmkit
-from llmkit.errors import LLMKitError
+from llmkit.errors import DoesNotFit, LLMKitError, out_of_memory
 
 # name -> (module:attribute of its click.Command, what --help says)
 COMMANDS = {
@@ -66,6 +66,13 @@ def app() -> None:
     """LLM inference and fine-tuning with one readable transformer for every Hugging Face checkpoint."""
 
 
+def _reopen_closed_streams() -> None:
+    """A stream that the caller closed (`<&-`, `>&-`), which Python has as None, becomes one that is empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open to the end of the process
+
+
 def _help_of(error: click.UsageError) -> str:
     return f"{error.ctx.command_path if error.ctx else 'llmkit'} --help"
 
@@ -78,6 +85,7 @@ def _fail(message: str, code: int) -> int:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit code; errors a person can cause go to stderr as one line."""
+    _reopen_closed_streams()
     try:
         result = app.main(args=None if arguments is None else list(arguments), prog_name="llmkit", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -99,9 +107,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (`| head`) has seen enough; stop Python's shutdown from flushing into it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
-        return _fail("memory ran out. Take a smaller model, dtype or context.", 4)
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            return _fail("memory ran out. Take a smaller model, dtype, context or batch.", DoesNotFit.exit_code)
+        if not isinstance(error, OSError):
+            raise
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
     return result if isinstance(result, int) else 0
 

@@ -11,12 +11,14 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from rich.console import Console
 
 from llmkit.cli.conversation import SETTINGS, Conversation
 from llmkit.cli.terminal import state_dir, write_markdown
-from llmkit.errors import LLMKitError, UsageError
+from llmkit.errors import ContextOverflow, LLMKitError, UsageError
 from llmkit.llm import Stream
 
 FENCE = '"""'
@@ -108,18 +110,35 @@ class Repl:
         while True:
             try:
                 text = self.session.prompt(">>> ").strip()
+                interrupted = self._interrupt_came_with_enter()
             except KeyboardInterrupt:
                 self._say("Ctrl-C stops a reply; /bye or Ctrl-D leaves.")
                 continue
             except EOFError:
                 return 0
+            if interrupted:
+                self._say("(interrupted; nothing was sent, arrow up has it)")
+                continue
             command = text.split(maxsplit=1)[0] if text else ""
             if command == "/bye":
                 return 0
             try:
                 self._handle(text, command)
+            except KeyboardInterrupt:
+                self._say("(interrupted)")
+            except ContextOverflow as error:
+                self._fail(f"{error} /undo forgets the last turn, /clear the whole chat.")
             except (LLMKitError, OSError) as error:
-                self.console.print(f"error: {error}", style="red", markup=False, highlight=False)
+                self._fail(error)
+
+    def _interrupt_came_with_enter(self) -> bool:
+        """Whether Ctrl-C was pressed so soon after Enter that the terminal took it for a key, which would wait for the next prompt."""
+        source = self.session.input
+        with source.raw_mode():
+            keys = [*get_typeahead(source), *source.read_keys()]
+        others = [press for press in keys if press.key != Keys.ControlC]
+        store_typeahead(source, others)
+        return len(others) < len(keys)
 
     def _handle(self, text: str, command: str) -> None:
         if not text:
@@ -137,12 +156,19 @@ class Repl:
     def _answer(self, start: Callable[[], Stream]) -> None:
         completion = write_markdown(start(), self.console)
         self.conversation.answered(completion)
-        if completion.finish_reason == "length":
+        if completion.finish_reason == "length" and completion.usage.total_tokens == self.conversation.llm.ctx_size:
+            self._say(
+                f"(the context of {completion.usage.total_tokens} tokens is full; /undo forgets the last turn, /clear the whole chat)"
+            )
+        elif completion.finish_reason == "length":
             self._say(f"(stopped after {completion.usage.completion_tokens} tokens; /set max_tokens allows more)")
         elif completion.finish_reason == "interrupted":
             self._say("(interrupted; what was said is kept)")
         if self.verbose:
             self._say(completion.summary())
+
+    def _fail(self, error: object) -> None:
+        self.console.print(f"error: {error}", style="red", markup=False, highlight=False)
 
     def _say(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False, highlight=False)

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmkit.config import ModelConfig
 from llmkit.engine.batch import Backend
-from llmkit.errors import UsageError
+from llmkit.errors import LLMKitError, UsageError
 
 if TYPE_CHECKING:
     from llmkit.llm import LLM
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PARITY = 1e-4  # against transformers: another order of the same float32 sums
 CONSISTENCY = 1e-5  # between our own paths
 GREEDY_TOKENS = 64
+NOT_FINITE = "a logit is not finite"
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Check:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as JSON-ready data."""
-        return asdict(self)
+        """The row as JSON-ready data; a difference that is not finite is None, since JSON has no infinity."""
+        finite = self.difference is not None and np.isfinite(self.difference)
+        return asdict(self) | {"difference": self.difference if finite else None}
 
 
 def verify(
@@ -121,7 +123,7 @@ def relative(ours: np.ndarray, reference: np.ndarray) -> float:
 
 def _compare(name: str, reference: np.ndarray, ours: Callable[[], np.ndarray], limit: float = CONSISTENCY) -> Check:
     difference = relative(ours(), reference)
-    return Check(name, difference <= limit, difference, limit)
+    return Check(name, difference <= limit, difference, limit, "" if np.isfinite(difference) else NOT_FINITE)
 
 
 def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int) -> list[Check]:
@@ -142,14 +144,21 @@ def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int
     with torch.inference_mode():
         reference = theirs(prompt, use_cache=False).logits[0].float().numpy()
         checks = [_compare(names[0], reference, lambda: logits, PARITY)]
-        theirs.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
-        out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)
-    expected = out[0, len(ids) :].tolist()
     plain = {"temperature": 0, "repetition_penalty": 1.0, "min_tokens": 0, "ignore_eos": True}
-    got = llm.generate(ids, max_tokens=new, **plain).token_ids
+    try:
+        got = list(llm.generate(ids, max_tokens=new, **plain).token_ids)
+    except LLMKitError:  # the logits are no numbers
+        return [*checks, Check(names[1], False, note=NOT_FINITE)]
+    with torch.inference_mode():
+        if llm.config.rope_depends_on_length:
+            # transformers' generate changes the frequencies from token to token. One pass over the whole text has one set, as we
+            # do; if its likeliest token is ours at every place, it would have written the same.
+            whole = theirs(torch.tensor([ids + got]), use_cache=False).logits[0]
+            expected = whole[len(ids) - 1 : -1].argmax(-1).tolist()
+        else:
+            theirs.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
+            out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)
+            expected = out[0, len(ids) :].tolist()
     same = next((i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b), new)
     note = f"{new} tokens" if same == new else f"first difference at new token {same}: {got[same]} here, {expected[same]} there"
-    if llm.config.rope_depends_on_length:
-        note += "; rope frequencies depend on length, which transformers updates token by token" if same < new else ""
     return [*checks, Check(names[1], same == new, 1 - same / new, 0.0, note)]
-

@@ -127,6 +127,28 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(tiny_model_dir: Path, st
     assert terminal.end() == 0
 
 
+def test_ctrl_c_together_with_enter_sends_nothing(tiny_model_dir: Path, state: Path) -> None:
+    """The terminal may still give keys and not signals then; the interrupt must not wait for the end of the reply."""
+    terminal = Terminal(tiny_model_dir, state, "-n", "4000", "--ignore-eos")
+    terminal.wait()
+    terminal.child.send("sun\r\x03")
+    assert "nothing was sent" in terminal.wait()
+    assert "nothing to save yet" in terminal.answer(f"/save {state / 'none.jsonl'}")
+    terminal.child.close(force=True)
+
+
+def test_a_full_context_says_how_to_go_on(tiny_model_dir: Path, state: Path) -> None:
+    terminal = Terminal(tiny_model_dir, state, "-c", "64", "--ignore-eos")
+    terminal.wait()
+    assert "the context of 64 tokens is full; /undo" in terminal.answer("sun")
+    said = terminal.answer("dog")
+    assert "more than the context of 64" in said
+    assert "/clear the whole chat" in " ".join(said.split())
+    terminal.answer("/clear")
+    assert "is full" in terminal.answer("dog")
+    terminal.child.close(force=True)
+
+
 def test_a_pasted_text_and_triple_quotes_are_one_message(terminal: Terminal, tmp_path: Path) -> None:
     terminal.wait()
     terminal.child.send("\x1b[200~the dog\nthe ball\x1b[201~\r")

@@ -201,6 +201,54 @@ def test_a_pipe_gets_raw_text(tiny_model_dir: Path) -> None:
     assert ANSI not in done.stdout
 
 
+def test_closed_streams_are_empty_ones(tiny_model_dir: Path) -> None:
+    def call(arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(f"{sys.executable} -m llmkit {arguments}", shell=True, capture_output=True, text=True)
+
+    done = call(f"generate {tiny_model_dir} --temp 0 -n 12 <&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+    assert call(f"generate {tiny_model_dir} -p Once -n 3 >&-").stderr == ""
+    done = call(f"chat {tiny_model_dir} <&-")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the message is empty")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OSError(12, "Cannot allocate memory")]
+)
+def test_memory_that_runs_out_has_an_exit_code_of_its_own(
+    said: Said, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("llmkit.llm.LLM.stream", out_of_memory)
+    code, out, err = said("generate", str(tiny_model_dir), "-p", "Once")
+    assert (code, out) == (4, "")
+    assert err.startswith("error: memory ran out. Take a smaller model")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds the address space as Linux counts it")
+def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
+    """Four gigabytes of weights, of which no byte is stored, in an address space of less."""
+    folder = write_model(tmp_path / "big")
+    data = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size]) | {
+        "extra": {"dtype": "U8", "shape": [1 << 32], "data_offsets": [len(data) - 8 - size, len(data) - 8 - size + (1 << 32)]}
+    }
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + data[8 + size :])
+        file.truncate(8 + len(text) + len(data) - 8 - size + (1 << 32))
+    command = f"ulimit -v 3500000; {sys.executable} -m llmkit generate {folder} -p Once"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_reader_that_leaves_early_is_no_traceback(tiny_model_dir: Path) -> None:
     command = f"{sys.executable} -m llmkit generate {tiny_model_dir} -p Once -n 3000 --ignore-eos | head -c 5"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
@@ -236,9 +284,7 @@ def test_verify_exit_code_where_something_differs(said: Said, tiny_model_dir: Pa
 
 
 def test_bench_command_prints_one_flat_object(tiny_model_dir: Path) -> None:
-    done = shell(
-        "bench", str(tiny_model_dir), "--prefill", "32", "--decode", "8", "--repeat", "1", "--starts", "1", "--json", "-t", "1"
-    )
+    done = shell("bench", str(tiny_model_dir), "--prefill", "32", "--decode", "8", "--repeat", "1", "--starts", "1", "--json", "-t", "1")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert not any(isinstance(value, (dict, list)) for value in result.values())

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import llmkit
 from llmkit.errors import UsageError
 from llmkit.measure.verify import default_length, relative, steps, verify
 from llmkit.model.attention import Attention
+from tests.families.tiny import tiny_folder
 from tests.tiny import write_model
 
 
@@ -56,6 +58,23 @@ def test_a_step_that_rounds_is_found(tiny_model_dir: Path, monkeypatch: pytest.M
     assert checks["cached vs uncached"].ok is False
     assert checks["chunked vs whole prefill"].ok is True
     assert checks["logits vs transformers"].ok is True
+
+
+def test_a_damaged_model_is_a_difference_and_not_an_error(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checks = verify(folder, length=20, device="cpu")
+    assert [check.ok for check in checks] == [False] * 5
+    assert {check.note for check in checks} == {"a logit is not finite"}
+    json.dumps([check.to_dict() for check in checks], allow_nan=False)
+
+
+def test_frequencies_that_change_with_the_length(tmp_path: Path) -> None:
+    """24 tokens of prompt and 64 new ones pass the original context of 48."""
+    checks = verify(tiny_folder(tmp_path / "dynamic", "llama-dynamic"), length=24, device="cpu")
+    assert [check.ok for check in checks] == [True] * 5, checks
 
 
 def test_what_transformers_cannot_load_is_not_checked_and_says_why(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
