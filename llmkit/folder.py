@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def read_folder(model: str, *, revision: str | None = None, chat_template: str |
     config = load_config(path)
     tokenizer = _tokenizer(path)
     generation = path / "generation_config.json"
-    said = read_json(generation) if generation.is_file() else {}
+    said = read_json(generation) if os.path.lexists(generation) else {}
     template = None if tokenizer is None else tokenizer.chat_template
     try:
         eos_ids, bos_id = special_ids(tokenizer, config, said)
@@ -121,4 +123,4 @@ def _ids(name: str, said: Any) -> list[int]:
 def _tokenizer(path: Path) -> Tokenizer | None:
     """None where there is none of the files a tokenizer can be in; a damaged one is an error."""
     patterns = ("tokenizer.json", "*.model", "*.tiktoken", "merges.txt")
-    return load_tokenizer(path) if any(True for pattern in patterns for _ in path.glob(pattern)) else None
+    return load_tokenizer(path) if any(fnmatch(name, pattern) for name in os.listdir(path) for pattern in patterns) else None

@@ -30,6 +30,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+MAX_LISTED = 1000  # problems in one message
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -139,6 +140,8 @@ def _check(folder: Path, assignment: Assignment) -> None:
     if head is not None and embedding is not None and not problems and not _equal(head, embedding.tensor):
         problems.append(f"not tied: {head.name!r} differs from {embedding.tensor.name!r}, but config.json has tie_word_embeddings true")
     if problems:
+        if len(problems) > MAX_LISTED:  # a damaged number of layers, not names to go through
+            problems[MAX_LISTED:] = [f"and {len(problems) - MAX_LISTED} more"]
         listed = "\n  ".join(problems)
         raise CheckpointError(
             f"The tensors in {folder} do not fit its config.json:\n  {listed}\n"

@@ -15,6 +15,7 @@ from typing import Any
 
 from llmkit.config import ModelConfig
 from llmkit.errors import ConfigError
+from llmkit.families.common import ChoiceError
 
 # model_type in config.json -> module in this package
 MODEL_TYPES: dict[str, str] = {
@@ -63,15 +64,34 @@ def family(model_type: str) -> Family:
     if model_type not in MODEL_TYPES:
         near = difflib.get_close_matches(model_type, MODEL_TYPES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"model_type {model_type!r} is not a family llmkit knows; {hint}known are {', '.join(sorted(MODEL_TYPES))}.")
+        raise ConfigError(f"model_type {model_type!r:.80} is not a family llmkit knows; {hint}known are {', '.join(sorted(MODEL_TYPES))}.")
     module = importlib.import_module(f"llmkit.families.{MODEL_TYPES[model_type]}")
     found: Family = module.FAMILY
     return found
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """A `config.json` dictionary (old or transformers 5 spelling) as a `ModelConfig`; ConfigError where it cannot be."""
+    """A `config.json` dictionary (old or transformers 5 spelling) as a `ModelConfig`.
+
+    Raises ConfigError where it cannot be; everything in it that llmkit does not know is named at once.
+    """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"config.json has no usable model_type (found {model_type!r}); is this a model folder?")
-    return family(model_type).config(hf)
+    read, left, problems = family(model_type).config, dict(hf), ""
+    while True:
+        try:
+            config = read(left)
+        except ChoiceError as error:
+            problems += f"{error} "
+            kept = {name: value for name, value in left.items() if name not in error.fields}
+            if len(kept) == len(left):  # it stands further in (text_config): what else is wrong shows once this is mended
+                raise ConfigError(problems.strip()) from error
+            left = kept
+        except ConfigError as error:
+            raise ConfigError(f"{problems}{error}") from error
+        else:
+            break
+    if problems:
+        raise ConfigError(problems.strip())
+    return config

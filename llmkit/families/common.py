@@ -32,6 +32,7 @@ ACTIVATIONS = {
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = ("float32", "float16", "bfloat16")
+ROPE_FIELDS = ("rope_parameters", "rope_scaling")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 # Every key a `rope_parameters` dictionary may hold; an unknown one could change the frequencies, so it is refused.
 ROPE_KEYS = {
@@ -42,9 +43,9 @@ ROPE_KEYS = {
 
 # Larger than any model there is; a config.json beyond it is damaged, and building it would only exhaust the memory.
 MAX_SIZE = 1 << 24
-MAX_LAYERS = 4096
+MAX_LAYERS = 1024
 MAX_POSITIONS = 1 << 40
-MAX_EXPERT_MODULES = 1 << 17
+MAX_EXPERT_MODULES = 1 << 15
 
 # The tensors of a layer and of the body, below their prefix: for families that put them below another one.
 LAYER_NAMES = [f"self_attn.{name}_proj.{end}" for name in "qkvo" for end in ("weight", "bias")]
@@ -60,6 +61,14 @@ LLAMA_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
 }
+
+
+class ChoiceError(ConfigError):
+    """A value llmkit does not know; without the named fields of config.json, what else is wrong can still be found."""
+
+    def __init__(self, message: str, fields: Sequence[str]) -> None:
+        super().__init__(message)
+        self.fields = fields
 
 
 class Fields:
@@ -138,7 +147,8 @@ class Fields:
     def choice(self, name: str, known: Iterable[str]) -> str:
         value = self.get(name)
         if not isinstance(value, str) or value not in known:
-            raise self.error(name, f"which llmkit does not know; it runs {', '.join(known)}")
+            problem = self.error(name, f"which llmkit does not know; it runs {', '.join(known)}")
+            raise ChoiceError(str(problem), ROPE_FIELDS if name == "rope_type" else (self.spelling.get(name, name),))
         return value
 
     def refuse(self, *names: str) -> None:

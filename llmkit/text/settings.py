@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             templates[entry["name"]] = entry["template"]
     elif said is not None:
         raise TokenizerError(f"{where}: chat_template is {type(said).__name__}, not text or a list; is the file damaged?")
-    if (folder / "chat_template.jinja").is_file():
+    if os.path.lexists(folder / "chat_template.jinja"):
         templates["default"] = read_text(folder / "chat_template.jinja")
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = read_text(path)
@@ -123,7 +124,7 @@ def read_text(path: Path) -> str:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A file's JSON object, empty where there is no file; TokenizerError where it is damaged."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
         value = json.loads(read_text(path))

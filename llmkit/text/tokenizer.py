@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,7 +129,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def _vocabulary_file(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):  # a broken link, too, is a damaged file and not passed over
             return folder / name
     others = sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")])
     if not others and (folder / MERGES).is_file():

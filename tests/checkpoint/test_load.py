@@ -85,6 +85,12 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:
     ]
 
 
+def test_a_damaged_number_of_layers_is_no_endless_message(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="and 3491 more") as caught:
+        load_model(raw.llama_folder(tmp_path, num_hidden_layers=500))
+    assert str(caught.value).count("missing: ") == 1000
+
+
 def test_skipped_names_are_reported(tmp_path: Path) -> None:
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": raw.floats([1], 1.0)}
     _, report = load_model_with_report(raw.llama_folder(tmp_path / "m", raw.llama_tensors() | buffer))

@@ -166,6 +166,20 @@ def test_a_wrong_field_is_named(variant: str, named: str, changes: dict[str, Any
     assert "config.json" in str(caught.value)
 
 
+def test_all_that_is_unknown_is_named_at_once() -> None:
+    old = {"rope_parameters": None, "rope_scaling": {"type": "spiral"}}
+    for rotary in (rope("spiral"), old):
+        with pytest.raises(ConfigError) as caught:
+            tiny("llama", hidden_act="snake", dtype="int3", rms_norm_eps="small", **rotary)
+        for named in ("rope_type = 'spiral'", "hidden_act = 'snake'", "rms_norm_eps = 'small'"):
+            assert named in str(caught.value)
+    with pytest.raises(ConfigError, match=r"hidden_act = 'snake'.*dtype = 'int3'"):
+        tiny("llama", hidden_act="snake", dtype="int3")
+    image = {"model_type": "gemma3", "text_config": raw_config(hf_config("gemma3")) | {"hidden_activation": "snake"}}
+    with pytest.raises(ConfigError, match="hidden_activation = 'snake'"):
+        read_config(image)
+
+
 def test_unknown_model_types_get_the_nearest_known_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'llama'"):
         family("lama")

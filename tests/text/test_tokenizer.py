@@ -226,6 +226,15 @@ def test_a_panic_of_the_library_is_one_clean_error(tmp_path: Path, capfd: pytest
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_broken_links_are_damaged_files(tmp_path: Path, name: str) -> None:
+    folder = byte_level_folder(sentencepiece_folder(tmp_path, legacy=True))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder / "gone")
+    with pytest.raises(TokenizerError, match=f"{name} cannot be read"):
+        load_tokenizer(folder)
+
+
 def split_into_merges(folder: Path) -> None:
     """The vocabulary of a tokenizer.json as vocab.json and merges.txt, without any other file."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
