@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -117,10 +118,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     error even where another could stand in for it.
     """
     single, index = folder / SINGLE, folder / INDEX
-    if not single.is_file() and not index.is_file():
+    has_single, has_index = os.path.lexists(single), os.path.lexists(index)  # a broken link, too, is a damaged file
+    if not has_single and not has_index:
         raise _no_weights(folder)
-    sharded = _open_shards(folder) if index.is_file() else {}
-    return Checkpoint(folder, open_safetensors(single) if single.is_file() else sharded)
+    sharded = _open_shards(folder) if has_index else {}
+    return Checkpoint(folder, open_safetensors(single) if has_single else sharded)
 
 
 def shard_names(index: Path) -> dict[str, str]:
@@ -178,6 +180,8 @@ def open_safetensors(path: Path) -> dict[str, TensorFile]:
 def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
     if len(mapped) < 8:
         raise CheckpointError(f"{path} is cut off after {len(mapped)} bytes, within the header length. {REDOWNLOAD}")
+    if mapped[:23] == b"version https://git-lfs":
+        raise CheckpointError(f"{path} is only a Git LFS pointer, not the weights. Fetch the file itself with `git lfs pull`.")
     (length,) = struct.unpack_from("<Q", mapped)
     if length > min(_MAX_HEADER, len(mapped) - 8):
         raise CheckpointError(

@@ -6,6 +6,7 @@ be trained): loading then takes almost no memory of its own, and the pages are s
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError, ConfigError, UsageError
 from llmkit.families import family
 from llmkit.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
 
 # Stored dtypes that weights may have.
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -52,9 +55,15 @@ def load_model(folder: str | Path, dtype: str | torch.dtype | None = None, devic
 
     dtype: float32, float16 or bfloat16; by default that of the checkpoint. device: cpu, cuda, mps, ...
     Raises CheckpointError (files that are damaged or do not belong to the config: every name in one message),
-    ConfigError (a config that llmkit does not run) or UsageError (unknown dtype or device).
+    ConfigError (a config that llmkit does not run) or UsageError (unknown dtype or device). Logs what was skipped (as
+    info) and that code the folder brings was not run (as a warning, which Python prints unless told otherwise).
     """
-    return load_model_with_report(folder, dtype, device)[0]
+    model, report = load_model_with_report(folder, dtype, device)
+    for note in report.notes:
+        logger.warning(note)
+    if report.skipped:
+        logger.info("%d stored tensors are not needed and were skipped: %s", len(report.skipped), ", ".join(report.skipped))
+    return model
 
 
 def load_model_with_report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
 import click
@@ -30,7 +31,7 @@ from llmkit.cli.terminal import finish, read_input, write_stream
 @option("--chat-template", metavar="FILE|NAME", help="A Jinja template in place of the model's (with --chat).")
 @option("--logprobs", type=click.IntRange(min=0), metavar="K", help="Log probabilities, with the K most likely alternatives (with --json).")
 @option("--json", "as_json", is_flag=True, envvar="LLMKIT_JSON", help="Print one JSON object when the reply is complete.")
-@option("-v", "--verbose", is_flag=True, help="Speed, time to first token and cached tokens on standard error.")
+@option("-v", "--verbose", is_flag=True, help="Speed, time to first token, cached tokens and skipped tensors on standard error.")
 @sampling_options
 def generate(
     prompt: str | None,
@@ -55,6 +56,10 @@ def generate(
                 raise click.UsageError(f"{flag} has no effect without --chat.", click.get_current_context())
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs has no effect without --json.", click.get_current_context())
+
+    if verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("llmkit").setLevel(logging.INFO)
 
     from llmkit.llm import load
 

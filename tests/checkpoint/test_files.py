@@ -172,6 +172,18 @@ def test_no_file_stands_in_for_a_damaged_one(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_pointers_and_broken_links_are_damaged_files(tmp_path: Path) -> None:
+    raw.write_shards(tmp_path, {"model-1.safetensors": {"a": ("U8", [1], b"1")}})
+    single = tmp_path / "model.safetensors"
+    single.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(CheckpointError, match="Git LFS pointer"):
+        open_checkpoint(tmp_path)
+    single.unlink()
+    single.symlink_to(tmp_path / "gone")  # the shards could stand in
+    with pytest.raises(CheckpointError, match=r"Cannot map .*model.safetensors"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_folder_of_gguf_says_so(tmp_path: Path) -> None:
     (tmp_path / "m-Q4_0.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"has m-Q4_0.gguf and no model.safetensors. GGUF files are not read yet"):

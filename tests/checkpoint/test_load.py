@@ -91,6 +91,15 @@ def test_a_damaged_number_of_layers_is_no_endless_message(tmp_path: Path) -> Non
     assert str(caught.value).count("missing: ") == 1000
 
 
+def test_skipped_names_and_code_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": raw.floats([1], 1.0)}
+    load_model(raw.llama_folder(tmp_path / "m", raw.llama_tensors() | buffer, auto_map={"AutoModel": "x.Y"}))
+    said = {record.levelname: record.message for record in caplog.records}
+    assert "never runs code" in said["WARNING"]
+    assert "1 stored tensors are not needed and were skipped: model.layers.0.self_attn.rotary_emb.inv_freq" in said["INFO"]
+
+
 def test_skipped_names_are_reported(tmp_path: Path) -> None:
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": raw.floats([1], 1.0)}
     _, report = load_model_with_report(raw.llama_folder(tmp_path / "m", raw.llama_tensors() | buffer))
