@@ -123,4 +123,8 @@ def _ids(name: str, said: Any) -> list[int]:
 def _tokenizer(path: Path) -> Tokenizer | None:
     """None where there is none of the files a tokenizer can be in; a damaged one is an error."""
     patterns = ("tokenizer.json", "*.model", "*.tiktoken", "merges.txt")
-    return load_tokenizer(path) if any(fnmatch(name, pattern) for name in os.listdir(path) for pattern in patterns) else None
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        raise CheckpointError(f"The folder {path} cannot be listed ({error.strerror}). Check its permissions.") from error
+    return load_tokenizer(path) if any(fnmatch(name, pattern) for name in names for pattern in patterns) else None

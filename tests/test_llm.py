@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 
 import llmkit
 from llmkit.checkpoint.load import load_model
+from llmkit.checkpoint.save import save_model
 from llmkit.errors import CheckpointError, ContextOverflow, LLMKitError, TemplateError, TokenizerError, UsageError
 from llmkit.llm import LLM
 from llmkit.results import Completion
@@ -155,6 +157,23 @@ def test_learned_positions_end_somewhere(tmp_path: Path) -> None:
     for ask in (llm.logits, llm.score):
         with pytest.raises(ContextOverflow, match=r"65 tokens.*64 positions"):
             ask([5] * 65)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become a stranger")
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, tiny_model_dir: Path, llm: LLM) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "closed")
+    model = load_model(folder)
+    for parent in list(folder.parents)[:3]:  # pytest's own folders are open to their owner alone
+        parent.chmod(0o755)
+    folder.chmod(0o711)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(CheckpointError, match="cannot be listed"):
+            llmkit.load(folder, device="cpu")
+        with pytest.raises(UsageError, match="cannot be listed"):
+            save_model(model, folder, overwrite=True)
+    finally:
+        os.seteuid(0)
 
 
 def test_empty_prompt_starts_from_bos(llm: LLM) -> None:

@@ -87,8 +87,11 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise UsageError(f"{target} is a file, and a model is saved as a folder. Choose another name.")
-    if not any(target.iterdir()):
-        return
+    try:
+        if not os.listdir(target):
+            return
+    except OSError as error:
+        raise UsageError(f"{target} cannot be listed ({error.strerror}). Check its permissions, or choose another folder.") from error
     if not overwrite:
         raise UsageError(f"{target} exists and is not empty. Choose another folder, or overwrite it (overwrite=True).")
     if not (target / "config.json").is_file():
