@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,7 @@ class Conversation:
         """Append the chat to a JSONL file as one training row; returns the number of rows the file has now."""
         if not self.turns:
             raise UsageError("there is nothing to save yet. Say something first.")
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         with path.open("a+", encoding="utf-8") as rows:
             rows.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
             rows.seek(0)
@@ -126,7 +127,7 @@ class Conversation:
 
     def load(self, file: str) -> None:
         """Go on with the last chat of a JSONL file."""
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         remedy = 'Give a JSONL file with {"messages": [...]} rows, as /save writes it.'
         try:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -46,6 +46,13 @@ class LogitBias(click.ParamType):
             self.fail(f"{value!r} is not ID=BIAS; write a token id, '=' and a number, as in 42=-100.", param, ctx)
 
 
+class StopText(click.ParamType):
+    """A text; the mirror in the environment holds one a line, since a stop string may have spaces."""
+
+    name = "TEXT"
+    envvar_list_splitter = "\n"
+
+
 def _unescape(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(value.replace("\\n", "\n").replace("\\t", "\t") for value in values)
 
@@ -84,7 +91,14 @@ def sampling_options(function: F) -> F:
         option("--presence-penalty", **number, help="Subtract from the logits of tokens already written; 0 is off."),
         option("--frequency-penalty", **number, help="The same for each time a token was written; 0 is off."),
         option("--logit-bias", type=LogitBias(), multiple=True, help="Add BIAS to the logit of token ID; repeatable."),
-        option("--stop", multiple=True, callback=_unescape, metavar="TEXT", help=r"Stop before this text (\n is a new line); repeatable."),
+        option(
+            "--stop",
+            type=StopText(),
+            multiple=True,
+            callback=_unescape,
+            metavar="TEXT",
+            help=r"Stop before this text (\n is a new line); repeatable.",
+        ),
         option("--stop-token", "stop_token_ids", type=int, multiple=True, metavar="ID", help="Stop at this token id; repeatable."),
         option("--ignore-eos", is_flag=True, help="Go on after an end-of-text token."),
     )(function)

@@ -22,6 +22,7 @@ from llmkit.errors import ContextOverflow, LLMKitError, UsageError
 from llmkit.llm import Stream
 
 FENCE = '"""'
+TAKE_ARGUMENTS = ("/system", "/set", "/save", "/load")
 HELP = """\
 /system [TEXT]       show the system message, or set it (/system none removes it)
 /set [NAME VALUE]    show the settings, or change one: temperature, top_p, max_tokens, seed, verbose, ...
@@ -120,7 +121,7 @@ class Repl:
                 self._say("(interrupted; nothing was sent, arrow up has it)")
                 continue
             command = text.split(maxsplit=1)[0] if text else ""
-            if command == "/bye":
+            if text == "/bye":
                 return 0
             try:
                 self._handle(text, command)
@@ -144,7 +145,10 @@ class Repl:
         if not text:
             return
         if command in self.commands:
-            self.commands[command](text[len(command) :].strip())
+            argument = text[len(command) :].strip()
+            if argument and command not in TAKE_ARGUMENTS:
+                raise UsageError(f"{command} takes no {argument!r}. Say {command} alone.")
+            self.commands[command](argument)
         elif command.startswith("/") and "/" not in command[1:]:
             near = get_close_matches(command, self.commands, n=1)
             raise UsageError(f"{command} is not a command. {f'Did you mean {near[0]}?' if near else '/help lists them.'}")

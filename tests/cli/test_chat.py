@@ -87,6 +87,9 @@ def test_a_conversation(terminal: Terminal, tmp_path: Path) -> None:
     assert "temperature 0.7," in terminal.answer("/set temperature default")
     assert "error: temperature" in terminal.answer("/set temperature -3")
     assert "Did you mean 'temperature'?" in terminal.answer("/set temprature 1")
+    assert "takes no 'now'" in terminal.answer("/retry now")
+    assert "takes no 'now'" in terminal.answer("/bye now")
+    assert "error" in terminal.answer("/save ~nobody-of-that-name/x")
     assert "Did you mean /history?" in terminal.answer("/histori")
     assert "assistant:" in terminal.answer("/history")
     assert "verbose on" in terminal.answer("/set verbose on")
@@ -141,7 +144,7 @@ def test_a_full_context_says_how_to_go_on(tiny_model_dir: Path, state: Path) -> 
     terminal = Terminal(tiny_model_dir, state, "-c", "64", "--ignore-eos")
     terminal.wait()
     assert "the context of 64 tokens is full; /undo" in terminal.answer("sun")
-    said = terminal.answer("dog")
+    said = terminal.answer("the dog ran " * 30)
     assert "more than the context of 64" in said
     assert "/clear the whole chat" in " ".join(said.split())
     terminal.answer("/clear")

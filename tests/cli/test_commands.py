@@ -186,6 +186,14 @@ def test_environment_mirrors_the_flags(said: Said, tiny_model_dir: Path, monkeyp
     assert said("generate", "-p", "Once", str(tiny_model_dir))[0] == 0  # an argument wins over the environment
 
 
+def test_stop_strings_from_the_environment_keep_their_spaces(said: Said, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = said("generate", str(tiny_model_dir), "-p", "Once", "--seed", "1", "-n", "40", "--ignore-eos")[1]
+    at = free.index(" ", 5)
+    monkeypatch.setenv("LLMKIT_STOP", "never this\n" + free[at - 1 : at + 2])
+    cut = said("generate", str(tiny_model_dir), "-p", "Once", "--seed", "1", "-n", "40", "--ignore-eos")[1]
+    assert cut == free[: free.index(free[at - 1 : at + 2])] + "\n"
+
+
 def test_verbose_goes_to_standard_error(said: Said, tiny_model_dir: Path) -> None:
     _, out, err = said("generate", str(tiny_model_dir), "-p", "Once upon", "-n", "5", "-v", "--ignore-eos")
     assert "tok/s" not in out
