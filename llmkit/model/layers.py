@@ -62,7 +62,9 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
         return torch.cat((_few_rows(x, weight[:-rest]), left), -1) if size else left
     flat = x.reshape(1, -1, in_features).expand(groups, -1, -1)
     out = torch.bmm(flat, weight.view(groups, size, in_features).mT)  # [groups, rows, size]
-    return out.transpose(0, 1).reshape(*x.shape[:-1], out_features)
+    if out.shape[1] > 1:
+        out = out.transpose(0, 1)
+    return out.reshape(*x.shape[:-1], out_features)
 
 
 class Linear(nn.Linear):
