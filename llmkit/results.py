@@ -128,7 +128,4 @@ class Score:
 
     def __repr__(self) -> str:
         bits = "" if self.bits_per_byte is None else f", bits_per_byte={self.bits_per_byte:.4f}"
-        return (
-            f"Score({len(self.token_logprobs)} tokens, log_likelihood={self.log_likelihood:.4f}, "
-            f"perplexity={self.perplexity:.4f}{bits})"
-        )
+        return f"Score({len(self.token_logprobs)} tokens, log_likelihood={self.log_likelihood:.4f}, perplexity={self.perplexity:.4f}{bits})"
