@@ -46,7 +46,8 @@ class Trainer:
     """A model, its data and its optimizers on their way through a recipe.
 
     Everything that decides the next step is in `state`, so a run that was stopped (even killed) goes on from its last
-    checkpoint exactly as it would have; bit for bit on a CPU, but for `max_minutes`, where the clock sets the learning rate.
+    checkpoint exactly as it would have; bit for bit on a CPU with as many threads, but for `max_minutes`, where the clock sets
+    the learning rate.
     """
 
     def __init__(

@@ -255,7 +255,7 @@ def test_killed_at_any_moment_it_goes_on_exactly(make_recipe: Callable[..., Reci
     process = subprocess.Popen(
         [sys.executable, "-m", "llmkit", "train", str(tmp_path / "recipe.yaml")],
         stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     while not checkpoint.exists():
