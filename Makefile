@@ -50,7 +50,6 @@ stories-data: $(INSTALLED)  ## write the training text of the embedded model (ne
 
 stories: stories-data  ## train the embedded model again and judge it (two hours)
 	$(BIN)/llmkit train recipes/stories.yaml
-	$(BIN)/llmkit train recipes/stories_requests.yaml
 	$(BIN)/python recipes/stories_eval.py runs/stories/model --data $(DATA)
 
 clean:  ## remove .venv and caches

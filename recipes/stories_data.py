@@ -10,6 +10,7 @@ Sources: real TinyStories (CDLA-Sharing-1.0), stories sampled from stories260K (
     real-prompted.jsonl      each real story several times, as the answer to different requests, most of them with nouns exchanged
     sampled-plain.jsonl      the teacher's stories
     sampled-prompted.jsonl   the same as answers
+    openings.jsonl           only the first sentences of both, as answers to "Begin a story about a dog and a kite."
     books.jsonl              passages of the books
 
 No line of any training file holds both nouns of a pair of stories_pairs.json, in any inflection: how often the trained model
@@ -74,6 +75,7 @@ ASK_ANY = [
     "A story, please.", "I want to hear a story!", "Tell me a bedtime story.", "story please", "Hello!", "hello", "Hi", "Hi! Who are you?",
     "Good evening!", "What can you do?", "I am bored.", "Surprise me.", "Once upon a time",
 ]  # fmt: skip
+BEGIN = ["Begin a story about {x}.", "Start a story about {x}.", "How does a story about {x} begin?", "begin a story about {bare}"]
 AGAIN = [
     "Another one, about {x}.",
     "Now a story about {x}.",
@@ -86,13 +88,14 @@ WOMEN = words("girl woman mom sister grandma princess queen fairy witch nurse me
 NEVER_REPLACED = AMBIGUOUS | UNIQUE | words("mom dad grandma grandpa friend baby room house park")  # "Mom said": used like names
 COMMON = words("mom dad girl boy man park toy house room tree")  # a story tells of them unasked
 OPENING = 240  # characters: the first two or three sentences
+OPENING_SENTENCES = re.compile(rf".{{20,{OPENING}}}[.!?]\"?(?=\s|$)", re.DOTALL)
 EXCHANGE_SHARE = 0.8  # of the requests; with a half, a model of two million parameters was slow to see that the request matters
 _COMPOUND = re.compile(r"\b(?:teddy|polar|ice|living|dining|rain|snow|hot|potato|tooth|swimming) (?=\w)", re.IGNORECASE)
 
 
 def request(rng: random.Random, nouns: Sequence[str], forms: Sequence[str] = ASK) -> str:
     """Asks for a story with these nouns (one to three)."""
-    form = forms[0] if rng.random() < FAVOURITE else rng.choice([*forms, *(ASK_WORDS if len(nouns) > 1 else [])])
+    form = forms[0] if rng.random() < FAVOURITE else rng.choice([*forms, *(ASK_WORDS if forms is ASK and len(nouns) > 1 else [])])
 
     def listed(parts: list[str]) -> str:
         return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
@@ -165,6 +168,20 @@ def prompted(rng: random.Random, story: str, others: Sequence[str], exchange_sha
         turns.append(answer(rng, second, exchange_share, AGAIN))
     roles = ("user", "assistant")
     return {"messages": [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]}
+
+
+def begun(rng: random.Random, story: str) -> Row | None:
+    """A chat that asks for the beginning of a story about two nouns, and gets its first sentences; None where they hold no two.
+
+    In a whole story two words of two hundred tell whether the request was read; here it is two of thirty, so a small model learns
+    to read requests from far less text."""
+    sentences = OPENING_SENTENCES.match(story)
+    nouns = choose(rng, salient(sentences[0]), 2) if sentences else []
+    if not sentences or len(nouns) < 2:
+        return None
+    text, nouns = exchanged(rng, sentences[0], nouns)
+    rng.shuffle(nouns)
+    return {"messages": [{"role": "user", "content": request(rng, nouns, BEGIN)}, {"role": "assistant", "content": text}]}
 
 
 def whole_text(row: Row) -> str:
@@ -264,6 +281,8 @@ def main() -> None:
     write(output / "real-prompted.jsonl", real, allowed)
     recalled = [story for story in samples if max(nouns_in(story).values(), default=0) > 2]  # something stays its subject
     write(output / "sampled-prompted.jsonl", (prompted(rng, story, recalled, EXCHANGE_SHARE) for story in recalled), allowed)
+    beginnings = (begun(rng, story) for stories, times in ((training, args.variants), (samples, 3)) for _ in range(times) for story in stories)
+    write(output / "openings.jsonl", filter(None, beginnings), allowed)
 
 
 if __name__ == "__main__":

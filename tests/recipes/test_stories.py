@@ -125,6 +125,21 @@ def test_a_chat_alternates_and_may_have_two_turns() -> None:
     assert lengths == {2, 4}
 
 
+def test_a_beginning_holds_what_was_asked_for_and_ends_with_a_sentence() -> None:
+    requests = set()
+    for seed in range(100):
+        row = data.begun(random.Random(seed), STORY)
+        assert row is not None
+        asked, told = (message["content"] for message in row["messages"])
+        assert len(text.nouns_in(asked)) == 2
+        assert text.nouns_in(asked).keys() <= text.nouns_in(told).keys()
+        assert len(told) <= data.OPENING + 40  # a longer noun may have taken a shorter one's place
+        assert told[-1] in '.!?"'
+        requests.add(re.sub(r" an? [\w-]+| some \w+| the \w+", "", asked))
+    assert all("egin" in form or "tart" in form for form in requests)  # no whole story is asked for
+    assert data.begun(random.Random(0), "He ran. She ran. They all ran and ran until the night came.") is None
+
+
 # --- what is kept ---------------------------------------------------------------------------------------------------
 
 
