@@ -36,10 +36,7 @@ GROUPS = {"q4": (16, 32), "q8": (32,)}
 
 # The numbers a 4-bit code stands for: those with the least square error on normally distributed weights whose scales were searched
 # (Lloyd's algorithm, groups of 32), with an exact 0.
-CODEBOOK = (1, 14, 24, 33, 41, 49, 56, 64, 72, 80, 88, 97, 106, 115, 122, 127)
-
-# A weight as the kernels take it: quantized, or float32, float16, or bfloat16 as its 16 bits in uint16.
-Weight = "np.ndarray | QuantizedMatrix"
+CODEBOOK = (1, 15, 25, 33, 40, 47, 53, 58, 64, 70, 76, 82, 89, 96, 105, 117)
 
 
 def _up(size: int, multiple: int) -> int:
@@ -65,7 +62,7 @@ class QuantizedMatrix:
             if not isinstance(found, np.ndarray) or found.dtype != dtype or found.shape != shape:
                 has = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else type(found).__name__
                 raise CheckpointError(
-                    f"A {self.scheme} matrix of shape {list(self.shape)} needs {name} {dtype} {list(shape)}, found {has}. Quantize it again."
+                    f"A {self.scheme} matrix {list(self.shape)} needs {name} {dtype} {list(shape)}, found {has}. Quantize the model again."
                 )
             if not found.flags.c_contiguous:
                 raise CheckpointError(f"The {name} of a {self.scheme} matrix are not contiguous. Copy them (numpy.ascontiguousarray).")
@@ -112,6 +109,10 @@ class QuantizedMatrix:
             return self.codes.reshape(panels, blocks, 8, PANEL, 4)[panel, :, :, lane].reshape(len(panel), -1)
         packed = self.codes.reshape(panels, blocks, 4, PANEL, 4)[panel, :, :, lane]  # [rows, blocks, 4, 4]
         return np.stack((packed & 15, packed >> 4), 2).reshape(len(panel), -1)
+
+
+# A weight as the kernels take it: quantized, or float32, float16, or bfloat16 as its 16 bits in uint16.
+Weight = np.ndarray | QuantizedMatrix
 
 
 def pack(
