@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from llmkit.config import ModelConfig
-from llmkit.engine.batch import Backend, Engine, tokens_within
+from llmkit.engine.backend import Backend
+from llmkit.engine.batch import Engine, tokens_within
 from llmkit.engine.sampling import SamplingParams
 from llmkit.errors import ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError, out_of_memory
 from llmkit.folder import ModelFolder, read_folder

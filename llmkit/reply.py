@@ -9,7 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 
-from llmkit.engine.batch import Engine, Sequence
+from llmkit.engine.batch import Engine
+from llmkit.engine.sequence import Sequence
 from llmkit.results import Chunk, Completion, FinishReason, Timings, TokenLogprob, Usage
 from llmkit.text.stop import StopScanner
 from llmkit.text.tokenizer import Tokenizer

@@ -1,7 +1,9 @@
 """Generation on token ids and numpy arrays: sampling, KV cache blocks, continuous batching. No torch, no text."""
 
-from llmkit.engine.batch import Backend, Engine, Event, FinishReason, Sequence
+from llmkit.engine.backend import Backend
+from llmkit.engine.batch import Engine
 from llmkit.engine.generate import generate
 from llmkit.engine.sampling import SamplingParams, TokenLogprobs
+from llmkit.engine.sequence import Event, FinishReason, Sequence
 
 __all__ = ["Backend", "Engine", "Event", "FinishReason", "SamplingParams", "Sequence", "TokenLogprobs", "generate"]

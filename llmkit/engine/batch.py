@@ -11,141 +11,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from hashlib import blake2b
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.config import ModelConfig
 from llmkit.engine import sampling
-from llmkit.engine.blocks import ABSENT, BlockTables, KVCache, blocks_for, pool_sizes
+from llmkit.engine.backend import Backend
+from llmkit.engine.blocks import KVCache, blocks_for, pool_sizes
 from llmkit.engine.sampling import SamplingParams, TokenLogprobs
+from llmkit.engine.sequence import Batch, Event, FinishReason, Sequence, Work, cache_root
 from llmkit.errors import ContextOverflow, LLMKitError, UsageError
 
 PromptIds = Iterable[int] | NDArray[np.integer]
-FinishReason = Literal["stop", "length", "abort", "error"]
-
-
-class Backend(Protocol):
-    """What runs a model: token ids in, float32 logits out. All arrays are numpy.
-
-    Attributes:
-        config: what the model is.
-        block_size: tokens per block of the KV cache.
-        cache_windows: `config.cache_windows`; each is one group of KV blocks, shared by all layers with that sliding window.
-    """
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def block_size(self) -> int: ...
-
-    @property
-    def cache_windows(self) -> tuple[int | None, ...]: ...
-
-    def block_bytes(self, group: int) -> int:
-        """Bytes of one KV block of that group, over all its layers."""
-        ...
-
-    def step(
-        self,
-        tokens: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        sequences: NDArray[np.int32],
-        block_tables: list[NDArray[np.int32]],
-        contexts: NDArray[np.int32],
-        adapters: list[str | None],
-        rows: NDArray[np.int32],
-        hidden: bool = False,
-    ) -> NDArray[np.float32]:
-        """Writes keys and values of N tokens of S sequences into their blocks and attends to what is there.
-
-        Running a step again with the same arguments writes the same values: the engine may repeat one that was interrupted.
-
-        Args:
-            tokens: int32 `[N]`; those of one sequence are consecutive and in order, and every sequence has at least one.
-            positions: int32 `[N]`, of each token in its sequence.
-            sequences: int32 `[N]`, the token's row in the block tables, `contexts` and `adapters`.
-            block_tables: per group int32 `[S, max_blocks]`. Entry j is the id of the block with positions
-                j * block_size and following; -1 where a sliding window has left it behind or it is not yet taken.
-            contexts: int32 `[S]`, the length for which rotary frequencies are chosen (dynamic, longrope).
-            adapters: S names, None for the base model.
-            rows: int32 `[R]`, indices into the N tokens: those whose result is wanted.
-            hidden: final normed hidden states instead of logits.
-
-        Returns:
-            float32 `[R, vocab]`, or `[R, hidden_size]` if `hidden`. The engine reads it before the next step and keeps nothing.
-        """
-        ...
-
-
-class Event(NamedTuple):
-    """One new token of a sequence, or its end without one (finish_reason "error": see `Sequence.error`)."""
-
-    sequence: Sequence
-    token: int | None  # a token that ends the reply (eos, stop_token_ids) is included
-    logprobs: TokenLogprobs | None
-    finish_reason: FinishReason | None  # None: more to come
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One prompt and the reply to it: the state of one request, and of it alone."""
-
-    ids: NDArray[np.int32]  # [prompt + max_tokens]; the first `length` are there
-    prompt_length: int
-    params: SamplingParams
-    seed: int  # params.seed or the fresh one drawn for it: with it the reply can be had again
-    sample_index: int
-    adapter: str | None
-    context: int  # prompt + max_tokens
-    end_ids: frozenset[int]  # tokens that end the reply
-    blocks: BlockTables
-    greedy: bool  # the token is the argmax of the raw logits
-    added_at: float  # seconds, time.perf_counter
-    length: int
-    computed: int = 0  # tokens whose keys and values are in the cache
-    cached_tokens: int = 0  # of the prompt, found in the cache
-    logprobs: list[TokenLogprobs] | None = None  # one per reply token where params.logprobs asks for them
-    finish_reason: FinishReason | None = None
-    error: LLMKitError | None = None
-    started_at: float | None = None  # when it left the queue
-    first_token_at: float | None = None
-    finished_at: float | None = None
-
-    @property
-    def prompt_ids(self) -> NDArray[np.int32]:
-        return self.ids[: self.prompt_length]
-
-    @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """The reply so far."""
-        return self.ids[self.prompt_length : self.length]
-
-    @property
-    def num_generated(self) -> int:
-        return self.length - self.prompt_length
-
-    @property
-    def time_to_first_token(self) -> float | None:
-        """Seconds from `add`, waiting included; None before there is one."""
-        return None if self.first_token_at is None else self.first_token_at - self.added_at
-
-    @property
-    def decode_seconds(self) -> float | None:
-        """Seconds from the first token to the end, in which num_generated - 1 tokens were made; None before the end."""
-        return None if self.first_token_at is None or self.finished_at is None else self.finished_at - self.first_token_at
-
-
-class Work(NamedTuple):
-    """What one sequence computes in one step: tokens [start, end)."""
-
-    sequence: Sequence
-    start: int
-    end: int
 
 
 class Scheduler:
@@ -246,7 +124,7 @@ class Engine:
         self.backend = backend
         self.cache = KVCache(backend.cache_windows, backend.block_size, max_cache_tokens, prefill_chunk)
         self.scheduler = Scheduler(self.cache, prefill_chunk)
-        self._batch = _Batch(self.cache)
+        self._batch = Batch(self.cache)
         self.lock = threading.RLock()
 
     @property
@@ -283,7 +161,7 @@ class Engine:
         total = self._total(len(prompt), params.max_tokens)
         ids = np.empty(total, dtype=np.int32)
         ids[: len(prompt)] = prompt
-        root = blake2b(repr((adapter, rope_key(self.backend.config, total))).encode(), digest_size=16).digest()
+        root = cache_root(self.backend.config, adapter, total)
         sequence = Sequence(
             ids=ids,
             prompt_length=len(prompt),
@@ -346,19 +224,12 @@ class Engine:
 
     def _draw(self, sequence: Sequence, logits: NDArray[np.float32]) -> tuple[int, TokenLogprobs | None] | LLMKitError:
         """The next token of a sequence from its logits `[vocab]`; an error concerns this sequence alone."""
-        params = sequence.params
-        history = sequence.ids[: sequence.length]
         try:
-            if sequence.greedy:
-                token = int(logits.argmax())
-                sampling.check_finite(float(logits[token]), sequence.length)
-            else:
-                token = sampling.sample(
-                    logits, params, history, sequence.prompt_length, sequence.seed, sequence.sample_index, sequence.end_ids
-                )
+            token = sequence.draw(logits, sequence.length)
         except LLMKitError as error:
             return error
-        return token, None if params.logprobs is None else sampling.token_logprobs(logits, token, params.logprobs)
+        count = sequence.params.logprobs
+        return token, None if count is None else sampling.token_logprobs(logits, token, count)
 
     def _commit(self, sequence: Sequence, result: tuple[int, TokenLogprobs | None] | LLMKitError, now: float) -> Event:
         if isinstance(result, LLMKitError):
@@ -416,79 +287,8 @@ class Engine:
         return ids.astype(np.int32)
 
 
-class _Batch:
-    """The arrays of a step. They are kept from step to step, and only what changed is written again."""
-
-    def __init__(self, cache: KVCache):
-        self._cache = cache
-        self._members: list[Sequence] = []
-        self._tables = [np.full((0, 0), ABSENT, dtype=np.int32) for _ in cache.windows]
-        self.tokens = self.positions = self.sequences = np.empty(0, dtype=np.int32)
-        self.size = 0  # N
-        self.tables: list[NDArray[np.int32]] = []  # [S, blocks in use]
-        self.contexts = np.empty(0, dtype=np.int32)
-        self.adapters: list[str | None] = []
-        self.asked: list[Work] = []  # whose last token's logits are wanted, in the order of the rows
-
-    def fill(self, work: list[Work]) -> NDArray[np.int32]:
-        """Takes the blocks the step needs, sets all arrays and returns `rows`."""
-        self._match_members([item.sequence for item in work])
-        total = sum(item.end - item.start for item in work)
-        if total > len(self.tokens):
-            self.tokens, self.positions, self.sequences = (np.empty(2 * total, dtype=np.int32) for _ in range(3))
-        size = longest = 0
-        rows, self.asked = [], []
-        for row, item in enumerate(work):
-            sequence, start, end = item
-            if self._cache.prepare(sequence.blocks, start, end):
-                self._write_tables(row, sequence)
-            stop = size + end - start
-            self.tokens[size:stop] = sequence.ids[start:end]
-            self.positions[size:stop] = start if end - start == 1 else np.arange(start, end)
-            self.sequences[size:stop] = row
-            size = stop
-            longest = max(longest, end)
-            if end == sequence.length:
-                rows.append(size - 1)
-                self.asked.append(item)
-        self.size = size
-        width = blocks_for(longest, self._cache.block_size)
-        self.tables = [np.ascontiguousarray(table[: len(work), :width]) for table in self._tables]
-        return np.array(rows, dtype=np.int32)
-
-    def _match_members(self, members: list[Sequence]) -> None:
-        if members == self._members:
-            return
-        width = max(len(table) for sequence in members for table in sequence.blocks.tables)
-        self._tables = [np.full((len(members), width), ABSENT, dtype=np.int32) for _ in self._tables]
-        self._members = members
-        self.contexts = np.array([sequence.context for sequence in members], dtype=np.int32)
-        self.adapters = [sequence.adapter for sequence in members]
-        for row, sequence in enumerate(members):
-            self._write_tables(row, sequence)
-
-    def _write_tables(self, row: int, sequence: Sequence) -> None:
-        for table, own in zip(self._tables, sequence.blocks.tables, strict=True):
-            table[row, : len(own)] = own
-
-
 def _as_array(ids: PromptIds) -> NDArray[np.integer]:
     return ids if isinstance(ids, np.ndarray) else np.array(list(ids) or np.empty(0, np.int32))
-
-
-def rope_key(config: ModelConfig, context: int) -> tuple[object, ...]:
-    """What the choice of rotary frequencies for a request of `context` tokens depends on: equal keys may share blocks.
-
-    Dynamic frequencies change with every length beyond the original context; longrope has one set up to it and one beyond.
-    """
-    key: list[object] = []
-    for rope in {layer.rope for layer in config.layers if layer.rope is not None}:
-        original = min(rope.original_max_position_embeddings or config.max_position_embeddings, config.max_position_embeddings)
-        if rope.rope_type == "dynamic":
-            key.append(max(context, original))
-        elif rope.rope_type == "longrope":
-            key.append(context > original)
-    return tuple(key)
 
 
 def tokens_within(backend: Backend, cache_bytes: int, max_step_tokens: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from llmkit.engine.batch import Engine, Event, PromptIds, Sequence
+from llmkit.engine.batch import Engine, PromptIds
 from llmkit.engine.sampling import SamplingParams
+from llmkit.engine.sequence import Event, Sequence
 
 
 def generate(

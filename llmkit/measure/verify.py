@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmkit.config import ModelConfig
-from llmkit.engine.batch import Backend
+from llmkit.engine.backend import Backend
 from llmkit.errors import LLMKitError, UsageError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from llmkit.model.transformer import Transformer
 
 
 class TorchBackend:
-    """Runs the `Transformer` over a paged KV cache; see `llmkit.engine.batch.Backend` for the contract.
+    """Runs the `Transformer` over a paged KV cache; see `llmkit.engine.backend.Backend` for the contract.
 
     All tokens of a step, whatever their sequences, pass through the linears as one flat batch without padding;
     attention runs per sequence. A row's logits agree with those of the row alone within 1e-5 (matrix products of
