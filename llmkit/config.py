@@ -56,6 +56,19 @@ class LayerConfig:
     attention_scale: float | None = None  # None: head_dim ** -0.5
 
 
+# The norms of a layer: before attention, after it, before the MLP, after it. The names are those of the checkpoints,
+# where Llama's `post_attention_layernorm` stands before the MLP and Gemma's after the attention.
+#
+#     pre (Llama)                  post (OLMo 2)                sandwich (Gemma 2)
+#     x + attn(norm(x))            x + norm(attn(x))            x + norm(attn(norm(x)))
+#     x + mlp(norm(x))             x + norm(mlp(x))             x + norm(mlp(norm(x)))
+NORM_NAMES: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer, whatever its family."""

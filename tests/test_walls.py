@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "llmkit"
 LEVELS = [
     {"errors"},
     {"config", "results", "text"},
+    {"frequencies"},
     {"families", "kernels"},
     {"model", "quant", "lora"},
     {"checkpoint"},
@@ -31,7 +32,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
 NO_TORCH = [
     *("__init__", "config", "errors", "results", "folder", "reply", "llm"),
-    *("families", "text", "engine", "checkpoint/files", "checkpoint/hub", "cli"),
+    *("families", "frequencies", "kernels/__init__", "kernels/native", "text", "engine", "checkpoint/files", "checkpoint/hub", "cli"),
 ]
 
 

@@ -7,23 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from llmkit.config import ModelConfig, RopeConfig
+from llmkit.config import NORM_NAMES, ModelConfig, RopeConfig
 from llmkit.model.attention import Attend, Attention, Rotary, SelfAttention
 from llmkit.model.layers import MLP, Linear, MixtureOfExperts, linear, make_norm
 from llmkit.model.rope import rotary_tables
-
-# The norms of a layer: before attention, after it, before the MLP, after it. The names are those of the checkpoints,
-# where Llama's `post_attention_layernorm` stands before the MLP and Gemma's after the attention.
-#
-#     pre (Llama)                  post (OLMo 2)                sandwich (Gemma 2)
-#     x + attn(norm(x))            x + norm(attn(x))            x + norm(attn(norm(x)))
-#     x + mlp(norm(x))             x + norm(mlp(x))             x + norm(mlp(norm(x)))
-NORM_NAMES: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
-    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
-    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "sandwich": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-}
-
 
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the residual stream."""

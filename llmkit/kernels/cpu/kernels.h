@@ -1,0 +1,103 @@
+// What an instruction set provides: one table of functions, chosen at run time (see dispatch.cpp).
+//
+// Two kinds of weights meet one kind of activation, float32 rows:
+//   dense      row-major [n, k] float32, float16 or bfloat16, used in place as the checkpoint stores them
+//   quantized  panels of 16 rows (see llmkit/kernels/format.py), multiplied with activations rounded to int8
+//
+// Bitwise batch invariance: a result depends on its row of activations and its row of weights only. Every function here
+// adds in an order fixed by k alone, whatever the tile, the number of tokens or the thread.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace llmkit {
+
+enum class Kind : int { F32 = 0, F16 = 1, BF16 = 2, Q4 = 3, Q8 = 4 };
+
+// y = x W^T + bias. Pointers into arrays that Python owns.
+struct Linear {
+  Kind kind = Kind::F32;
+  int64_t n = 0, k = 0;                // out_features, in_features
+  const void* data = nullptr;          // dense: [n, k]; quantized: codes [panels, k_blocks, 256 | 512]
+  const int8_t* scales = nullptr;      // [panels, k_padded / group, 16]
+  const float* row_scale = nullptr;    // [panels * 16]
+  const float* bias = nullptr;         // [n]
+  int group = 32;                      // 16 or 32
+  const uint8_t* codebook = nullptr;   // 16 entries in 0..127, meaning entry - 64
+  const uint8_t* lookup = nullptr;     // the same as the dot product takes them: as they are, or signed (Kernels::signed_dot)
+  bool present() const { return data != nullptr; }
+  bool quantized() const { return kind == Kind::Q4 || kind == Kind::Q8; }
+};
+
+// Rows of activations rounded to int8 in groups of 32; `offset` is -64 times the sum of 16 or 32 integers: with it an
+// unsigned dot product over codebook entries comes out as if their zero point, 64, had been subtracted.
+struct QuantizedRows {
+  int64_t k_padded = 0;   // multiple of 32
+  int8_t* q = nullptr;          // [rows, k_padded]
+  float* scale = nullptr;       // [rows, k_padded / 32]
+  int32_t* offset = nullptr;    // [rows, k_padded / 16]
+  int32_t* offset32 = nullptr;  // [rows, k_padded / 32]
+};
+
+// Keys and values of one layer in blocks of 16 positions:
+//   keys   [block][kv_head][head_dim][16]        position fastest: 16 scores at a time
+//   values [block][kv_head][16][head_dim_padded]
+// kind: F32, F16 or Q8 (int8 with one float32 scale per position and head).
+struct KVStorage {
+  Kind kind = Kind::F32;
+  int64_t kv_heads = 0, dim = 0, dim_padded = 0;
+  uint8_t *keys = nullptr, *values = nullptr;
+  float *key_scale = nullptr, *value_scale = nullptr;  // [block][kv_head][16]
+};
+
+struct AttentionArgs {
+  const KVStorage* cache;
+  const int32_t* table;    // block ids of the sequence
+  int64_t heads;           // query heads
+  float scale, softcap;    // softcap 0: none
+  int64_t window;          // 0: none
+};
+
+constexpr int BLOCK = 16;       // positions per cache block
+constexpr int CHUNK = 128;      // keys between two corrections of the running maximum
+constexpr int SPLIT = 512;      // keys that one thread takes of a long context; fixed, so results do not depend on the threads
+constexpr int TILE_ROWS = 8;    // query rows that share one pass over the keys
+
+// The state of attention over some keys for one query row: maximum, sum of exponentials, weighted values.
+struct Partial { float maximum, sum; };
+
+struct Kernels {
+  const char* name;
+  bool signed_dot;
+  // Products of `tokens` rows x [tokens, ldx] with the weight rows of the tiles [first, last), each of so many rows; y [tokens, ldy].
+  int64_t (*tile_rows)(const Linear& w);
+  void (*dense)(const Linear& w, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, float* scratch);
+  void (*quantized)(const Linear& w, const QuantizedRows& x, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, uint8_t* scratch);
+  void (*quantize_row)(const float* x, int64_t k, const QuantizedRows& out, int64_t row);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* out);
+  void (*add_scaled)(float* x, const float* y, float factor, int64_t n);           // x += factor * y
+  void (*activate)(int activation, float* gate, const float* up, int64_t n);       // gate = act(gate) * up; up null: no gate
+  void (*softcap)(float* x, float cap, int64_t n);                                 // cap * tanh(x / cap)
+  void (*embed_row)(const Linear& table, int64_t row, float* out);
+  void (*store_kv)(const KVStorage& cache, int64_t block, int64_t slot, const float* k, const float* v);
+  // Query rows `rows` (at most TILE_ROWS; row r has query vector q[r] and position positions[r]) of one kv head over the
+  // keys of split `split`: state and out[r] [dim_padded].
+  void (*attend)(const AttentionArgs& args, int64_t kv_head, const float* const* q, const int32_t* positions, int rows, int64_t split,
+                 Partial* state, float* out, int64_t ldo, float* scratch);
+  void (*merge)(Partial* total, float* out, const Partial* part, const float* part_out, int64_t dim);  // out, part_out [dim_padded]
+};
+
+constexpr size_t kAttendScratch = size_t(TILE_ROWS) * CHUNK + 64;                                       // floats
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();      // null where the compiler or the processor's family does not have it
+const Kernels* avxvnni_kernels();
+const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+const Kernels* choose_kernels(const char* wanted, const char** problem);  // wanted null: the best this processor has
+
+enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+}  // namespace llmkit

@@ -1,0 +1,545 @@
+// The kernels, written once over the sixteen lanes of a simd_*.h; each isa_*.cpp includes both inside a namespace of its own.
+
+// -- elementary functions ---------------------------------------------------------------------------------------------
+
+// e^x, relative error 2e-7; exactly 1 at 0 and exactly 0 below -87.3 (Cephes expf's reduction and polynomial).
+static inline F exp(F x) {
+  F limited = max(min(x, set1(88.0f)), set1(-87.3f));
+  F n = round_even(mul(limited, set1(1.44269504f)));
+  F r = fma(n, set1(-0.693359375f), limited);
+  r = fma(n, set1(2.12194440e-4f), r);
+  F p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = add(fma(mul(r, r), p, r), set1(1.0f));
+  return zero_below(x, -87.3f, scale2(p, n));
+}
+static inline F tanh(F x) {  // 1 - 2 / (e^2x + 1)
+  F limited = max(min(x, set1(20.0f)), set1(-20.0f));
+  return sub(set1(1.0f), div(set1(2.0f), add(exp(add(limited, limited)), set1(1.0f))));
+}
+static float exp1(float x) { float out[16]; store(out, exp(set1(x))); return out[0]; }
+
+static inline F act(int activation, F x) {
+  switch (activation) {
+    case kSilu: return div(x, add(set1(1.0f), exp(sub(zero(), x))));
+    case kGeluTanh: {
+      F inner = mul(set1(0.7978845608f), fma(mul(mul(x, x), x), set1(0.044715f), x));
+      return mul(mul(set1(0.5f), x), add(set1(1.0f), tanh(inner)));
+    }
+    case kRelu: return max(x, zero());
+    default: {  // gelu by the error function: rare, so the standard library's will do
+      float v[16];
+      store(v, x);
+      for (float& e : v) e = 0.5f * e * (1.0f + erff(e * 0.70710678f));
+      return load(v);
+    }
+  }
+}
+
+// Applies f to x[0..n), sixteen at a time.
+template <class Function>
+static inline void each(int64_t n, Function f) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) f(i, 16);
+  if (i < n) f(i, int(n - i));
+}
+
+static void add_scaled(float* x, const float* y, float factor, int64_t n) {
+  each(n, [&](int64_t i, int m) { store_n(x + i, fma(set1(factor), load_n(y + i, m), load_n(x + i, m)), m); });
+}
+static void activate(int activation, float* gate, const float* up, int64_t n) {
+  each(n, [&](int64_t i, int m) {
+    F a = act(activation, load_n(gate + i, m));
+    store_n(gate + i, up ? mul(a, load_n(up + i, m)) : a, m);
+  });
+}
+static void softcap(float* x, float cap, int64_t n) {
+  each(n, [&](int64_t i, int m) { store_n(x + i, mul(set1(cap), tanh(div(load_n(x + i, m), set1(cap)))), m); });
+}
+static void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  F squares = zero();
+  each(n, [&](int64_t i, int m) { F v = load_n(x + i, m); squares = fma(v, v, squares); });
+  F factor = set1(1.0f / sqrtf(hsum(squares) / float(n) + eps));
+  each(n, [&](int64_t i, int m) { store_n(out + i, mul(mul(load_n(x + i, m), factor), load_n(weight + i, m)), m); });
+}
+static void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* out) {
+  F sum = zero();
+  each(n, [&](int64_t i, int m) { sum = add(sum, load_n(x + i, m)); });
+  const float mean = hsum(sum) / float(n);
+  F squares = zero();
+  each(n, [&](int64_t i, int m) { F v = keep(sub(load_n(x + i, m), set1(mean)), 0, m, 0.0f); squares = fma(v, v, squares); });
+  F factor = set1(1.0f / sqrtf(hsum(squares) / float(n) + eps));
+  each(n, [&](int64_t i, int m) {
+    store_n(out + i, fma(mul(sub(load_n(x + i, m), set1(mean)), factor), load_n(weight + i, m), load_n(bias + i, m)), m);
+  });
+}
+
+// -- dense products ---------------------------------------------------------------------------------------------------
+//
+// Lane i of an accumulator adds the products of columns i, i + 16, i + 32, ... and the lanes are added at the end. A tile of
+// kDenseTokens x kDenseRows accumulators reads each weight and each activation once per tile:
+//
+//              w row 0   w row 1   w row 2   w row 3
+//   x row 0    acc       acc       acc       acc
+//   x row 1    acc       acc       acc       acc      ...
+
+template <class T> static inline F load_weights(const T* p);
+template <> inline F load_weights(const float* p) { return load(p); }
+struct Half { uint16_t bits; };
+struct BFloat { uint16_t bits; };
+template <> inline F load_weights(const Half* p) { return from_f16(&p->bits); }
+template <> inline F load_weights(const BFloat* p) { return from_bf16(&p->bits); }
+template <class T> static inline F load_tail(const T* p, int n) {
+  T part[16] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return load_weights(part);
+}
+
+// Tiles never differ in arithmetic: one accumulator per product, columns in order.
+template <class T, int Tokens, int Rows>
+static inline void dense_tile(const T* w, int64_t k, const float* x, int64_t ldx, float* sums) {
+  F acc[Tokens * Rows];
+  for (F& a : acc) a = zero();
+  const int64_t whole = k & ~int64_t(15);
+  for (int64_t i = 0; i < whole; i += 16) {
+    F weights[Rows];
+    for (int r = 0; r < Rows; ++r) {
+      weights[r] = load_weights(w + r * k + i);
+      if (Tokens == 1) prefetch(w + (r + Rows) * k + i);
+    }
+    for (int t = 0; t < Tokens; ++t) {
+      F v = load(x + t * ldx + i);
+      for (int r = 0; r < Rows; ++r) acc[t * Rows + r] = fma(v, weights[r], acc[t * Rows + r]);
+    }
+  }
+  if (whole < k)
+    for (int t = 0; t < Tokens; ++t) {
+      F v = load_n(x + t * ldx + whole, int(k - whole));
+      for (int r = 0; r < Rows; ++r) acc[t * Rows + r] = fma(v, load_tail(w + r * k + whole, int(k - whole)), acc[t * Rows + r]);
+    }
+  reduce(acc, Tokens * Rows, sums);
+}
+
+template <class T, int Tokens, int Rows>
+static void dense_rows(const Linear& w, const T* rows, int64_t first_row, const float* x, int64_t ldx, float* y, int64_t ldy) {
+  float sums[Tokens * Rows];
+  dense_tile<T, Tokens, Rows>(rows, w.k, x, ldx, sums);
+  for (int t = 0; t < Tokens; ++t)
+    for (int r = 0; r < Rows; ++r) y[t * ldy + first_row + r] = w.bias ? sums[t * Rows + r] + w.bias[first_row + r] : sums[t * Rows + r];
+}
+
+template <class T, int Rows>
+static void dense_tokens(const Linear& w, const T* rows, int64_t first_row, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy) {
+  int64_t t = 0;
+  for (; t + kDenseTokens <= tokens; t += kDenseTokens) dense_rows<T, kDenseTokens, Rows>(w, rows, first_row, x + t * ldx, ldx, y + t * ldy, ldy);
+  for (; t + 2 <= tokens; t += 2) dense_rows<T, 2, Rows>(w, rows, first_row, x + t * ldx, ldx, y + t * ldy, ldy);
+  for (; t < tokens; ++t) dense_rows<T, 1, Rows>(w, rows, first_row, x + t * ldx, ldx, y + t * ldy, ldy);
+}
+
+// Threads share a product by tiles of this many weight rows.
+constexpr int kTile = 2 * kGemvRows;
+
+template <class T>
+static void dense_of(const Linear& w, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, float* scratch) {
+  const T* data = static_cast<const T*>(w.data);
+  const int64_t begin = first * kTile, end = last * kTile < w.n ? last * kTile : w.n;
+  if (tokens == 1) {
+    int64_t row = begin;
+    for (; row + kGemvRows <= end; row += kGemvRows) dense_rows<T, 1, kGemvRows>(w, data + row * w.k, row, x, ldx, y, ldy);
+    for (; row < end; ++row) dense_rows<T, 1, 1>(w, data + row * w.k, row, x, ldx, y, ldy);
+    return;
+  }
+  // As many activations at a time as stay in the second-level cache while the weights stream by.
+  const int64_t span = round_up((int64_t(1) << 18) / ldx + 1, kDenseTokens);
+  for (int64_t t = 0; t < tokens; t += span) {
+    const int64_t count = tokens - t < span ? tokens - t : span;
+    int64_t row = begin;
+    for (; row + kDenseRows <= end; row += kDenseRows) {
+      const T* rows = data + row * w.k;
+      if (sizeof(T) < 4 && count >= 2 * kDenseTokens) {  // widen once for all these tokens
+        each(kDenseRows * w.k, [&](int64_t i, int m) { store_n(scratch + i, m == 16 ? load_weights(rows + i) : load_tail(rows + i, m), m); });
+        dense_tokens<float, kDenseRows>(w, scratch, row, x + t * ldx, ldx, count, y + t * ldy, ldy);
+      } else {
+        dense_tokens<T, kDenseRows>(w, rows, row, x + t * ldx, ldx, count, y + t * ldy, ldy);
+      }
+    }
+    for (; row < end; ++row) dense_tokens<T, 1>(w, data + row * w.k, row, x + t * ldx, ldx, count, y + t * ldy, ldy);
+  }
+}
+
+static void dense(const Linear& w, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, float* scratch) {
+  switch (w.kind) {
+    case Kind::F16: return dense_of<Half>(w, x, ldx, tokens, y, ldy, first, last, scratch);
+    case Kind::BF16: return dense_of<BFloat>(w, x, ldx, tokens, y, ldy, first, last, scratch);
+    default: return dense_of<float>(w, x, ldx, tokens, y, ldy, first, last, scratch);
+  }
+}
+
+static int64_t tile_rows(const Linear& w) { return w.quantized() ? 16 * kQuantPanels : kTile; }
+
+// -- quantized products -----------------------------------------------------------------------------------------------
+//
+// Lane r of a register belongs to row r of a panel. One 64-byte load holds four columns of each row; the four int8
+// activations of those columns are broadcast to all lanes, and a dot product of four adds into each lane's int32.
+
+static void quantize_row(const float* x, int64_t k, const QuantizedRows& out, int64_t row) {
+  int8_t* q = out.q + row * out.k_padded;
+  for (int64_t g = 0; g * 32 < out.k_padded; ++g) {
+    const int64_t left = k - g * 32;
+    F a = left >= 16 ? load(x + g * 32) : load_n(x + g * 32, int(left));
+    F b = left >= 32 ? load(x + g * 32 + 16) : left > 16 ? load_n(x + g * 32 + 16, int(left - 16)) : zero();
+    const float largest = hmax(max(abs(a), abs(b)));
+    const F inverse = set1(largest > 0 ? 127.0f / largest : 0.0f);
+    to_i8(q + g * 32, mul(a, inverse));
+    to_i8(q + g * 32 + 16, mul(b, inverse));
+    const int32_t low = -64 * sum_i8(q + g * 32), high = -64 * sum_i8(q + g * 32 + 16);
+    out.scale[row * (out.k_padded / 32) + g] = largest / 127.0f;
+    out.offset[row * (out.k_padded / 16) + 2 * g] = low;
+    out.offset[row * (out.k_padded / 16) + 2 * g + 1] = high;
+    out.offset32[row * (out.k_padded / 32) + g] = low + high;
+  }
+}
+
+static inline int32_t four(const int8_t* q) { int32_t x; memcpy(&x, q, 4); return x; }
+
+// Group after group: integers are exact, so only this float32 chain has an order, and it is that of the groups.
+static inline F finish(F acc, I sums, F weight_scale, float x_scale) { return fma(to_float(sums), mul(weight_scale, set1(x_scale)), acc); }
+
+// Codes [k_padded / 4][64] of one panel in the order in which the product reads them, looked up in the codebook.
+static void unpack(const uint8_t* codes, int64_t blocks, B table, uint8_t* out) {
+  for (int64_t b = 0; b < blocks; ++b, codes += 256, out += 512)
+    for (int j = 0; j < 4; ++j) {
+      B w = load_bytes(codes + 64 * j);
+      store_bytes(out + 64 * j, low_codes(table, w));
+      store_bytes(out + 64 * (j + 4), high_codes(table, w));
+    }
+}
+
+template <int Tokens, int Panels, int Group, bool Eight>
+static inline void quant_tile(const uint8_t* const* w, const int8_t* const* scales, const QuantizedRows& x, int64_t token, F (*acc)[Panels]) {
+  const int8_t* q = x.q + token * x.k_padded;
+  const float* xs = x.scale + token * (x.k_padded / 32);
+  const int32_t* off = Group == 32 ? x.offset32 + token * (x.k_padded / 32) : x.offset + token * (x.k_padded / 16);
+  const int64_t groups = x.k_padded / Group, ldoff = groups, ldq = x.k_padded, ldxs = x.k_padded / 32;
+  for (int t = 0; t < Tokens; ++t) for (int p = 0; p < Panels; ++p) acc[t][p] = zero();
+  for (int64_t g = 0; g < groups; ++g) {
+    I sums[Tokens][Panels];
+    for (int t = 0; t < Tokens; ++t)
+      for (int p = 0; p < Panels; ++p) sums[t][p] = Eight ? start_q8(off[t * ldoff + g]) : set1i(kSignedDot ? 0 : off[t * ldoff + g]);
+#pragma GCC unroll 8
+    for (int j = 0; j < Group / 4; ++j) {
+      B codes[Panels];
+      for (int p = 0; p < Panels; ++p) codes[p] = load_bytes(w[p] + (g * (Group / 4) + j) * 64);
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) {
+        const int32_t four_columns = four(q + t * ldq + g * Group + 4 * j);
+        for (int p = 0; p < Panels; ++p)
+          sums[t][p] = Eight ? dot_q8(sums[t][p], codes[p], four_columns) : dot_q4(sums[t][p], codes[p], four_columns);
+      }
+    }
+    for (int p = 0; p < Panels; ++p) {
+      F scale = from_i8(scales[p] + g * 16);
+      for (int t = 0; t < Tokens; ++t) acc[t][p] = finish(acc[t][p], sums[t][p], scale, xs[t * ldxs + g * Group / 32]);
+    }
+  }
+}
+
+template <int Tokens, int Panels, int Group, bool Eight>
+static void quant_store(const Linear& w, int64_t panel, const uint8_t* const* codes, const QuantizedRows& x, int64_t token, float* y, int64_t ldy) {
+  const int8_t* scales[Panels];
+  for (int p = 0; p < Panels; ++p) scales[p] = w.scales + (panel + p) * (x.k_padded / Group) * 16;
+  F acc[Tokens][Panels];
+  quant_tile<Tokens, Panels, Group, Eight>(codes, scales, x, token, acc);
+  for (int p = 0; p < Panels; ++p) {
+    const int64_t row = (panel + p) * 16;
+    const int m = int(w.n - row < 16 ? w.n - row : 16);
+    const F scale = load(w.row_scale + row), bias = w.bias ? load_n(w.bias + row, m) : zero();
+    for (int t = 0; t < Tokens; ++t) store_n(y + (token + t) * ldy + row, w.bias ? fma(acc[t][p], scale, bias) : mul(acc[t][p], scale), m);
+  }
+}
+
+// One token: codes are looked up on the way and used once.
+template <int Group>
+static void q4_one(const Linear& w, const QuantizedRows& x, int64_t token, float* y, int64_t ldy, int64_t first_panel, int64_t last_panel) {
+  const B table = table16(w.lookup);
+  const int8_t* q = x.q + token * x.k_padded;
+  const float* xs = x.scale + token * (x.k_padded / 32);
+  const int64_t blocks = x.k_padded / 32;
+  const int32_t* off = Group == 32 ? x.offset32 + token * blocks : x.offset + token * 2 * blocks;
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const uint8_t* codes = static_cast<const uint8_t*>(w.data) + panel * blocks * 256;
+    const int8_t* scales = w.scales + panel * (x.k_padded / Group) * 16;
+    F acc = zero();
+    for (int64_t b = 0; b < blocks; ++b, codes += 256) {
+      I low = set1i(kSignedDot ? 0 : off[Group == 32 ? b : 2 * b]), high = set1i(kSignedDot || Group == 32 ? 0 : off[2 * b + 1]);
+      const int8_t* four_columns = q + b * 32;
+      for (int j = 0; j < 4; ++j) {
+        prefetch(codes + 64 * j + 3072);
+        B c = load_bytes(codes + 64 * j);
+        low = dot_q4(low, low_codes(table, c), four(four_columns + 4 * j));
+        high = dot_q4(high, high_codes(table, c), four(four_columns + 16 + 4 * j));
+      }
+      if (Group == 32) {
+        acc = finish(acc, addi(low, high), from_i8(scales + b * 16), xs[b]);
+      } else {
+        acc = finish(acc, low, from_i8(scales + 2 * b * 16), xs[b]);
+        acc = finish(acc, high, from_i8(scales + (2 * b + 1) * 16), xs[b]);
+      }
+    }
+    const int m = int(w.n - panel * 16 < 16 ? w.n - panel * 16 : 16);
+    const F scale = load(w.row_scale + panel * 16);
+    store_n(y + token * ldy + panel * 16, w.bias ? fma(acc, scale, load_n(w.bias + panel * 16, m)) : mul(acc, scale), m);
+  }
+}
+
+template <int Panels, int Group, bool Eight>
+static void quant_tokens(const Linear& w, int64_t panel, const uint8_t* const* codes, const QuantizedRows& x, int64_t tokens, float* y, int64_t ldy) {
+  int64_t t = 0;
+  for (; t + kQuantTokens <= tokens; t += kQuantTokens) quant_store<kQuantTokens, Panels, Group, Eight>(w, panel, codes, x, t, y, ldy);
+  for (; t + 2 <= tokens; t += 2) quant_store<2, Panels, Group, Eight>(w, panel, codes, x, t, y, ldy);
+  for (; t < tokens; ++t) quant_store<1, Panels, Group, Eight>(w, panel, codes, x, t, y, ldy);
+}
+
+template <int Group, bool Eight>
+static void quantized_of(const Linear& w, const QuantizedRows& x, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, uint8_t* scratch) {
+  const int64_t panels = (w.n + 15) / 16, blocks = x.k_padded / 32;
+  const int64_t begin = first * kQuantPanels, end = last * kQuantPanels < panels ? last * kQuantPanels : panels;
+  if (!Eight && tokens == 1) return q4_one<Group>(w, x, 0, y, ldy, begin, end);
+  const B table = Eight ? B{} : table16(w.lookup);
+  for (int64_t panel = begin; panel < end;) {
+    const int count = end - panel >= kQuantPanels ? kQuantPanels : 1;
+    const uint8_t* codes[kQuantPanels];
+    for (int p = 0; p < count; ++p) {
+      if (Eight) {
+        codes[p] = static_cast<const uint8_t*>(w.data) + (panel + p) * blocks * 512;
+      } else {
+        unpack(static_cast<const uint8_t*>(w.data) + (panel + p) * blocks * 256, blocks, table, scratch + p * blocks * 512);
+        codes[p] = scratch + p * blocks * 512;
+      }
+    }
+    if (count == kQuantPanels) quant_tokens<kQuantPanels, Group, Eight>(w, panel, codes, x, tokens, y, ldy);
+    else quant_tokens<1, Group, Eight>(w, panel, codes, x, tokens, y, ldy);
+    panel += count;
+  }
+}
+
+static void quantized(const Linear& w, const QuantizedRows& x, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, uint8_t* scratch) {
+  if (w.kind == Kind::Q8) quantized_of<32, true>(w, x, tokens, y, ldy, first, last, scratch);
+  else if (w.group == 16) quantized_of<16, false>(w, x, tokens, y, ldy, first, last, scratch);
+  else quantized_of<32, false>(w, x, tokens, y, ldy, first, last, scratch);
+}
+
+static void embed_row(const Linear& w, int64_t row, float* out) {
+  if (w.kind == Kind::F32) {
+    memcpy(out, static_cast<const float*>(w.data) + row * w.k, size_t(w.k) * 4);
+  } else if (!w.quantized()) {
+    const uint16_t* p = static_cast<const uint16_t*>(w.data) + row * w.k;
+    each(w.k, [&](int64_t i, int m) {
+      uint16_t part[16] = {};
+      memcpy(part, p + i, size_t(m) * 2);
+      store_n(out + i, w.kind == Kind::F16 ? from_f16(part) : from_bf16(part), m);
+    });
+  } else {
+    const int64_t padded = round_up(w.k, 32), panel = row / 16, lane = row % 16;
+    const int block = w.kind == Kind::Q4 ? 256 : 512;
+    const uint8_t* codes = static_cast<const uint8_t*>(w.data) + panel * (padded / 32) * block;
+    const int8_t* scales = w.scales + panel * (padded / w.group) * 16;
+    for (int64_t i = 0; i < w.k; ++i) {
+      const int64_t column = i % 32, j = column / 4;
+      float value;
+      if (w.kind == Kind::Q4) {
+        const uint8_t byte = codes[i / 32 * 256 + j % 4 * 64 + lane * 4 + column % 4];
+        value = float(int(w.codebook[j < 4 ? byte & 15 : byte >> 4]) - 64);
+      } else {
+        value = float(int8_t(codes[i / 32 * 512 + j * 64 + lane * 4 + column % 4]));
+      }
+      out[i] = value * float(scales[i / w.group * 16 + lane]) * w.row_scale[row];
+    }
+  }
+}
+
+// -- the cache and attention ------------------------------------------------------------------------------------------
+
+static float to_int8(const float* x, int64_t n, int8_t* out, int64_t stride) {
+  float largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  for (int64_t i = 0; i < n; ++i) out[i * stride] = int8_t(nearbyintf(x[i] * inverse));
+  return largest / 127.0f;
+}
+
+static inline uint16_t one_half(float x) {
+  float v[16] = {x < 65504.0f ? (x > -65504.0f ? x : -65504.0f) : 65504.0f};  // what no half can hold would become infinite
+  uint16_t h[16];
+  to_f16(h, load(v));
+  return h[0];
+}
+
+// k, v: [kv_heads, dim] of one position, into slot `slot` of block `block`.
+static void store_kv(const KVStorage& c, int64_t block, int64_t slot, const float* k, const float* v) {
+  for (int64_t h = 0; h < c.kv_heads; ++h, k += c.dim, v += c.dim) {
+    const int64_t head = block * c.kv_heads + h;
+    const int64_t key = head * c.dim * BLOCK + slot, value = (head * BLOCK + slot) * c.dim_padded;
+    switch (c.kind) {
+      case Kind::F32:
+        for (int64_t d = 0; d < c.dim; ++d) reinterpret_cast<float*>(c.keys)[key + d * BLOCK] = k[d];
+        memcpy(reinterpret_cast<float*>(c.values) + value, v, size_t(c.dim) * 4);
+        break;
+      case Kind::F16: {
+        uint16_t* keys = reinterpret_cast<uint16_t*>(c.keys) + key;
+        uint16_t* values = reinterpret_cast<uint16_t*>(c.values) + value;
+        for (int64_t d = 0; d < c.dim; ++d) keys[d * BLOCK] = one_half(k[d]), values[d] = one_half(v[d]);
+        break;
+      }
+      default:
+        c.key_scale[head * BLOCK + slot] = to_int8(k, c.dim, reinterpret_cast<int8_t*>(c.keys) + key, BLOCK);
+        c.value_scale[head * BLOCK + slot] = to_int8(v, c.dim, reinterpret_cast<int8_t*>(c.values) + value, 1);
+    }
+  }
+}
+
+struct Int8 { int8_t bits; };
+template <> inline F load_weights(const Int8* p) { return from_i8(&p->bits); }
+
+// scores[r][j] = q[r] . key j for the sixteen keys of a block, `Rows` query rows at a time.
+template <class T, int Rows>
+static inline void score_block(const T* keys, int64_t dim, const float* const* q, float* scores, int64_t lds, F factor) {
+  F acc[Rows];
+  for (F& a : acc) a = zero();
+  for (int64_t d = 0; d < dim; ++d) {
+    F key = load_weights(keys + d * BLOCK);
+    for (int r = 0; r < Rows; ++r) acc[r] = fma(set1(q[r][d]), key, acc[r]);
+  }
+  for (int r = 0; r < Rows; ++r) store(scores + r * lds, mul(acc[r], factor));
+}
+
+// out[r] += weights[r][j] * value j over `keys` keys, sixteen columns at a time.
+template <class T, int Rows>
+static inline void add_values(const T* const* values, int keys, int64_t dim_padded, const float* weights, int64_t ldw, float* out, int64_t ldo) {
+  for (int64_t d = 0; d < dim_padded; d += 16) {
+    F acc[Rows];
+    for (int r = 0; r < Rows; ++r) acc[r] = load(out + r * ldo + d);
+    for (int j = 0; j < keys; ++j) {
+      F value = load_weights(values[j / BLOCK] + (j % BLOCK) * dim_padded + d);
+      for (int r = 0; r < Rows; ++r) acc[r] = fma(set1(weights[r * ldw + j]), value, acc[r]);
+    }
+    for (int r = 0; r < Rows; ++r) store(out + r * ldo + d, acc[r]);
+  }
+}
+
+// Flash attention (arXiv:2205.14135) over the keys of one split. The running maximum is corrected once per CHUNK keys at
+// positions that are multiples of CHUNK, so a row sees the same operations whatever rows share its tile; keys that a row
+// may not see get the weight 0, which changes nothing.
+template <class T, int Rows>
+static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int64_t split, Partial* state,
+                        float* out, int64_t ldo, float* scratch) {
+  const KVStorage& c = *a.cache;
+  const T* keys = reinterpret_cast<const T*>(c.keys);
+  const T* values = reinterpret_cast<const T*>(c.values);
+  float* weights = scratch;  // [Rows, CHUNK]
+  int64_t newest = positions[0], oldest = positions[0];
+  for (int r = 1; r < Rows; ++r) newest = positions[r] > newest ? positions[r] : newest, oldest = positions[r] < oldest ? positions[r] : oldest;
+  const int64_t visible = a.window ? (oldest - a.window + 1 > 0 ? oldest - a.window + 1 : 0) : 0;  // the first key that some row sees
+  F sums[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    state[r].maximum = -INFINITY;
+    sums[r] = zero();
+    for (int64_t d = 0; d < c.dim_padded; d += 16) store(out + r * ldo + d, zero());
+  }
+  const int64_t end = (split + 1) * SPLIT < newest + 1 ? (split + 1) * SPLIT : newest + 1;
+  int64_t start = split * SPLIT;
+  if (visible > start) start = visible / CHUNK * CHUNK;
+  for (int64_t chunk = start; chunk < end; chunk += CHUNK) {
+    const int count = int(end - chunk < CHUNK ? end - chunk : CHUNK);
+    const T* blocks[CHUNK / BLOCK];
+    const int skipped = visible > chunk ? int(visible - chunk) / BLOCK : 0;  // blocks behind the window may be gone
+    for (int b = 0; b * BLOCK < count; ++b) {
+      if (b < skipped) {
+        for (int r = 0; r < Rows; ++r) store(weights + r * CHUNK + b * BLOCK, set1(-INFINITY));
+        continue;
+      }
+      const int64_t head = int64_t(a.table[chunk / BLOCK + b]) * c.kv_heads + kv_head;
+      blocks[b] = values + head * BLOCK * c.dim_padded;
+      F factor = set1(a.scale);
+      if (c.kind == Kind::Q8) factor = mul(factor, load(c.key_scale + head * BLOCK));
+      score_block<T, Rows>(keys + head * c.dim * BLOCK, c.dim, q, weights + b * BLOCK, CHUNK, factor);
+    }
+    for (int r = 0; r < Rows; ++r) {
+      float* w = weights + r * CHUNK;
+      F largest = set1(-INFINITY);
+      for (int b = 0; b * BLOCK < count; ++b) {
+        const int64_t key = chunk + b * BLOCK, last = positions[r] + 1 - key, first = a.window ? positions[r] - a.window + 1 - key : 0;
+        F s = load(w + b * BLOCK);
+        if (a.softcap != 0 && b >= skipped) s = mul(set1(a.softcap), tanh(div(s, set1(a.softcap))));
+        if (last < BLOCK || first > 0)
+          s = keep(s, first > 0 ? (first < BLOCK ? int(first) : BLOCK) : 0, last > 0 ? (last < BLOCK ? int(last) : BLOCK) : 0, -INFINITY);
+        store(w + b * BLOCK, s);
+        largest = max(largest, s);
+      }
+      const float before = state[r].maximum, chunk_max = hmax(largest);
+      const float now = before > chunk_max ? before : chunk_max;
+      if (now == -INFINITY) {  // nothing visible yet
+        for (int b = 0; b * BLOCK < count; ++b) store(w + b * BLOCK, zero());
+        continue;
+      }
+      if (now != before) {
+        const F correction = set1(exp1(before - now));
+        sums[r] = mul(sums[r], correction);
+        for (int64_t d = 0; d < c.dim_padded; d += 16) store(out + r * ldo + d, mul(load(out + r * ldo + d), correction));
+        state[r].maximum = now;
+      }
+      for (int b = 0; b * BLOCK < count; ++b) {
+        F e = exp(sub(load(w + b * BLOCK), set1(now)));
+        sums[r] = add(sums[r], e);
+        if (c.kind == Kind::Q8 && b >= skipped) {
+          const int64_t head = int64_t(a.table[chunk / BLOCK + b]) * c.kv_heads + kv_head;
+          e = mul(e, load(c.value_scale + head * BLOCK));
+        }
+        store(w + b * BLOCK, e);
+      }
+    }
+    add_values<T, Rows>(blocks + skipped, count - skipped * BLOCK, c.dim_padded, weights + skipped * BLOCK, CHUNK, out, ldo);
+  }
+  for (int r = 0; r < Rows; ++r) state[r].sum = hsum(sums[r]);
+}
+
+template <class T>
+static void attend_of(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int rows, int64_t split,
+                      Partial* state, float* out, int64_t ldo, float* scratch) {
+  int r = 0;
+  for (; r + 8 <= rows; r += 8) attend_rows<T, 8>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
+  for (; r + 4 <= rows; r += 4) attend_rows<T, 4>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
+  if (rows - r == 3) attend_rows<T, 3>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
+  else if (rows - r == 2) attend_rows<T, 2>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
+  else if (rows - r == 1) attend_rows<T, 1>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
+}
+
+static void attend(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int rows, int64_t split, Partial* state,
+                   float* out, int64_t ldo, float* scratch) {
+  switch (a.cache->kind) {
+    case Kind::F32: return attend_of<float>(a, kv_head, q, positions, rows, split, state, out, ldo, scratch);
+    case Kind::F16: return attend_of<Half>(a, kv_head, q, positions, rows, split, state, out, ldo, scratch);
+    default: return attend_of<Int8>(a, kv_head, q, positions, rows, split, state, out, ldo, scratch);
+  }
+}
+
+// Adds a later split to the total. A split in which nothing was visible leaves every bit as it is.
+static void merge(Partial* total, float* out, const Partial* part, const float* part_out, int64_t dim) {
+  if (part->maximum == -INFINITY) return;
+  if (total->maximum == -INFINITY) {
+    *total = *part;
+    memcpy(out, part_out, size_t(dim) * 4);
+    return;
+  }
+  const float maximum = total->maximum > part->maximum ? total->maximum : part->maximum;
+  const float a = exp1(total->maximum - maximum), b = exp1(part->maximum - maximum);
+  total->sum = fmaf(part->sum, b, total->sum * a);
+  total->maximum = maximum;
+  for (int64_t d = 0; d < dim; d += 16) store(out + d, fma(load(part_out + d), set1(b), mul(load(out + d), set1(a))));
+}
+
+static const Kernels kTable = {KERNELS_NAME, kSignedDot, tile_rows, dense, quantized, quantize_row, rms_norm, layer_norm, add_scaled, activate, softcap, embed_row, store_kv, attend, merge};

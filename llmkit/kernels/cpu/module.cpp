@@ -1,0 +1,385 @@
+// llmkit.kernels.cpu._native: the plan as a Python object. Arrays come in through the buffer protocol and stay referenced.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace {
+
+using namespace llmkit;
+
+struct PythonError {};  // an exception is set already
+
+// A buffer that lives as long as this object does.
+class View {
+ public:
+  View(PyObject* object, bool writable = false) {
+    if (PyObject_GetBuffer(object, &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) throw PythonError();
+  }
+  View(View&& other) noexcept : view_(other.view_) { other.view_.obj = nullptr; }
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+  ~View() { if (view_.obj) PyBuffer_Release(&view_); }
+  int64_t bytes() const { return view_.len; }
+  template <class T> T* as(int64_t count, const char* name) const {
+    if (view_.len != count * int64_t(sizeof(T)))
+      throw std::invalid_argument(std::string(name) + " has " + std::to_string(view_.len) + " bytes, not " + std::to_string(count * int64_t(sizeof(T))));
+    if (reinterpret_cast<uintptr_t>(view_.buf) % alignof(T)) throw std::invalid_argument(std::string(name) + " is not aligned");
+    return static_cast<T*>(view_.buf);
+  }
+  template <class T> int64_t count() const { return view_.len / int64_t(sizeof(T)); }
+
+ private:
+  Py_buffer view_{};
+};
+
+struct PlanObject {
+  PyObject_HEAD
+  Plan* plan;
+  std::vector<View>* views;
+};
+
+PyObject* item(PyObject* tuple, Py_ssize_t i) {
+  PyObject* found = PyTuple_GetItem(tuple, i);
+  if (!found) throw PythonError();
+  return found;
+}
+PyObject* entry(PyObject* dict, const char* name) {
+  PyObject* found = PyDict_GetItemString(dict, name);
+  if (!found) throw std::invalid_argument(std::string("the plan has no ") + name);
+  return found;
+}
+int64_t integer(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+double number(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1 && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+// (kind, n, k, data, scales, row_scale, bias, group, codebook), or None
+Linear linear(PyObject* object, std::vector<View>& views, const char* name) {
+  Linear w;
+  if (object == Py_None) return w;
+  const int64_t kind = integer(item(object, 0));
+  if (kind < 0 || kind > int64_t(Kind::Q8)) throw std::invalid_argument(std::string(name) + " is of an unknown kind");
+  w.kind = Kind(kind);
+  w.n = integer(item(object, 1));
+  w.k = integer(item(object, 2));
+  w.group = int(integer(item(object, 7)));
+  if (w.n < 1 || w.k < 1 || w.n > (int64_t(1) << 31) || w.k > (int64_t(1) << 31) || (w.group != 16 && w.group != 32))
+    throw std::invalid_argument(std::string(name) + " has an impossible shape");
+  auto keep = [&](Py_ssize_t i) -> View& {
+    views.emplace_back(item(object, i));
+    return views.back();
+  };
+  if (w.quantized()) {
+    const int64_t panels = (w.n + 15) / 16, padded = round_up(w.k, 32);
+    w.data = keep(3).as<uint8_t>(panels * (padded / 32) * (w.kind == Kind::Q4 ? 256 : 512), name);
+    w.scales = keep(4).as<int8_t>(panels * (padded / w.group) * 16, name);
+    w.row_scale = keep(5).as<float>(panels * 16, name);
+    if (w.kind == Kind::Q4) {
+      w.codebook = keep(8).as<uint8_t>(16, name);
+      for (int i = 0; i < 16; ++i)
+        if (w.codebook[i] > 127) throw std::invalid_argument(std::string(name) + " has a codebook entry beyond 127");
+    }
+  } else if (w.kind == Kind::F32) {
+    w.data = keep(3).as<float>(w.n * w.k, name);
+  } else {
+    w.data = keep(3).as<uint16_t>(w.n * w.k, name);
+  }
+  if (item(object, 6) != Py_None) w.bias = keep(6).as<float>(w.n, name);
+  return w;
+}
+
+std::vector<float> floats(PyObject* object) {
+  View view(object);
+  const int64_t count = view.count<float>();
+  const float* data = view.as<float>(count, "an array of floats");
+  return std::vector<float>(data, data + count);
+}
+
+// (weight, bias) or None
+Norm norm(PyObject* object) {
+  Norm out;
+  if (object == Py_None) return out;
+  out.present = true;
+  out.weight = floats(item(object, 0));
+  out.layer = item(object, 1) != Py_None;
+  if (out.layer) out.bias = floats(item(object, 1));
+  return out;
+}
+
+template <class Function>
+PyObject* guarded(Function function) {
+  try {
+    return function();
+  } catch (const PythonError&) {
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+// Plan(kernels, threads, config, layers)
+PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
+  return guarded([&]() -> PyObject* {
+    const char* wanted = nullptr;
+    int threads = 0;
+    PyObject *config, *layers;
+    if (!PyArg_ParseTuple(args, "ziO!O!", &wanted, &threads, &PyDict_Type, &config, &PyList_Type, &layers)) throw PythonError();
+    const char* problem = nullptr;
+    const Kernels* kernels = choose_kernels(wanted, &problem);
+    if (!kernels) throw std::invalid_argument(std::string("kernels '") + (wanted ? wanted : "") + "' are " + problem);
+    if (threads < 1 || threads > 1024) throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be between 1 and 1024");
+    auto plan = std::make_unique<Plan>(kernels, threads);
+    auto views = std::make_unique<std::vector<View>>();
+    Config& c = plan->config;
+    auto whole = [&](const char* name) { return integer(entry(config, name)); };
+    auto real = [&](const char* name) { return float(number(entry(config, name))); };
+    c.vocab = whole("vocab_size"), c.hidden = whole("hidden_size"), c.intermediate = whole("intermediate_size");
+    c.heads = whole("num_attention_heads"), c.kv_heads = whole("num_key_value_heads"), c.head_dim = whole("head_dim");
+    c.max_positions = whole("max_position_embeddings");
+    c.activation = int(whole("activation"));
+    c.eps = real("norm_eps"), c.attention_softcap = real("attn_logit_softcapping"), c.final_softcap = real("final_logit_softcapping");
+    c.embedding_multiplier = real("embedding_multiplier"), c.residual_multiplier = real("residual_multiplier"), c.logits_scaling = real("logits_scaling");
+    c.norm_before_heads = whole("norm_before_heads") != 0;
+    const int64_t cache = whole("cache");
+    if (cache != int64_t(Kind::F32) && cache != int64_t(Kind::F16) && cache != int64_t(Kind::Q8)) throw std::invalid_argument("the cache is of an unknown kind");
+    c.cache = Kind(cache);
+    PyObject* windows = entry(config, "windows");
+    for (Py_ssize_t i = 0; i < PyTuple_Size(windows); ++i) c.windows.push_back(integer(item(windows, i)));
+    plan->embedding = linear(entry(config, "embedding"), *views, "the embedding");
+    plan->head = linear(entry(config, "head"), *views, "the head");
+    plan->final_norm = norm(entry(config, "final_norm"));
+    if (PyObject* table = entry(config, "positions_table"); table != Py_None) plan->positions_table = floats(table);
+    static const char* names[kSlots] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
+    for (Py_ssize_t i = 0; i < PyList_Size(layers); ++i) {
+      PyObject* from = PyList_GetItem(layers, i);
+      if (!from || !PyDict_Check(from)) throw std::invalid_argument("a layer is not a dict");
+      Layer layer;
+      for (int s = 0; s < kSlots; ++s) layer.linears[s] = linear(entry(from, names[s]), *views, names[s]);
+      layer.before_attention = norm(entry(from, "before_attention")), layer.after_attention = norm(entry(from, "after_attention"));
+      layer.before_mlp = norm(entry(from, "before_mlp")), layer.after_mlp = norm(entry(from, "after_mlp"));
+      layer.q_norm = norm(entry(from, "q_norm")), layer.k_norm = norm(entry(from, "k_norm"));
+      layer.rope = int(integer(entry(from, "rope"))), layer.group = int(integer(entry(from, "group"))), layer.window = integer(entry(from, "window"));
+      layer.attention_scale = float(number(entry(from, "attention_scale")));
+      plan->layers.push_back(std::move(layer));
+    }
+    plan->check();
+    plan->finish();
+    auto allocate = reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc));
+    PyObject* self = allocate(type, 0);
+    if (!self) throw PythonError();
+    reinterpret_cast<PlanObject*>(self)->plan = plan.release();
+    reinterpret_cast<PlanObject*>(self)->views = views.release();
+    return self;
+  });
+}
+
+void plan_dealloc(PyObject* self) {
+  PlanObject* object = reinterpret_cast<PlanObject*>(self);
+  delete object->plan;
+  delete object->views;
+  PyTypeObject* type = Py_TYPE(self);
+  reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+  Py_DECREF(type);
+}
+
+// Looks for Ctrl-C while a long step runs; the caller of `step` is thread 0 and has given the GIL away.
+struct Watch {
+  PyThreadState* thread = nullptr;
+  bool failed = false;
+  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
+  static bool look(void* self) {
+    Watch& w = *static_cast<Watch*>(self);
+    const auto now = std::chrono::steady_clock::now();
+    if (now - w.last < std::chrono::milliseconds(50)) return false;
+    w.last = now;
+    PyEval_RestoreThread(w.thread);
+    w.failed = PyErr_CheckSignals() != 0;
+    w.thread = PyEval_SaveThread();
+    return w.failed;
+  }
+};
+
+// step(tokens, positions, sequences, tables, rotary, adapters, rows, hidden, out)
+PyObject* plan_step(PyObject* self, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    Plan& plan = *reinterpret_cast<PlanObject*>(self)->plan;
+    PyObject *tokens, *positions, *sequences, *tables, *rotary, *adapters, *rows, *out;
+    int hidden;
+    if (!PyArg_ParseTuple(args, "OOOO!O!OOpO", &tokens, &positions, &sequences, &PyList_Type, &tables, &PyList_Type, &rotary, &adapters, &rows, &hidden, &out))
+      throw PythonError();
+    Step step;
+    std::vector<View> views;
+    views.reserve(size_t(8 + PyList_Size(tables) + 2 * PyList_Size(rotary)));
+    auto view = [&](PyObject* object, bool writable = false) -> View& {
+      views.emplace_back(object, writable);
+      return views.back();
+    };
+    View& ids = view(tokens);
+    step.tokens = ids.count<int32_t>();
+    step.ids = ids.as<int32_t>(step.tokens, "tokens");
+    step.positions = view(positions).as<int32_t>(step.tokens, "positions");
+    step.sequence_of = view(sequences).as<int32_t>(step.tokens, "sequences");
+    step.sequences = -1;
+    for (Py_ssize_t i = 0; i < PyList_Size(tables); ++i) {  // (array [sequences, width], sequences)
+      PyObject* pair = PyList_GetItem(tables, i);
+      View& table = view(item(pair, 0));
+      const int64_t count = integer(item(pair, 1)), total = table.count<int32_t>();
+      if (count < 1 || total % count || (step.sequences >= 0 && step.sequences != count)) throw std::invalid_argument("the block tables do not fit together");
+      step.sequences = count;
+      step.tables.push_back(table.as<int32_t>(total, "a block table"));
+      step.widths.push_back(total / count);
+    }
+    for (Py_ssize_t i = 0; i < PyList_Size(rotary); ++i) {  // (sets [count, half + 1], count, set of each sequence)
+      PyObject* triple = PyList_GetItem(rotary, i);
+      Rotary r;
+      View& sets = view(item(triple, 0));
+      r.count = integer(item(triple, 1));
+      const int64_t total = sets.count<float>();
+      if (r.count < 1 || total % r.count) throw std::invalid_argument("the rotary frequencies do not fit together");
+      r.half = total / r.count - 1;
+      r.sets = sets.as<float>(total, "rotary frequencies");
+      r.of_sequence = view(item(triple, 2)).as<int32_t>(step.sequences, "rotary sets");
+      step.rotary.push_back(r);
+    }
+    if (adapters != Py_None) step.adapters = view(adapters).as<int32_t>(step.sequences, "adapters");
+    View& wanted = view(rows);
+    step.rows = wanted.count<int32_t>();
+    step.wanted = wanted.as<int32_t>(step.rows, "rows");
+    step.hidden_only = hidden != 0;
+    step.out = view(out, true).as<float>(step.rows * (hidden ? plan.config.hidden : plan.config.vocab), "the result");
+    Watch watch;
+    bool complete = false;
+    std::string problem;
+    bool memory = false;
+    watch.thread = PyEval_SaveThread();
+    try {
+      complete = plan.step(step, &Watch::look, &watch);
+    } catch (const std::bad_alloc&) {
+      memory = true;
+    } catch (const std::exception& error) {
+      problem = error.what();
+    }
+    PyEval_RestoreThread(watch.thread);
+    if (memory) throw std::bad_alloc();
+    if (!problem.empty()) throw std::invalid_argument(problem);
+    if (!complete) throw PythonError();
+    Py_RETURN_NONE;
+  });
+}
+
+// add_adapter([(layer * 7 + slot, rank, A, B), ...]) -> index for `step`
+PyObject* plan_add_adapter(PyObject* self, PyObject* list) {
+  return guarded([&]() -> PyObject* {
+    Plan& plan = *reinterpret_cast<PlanObject*>(self)->plan;
+    if (!PyList_Check(list)) throw std::invalid_argument("an adapter is a list");
+    Adapter adapter;
+    adapter.linears.resize(plan.layers.size() * kSlots);
+    for (Py_ssize_t i = 0; i < PyList_Size(list); ++i) {
+      PyObject* part = PyList_GetItem(list, i);
+      const int64_t index = integer(item(part, 0)), rank = integer(item(part, 1));
+      if (index < 0 || index >= int64_t(adapter.linears.size()) || rank < 1 || rank > 4096) throw std::invalid_argument("an adapter names a linear that is not there");
+      LowRank& low = adapter.linears[size_t(index)];
+      low.rank = rank;
+      low.a = floats(item(part, 2));
+      low.b = floats(item(part, 3));
+    }
+    plan.adapters.push_back(std::move(adapter));
+    try {
+      plan.check();
+    } catch (...) {
+      plan.adapters.pop_back();
+      throw;
+    }
+    return PyLong_FromSsize_t(Py_ssize_t(plan.adapters.size()) - 1);
+  });
+}
+
+PyObject* plan_block_bytes(PyObject* self, PyObject* group) {
+  return guarded([&]() -> PyObject* {
+    Plan& plan = *reinterpret_cast<PlanObject*>(self)->plan;
+    const int64_t g = integer(group);
+    if (g < 0 || g >= int64_t(plan.config.windows.size())) throw std::invalid_argument("there is no cache group " + std::to_string(g));
+    return PyLong_FromLongLong(plan.block_bytes(int(g)));
+  });
+}
+PyObject* plan_kernels(PyObject* self, void*) { return PyUnicode_FromString(reinterpret_cast<PlanObject*>(self)->plan->kernels().name); }
+PyObject* plan_threads(PyObject* self, void*) { return PyLong_FromLong(reinterpret_cast<PlanObject*>(self)->plan->threads()); }
+PyObject* plan_cache_bytes(PyObject* self, void*) { return PyLong_FromLongLong(reinterpret_cast<PlanObject*>(self)->plan->cache_bytes()); }
+
+PyMethodDef plan_methods[] = {
+    {"step", plan_step, METH_VARARGS, nullptr},
+    {"add_adapter", plan_add_adapter, METH_O, nullptr},
+    {"block_bytes", plan_block_bytes, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyGetSetDef plan_attributes[] = {
+    {"kernels", plan_kernels, nullptr, nullptr, nullptr},
+    {"threads", plan_threads, nullptr, nullptr, nullptr},
+    {"cache_bytes", plan_cache_bytes, nullptr, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+PyType_Slot plan_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(plan_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(plan_dealloc)},
+    {Py_tp_methods, plan_methods},
+    {Py_tp_getset, plan_attributes},
+    {0, nullptr},
+};
+PyType_Spec plan_spec = {"llmkit.kernels.cpu._native.Plan", sizeof(PlanObject), 0, Py_TPFLAGS_DEFAULT, plan_slots};
+
+PyObject* available(PyObject*, PyObject*) {
+  return guarded([&]() -> PyObject* {
+    PyObject* names = PyList_New(0);
+    if (!names) throw PythonError();
+    for (const char* name : {"avx512_vnni", "avxvnni", "avx2", "neon_dotprod", "portable"}) {
+      const char* problem;
+      if (!choose_kernels(name, &problem)) continue;
+      PyObject* text = PyUnicode_FromString(name);
+      if (!text || PyList_Append(names, text) != 0) { Py_XDECREF(text); Py_DECREF(names); throw PythonError(); }
+      Py_DECREF(text);
+    }
+    return names;
+  });
+}
+PyObject* cores(PyObject*, PyObject*) { return PyLong_FromLong(physical_cores()); }
+
+PyMethodDef functions[] = {
+    {"available", available, METH_NOARGS, nullptr},
+    {"physical_cores", cores, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+  PyObject* module = PyModule_Create(&definition);
+  if (!module) return nullptr;
+  PyObject* type = PyType_FromSpec(&plan_spec);
+  if (!type || PyModule_AddObjectRef(module, "Plan", type) != 0) {
+    Py_XDECREF(type);
+    Py_DECREF(module);
+    return nullptr;
+  }
+  Py_DECREF(type);
+  return module;
+}

@@ -1,0 +1,87 @@
+// Sixteen lanes in one zmm register; int8 dot products by AVX-512 VNNI.
+#pragma once
+constexpr bool kSignedDot = false;
+constexpr int kDenseRows = 4, kDenseTokens = 4, kGemvRows = 8, kQuantTokens = 6, kQuantPanels = 2;
+
+struct F { __m512 v; };
+struct I { __m512i v; };
+struct B { __m512i v; };
+
+static inline F zero() { return {_mm512_setzero_ps()}; }
+static inline F set1(float x) { return {_mm512_set1_ps(x)}; }
+static inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+static inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+static inline F load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
+static inline void store_n(float* p, F a, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), a.v); }
+static inline F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline F div(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+static inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+static inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+static inline F abs(F a) { return {_mm512_abs_ps(a.v)}; }
+static inline F round_even(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+static inline F scale2(F a, F n) {
+  return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23)))};
+}
+static inline F zero_below(F x, float limit, F a) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), a.v)};
+}
+static inline F keep(F a, int first, int last, float other) {
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(other), __mmask16(((1u << last) - 1) & ~((1u << first) - 1)), a.v)};
+}
+static inline float hsum(F a) {
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_castps512_ps256(_mm512_shuffle_f32x4(a.v, a.v, 0x0e)));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+static inline float hmax(F a) { return _mm512_reduce_max_ps(a.v); }
+static inline F from_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+static inline F from_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+static inline F from_i8(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+static inline void to_f16(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+static inline void to_i8(int8_t* p, F a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v))); }
+
+static inline I set1i(int32_t x) { return {_mm512_set1_epi32(x)}; }
+static inline I addi(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+static inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+static inline int32_t sum_i8(const int8_t* p) { return _mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+
+static inline B load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline void store_bytes(uint8_t* p, B a) { _mm512_storeu_si512(p, a.v); }
+static inline B table16(const uint8_t* p) { return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p))}; }
+static inline B low_codes(B table, B w) { return {_mm512_shuffle_epi8(table.v, _mm512_and_si512(w.v, _mm512_set1_epi8(15)))}; }
+static inline B high_codes(B table, B w) {
+  return {_mm512_shuffle_epi8(table.v, _mm512_and_si512(_mm512_srli_epi16(w.v, 4), _mm512_set1_epi8(15)))};
+}
+static inline I dot_q4(I acc, B w, int32_t x) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(x))}; }
+// int8 weights become unsigned by adding 128: the offset is twice that of a zero point of 64
+static inline I dot_q8(I acc, B w, int32_t x) {
+  return {_mm512_dpbusd_epi32(acc.v, _mm512_xor_si512(w.v, _mm512_set1_epi8(char(0x80))), _mm512_set1_epi32(x))};
+}
+static inline I start_q8(int32_t offset) { return set1i(2 * offset); }
+static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+// Sixteen horizontal sums at once; each adds its lanes in the order of hsum (i with i+8, then i+4, i+2, i+1).
+static inline void reduce16(const F* a, float* out) {
+  __m512 b[8], c[4], d[2];
+  for (int i = 0; i < 8; ++i)  // lanes 0..7 of a[i], then of a[i + 8]
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i].v, a[i + 8].v, 0x44), _mm512_shuffle_f32x4(a[i].v, a[i + 8].v, 0xee));
+  for (int i = 0; i < 4; ++i)  // four lanes each of a[i], a[i + 8], a[i + 4], a[i + 12]
+    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd));
+  for (int i = 0; i < 2; ++i)
+    d[i] = _mm512_add_ps(_mm512_shuffle_ps(c[i], c[i + 2], 0x44), _mm512_shuffle_ps(c[i], c[i + 2], 0xee));
+  __m512 e = _mm512_add_ps(_mm512_shuffle_ps(d[0], d[1], 0x88), _mm512_shuffle_ps(d[0], d[1], 0xdd));
+  // e: within each group of four lanes a[i], a[i+2], a[i+1], a[i+3]; groups i = 0, 8, 4, 12
+  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, e));
+}
+static inline void reduce(const F* acc, int n, float* out) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) reduce16(acc + i, out + i);
+  for (; i < n; ++i) out[i] = hsum(acc[i]);
+}

@@ -1,0 +1,175 @@
+#include "threads.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <new>
+#include <set>
+#include <string>
+
+#if defined(_WIN32)
+#include <windows.h>
+#include <process.h>
+#else
+#include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#if defined(__linux__)
+#include <cstdio>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace llmkit {
+namespace {
+
+void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+  asm volatile("yield");
+#endif
+}
+
+constexpr int kSpins = 3000;  // about 100 microseconds
+
+template <class Done>
+bool spin(Done done) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (done()) return true;
+    relax();
+  }
+  return done();
+}
+
+}  // namespace
+
+void Barrier::wait() {
+  if (count_ == 1) return;
+  const uint32_t generation = generation_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_acq_rel);
+    generation_.notify_all();
+    return;
+  }
+  auto passed = [&] { return generation_.load(std::memory_order_acquire) != generation; };
+  if (!spin(passed))
+    while (!passed()) generation_.wait(generation, std::memory_order_acquire);
+}
+
+Pool::Pool(int threads) : threads_(threads), barrier_(threads) {
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+}
+
+Pool::~Pool() {
+  ending_ = true;
+  job_.fetch_add(1);
+  job_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::serve(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    auto called = [&] { return job_.load(std::memory_order_acquire) != seen; };
+    if (!spin(called))
+      while (!called()) job_.wait(seen, std::memory_order_acquire);
+    ++seen;
+    if (ending_) return;
+    work_(context_, thread);
+    barrier_.wait();
+  }
+}
+
+void Pool::run(void (*work)(void*, int), void* context) {
+  std::lock_guard<std::mutex> lock(running_);
+  work_ = work;
+  context_ = context;
+  job_.fetch_add(1, std::memory_order_acq_rel);
+  job_.notify_all();
+  work(context, 0);
+  barrier_.wait();
+}
+
+int64_t process_id() {
+#if defined(_WIN32)
+  return _getpid();
+#else
+  return getpid();
+#endif
+}
+
+int physical_cores() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+    std::set<std::string> cores;  // the siblings of a core share one list
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (!CPU_ISSET(cpu, &allowed)) continue;
+      std::string siblings = "cpu" + std::to_string(cpu);
+      const std::string path = "/sys/devices/system/cpu/" + siblings + "/topology/thread_siblings_list";
+      if (FILE* file = std::fopen(path.c_str(), "r")) {
+        char line[256];
+        if (std::fgets(line, sizeof line, file)) siblings = line;
+        std::fclose(file);
+      }
+      cores.insert(siblings);
+    }
+    if (!cores.empty()) return int(cores.size());
+  }
+#elif defined(__APPLE__)
+  int count = 0;
+  size_t size = sizeof count;
+  if (sysctlbyname("hw.perflevel0.physicalcpu", &count, &size, nullptr, 0) == 0 && count > 0) return count;
+  if (sysctlbyname("hw.physicalcpu", &count, &size, nullptr, 0) == 0 && count > 0) return count;
+#endif
+  const int logical = int(std::thread::hardware_concurrency());
+  return logical > 0 ? logical : 1;
+}
+
+std::shared_ptr<Pool> pool_of(int threads) {
+  static std::mutex mutex;
+  static std::map<int, std::weak_ptr<Pool>> pools;
+  static int64_t owner = process_id();
+  std::lock_guard<std::mutex> lock(mutex);
+  if (owner != process_id()) {  // a fork: threads do not survive it
+    pools.clear();
+    owner = process_id();
+  }
+  std::shared_ptr<Pool> pool = pools[threads].lock();
+  if (!pool) pools[threads] = pool = std::make_shared<Pool>(threads);
+  return pool;
+}
+
+Memory::Memory(size_t size) : bytes(size) {
+  if (!size) return;
+#if defined(_WIN32)
+  data = static_cast<uint8_t*>(VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
+  if (!data) throw std::bad_alloc();
+#else
+  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  data = static_cast<uint8_t*>(p);
+#if defined(MADV_HUGEPAGE)
+  if (size >= (size_t(4) << 20)) madvise(p, size, MADV_HUGEPAGE);
+#endif
+#endif
+}
+
+Memory::~Memory() {
+  if (!data) return;
+#if defined(_WIN32)
+  VirtualFree(data, 0, MEM_RELEASE);
+#else
+  munmap(data, bytes);
+#endif
+}
+
+}  // namespace llmkit

@@ -1,0 +1,61 @@
+// A pool of threads that run one function together and meet at barriers; and the only place that asks the system anything.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace llmkit {
+
+// Waits briefly by spinning (a step of a small model has hundreds of barriers of a microsecond), then sleeps: an idle
+// laptop stays idle, and where another program holds a core nobody burns the other.
+class Barrier {
+ public:
+  explicit Barrier(int count) : count_(count) {}
+  void wait();
+
+ private:
+  const int count_;
+  std::atomic<int> arrived_{0};
+  std::atomic<uint32_t> generation_{0};
+};
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  int threads() const { return threads_; }
+  // Runs work(context, thread) on all threads, the caller being thread 0, and returns when all have ended.
+  void run(void (*work)(void*, int), void* context);
+  Barrier& barrier() { return barrier_; }
+
+ private:
+  void serve(int thread);
+  std::mutex running_;
+  const int threads_;
+  Barrier barrier_;
+  std::vector<std::thread> workers_;
+  std::atomic<uint32_t> job_{0};
+  std::atomic<bool> ending_{false};
+  void (*work_)(void*, int) = nullptr;
+  void* context_ = nullptr;
+};
+
+int physical_cores();  // that this process may use
+int64_t process_id();
+// The pool of so many threads that all plans of this process share.
+std::shared_ptr<Pool> pool_of(int threads);
+
+// Bytes that are zero, aligned to 64, and in large pages where the system has them.
+struct Memory {
+  explicit Memory(size_t bytes);
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  uint8_t* data = nullptr;
+  size_t bytes = 0;
+};
+
+}  // namespace llmkit
