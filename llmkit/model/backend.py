@@ -27,7 +27,7 @@ class TorchBackend:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model.eval()
-        weight = model.model.embed_tokens.weight
+        weight = next(model.model.norm.parameters())  # norms are never quantized
         self.device = weight.device
         if self.device.type == "cpu":
             keep_freed_memory()

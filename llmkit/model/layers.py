@@ -78,6 +78,14 @@ class Linear(nn.Linear):
         return self.weight
 
 
+class Embedding(nn.Embedding):
+    """The rows of token ids. What the model asks of any embedding: forward, and logits where the head is tied to it."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final hidden states `[..., embedding_dim]` times the transposed table."""
+        return linear(x, self.weight)
+
+
 def project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Several linears on one input: query, key and value, or gate and up. The seam at which they can be fused."""
     return tuple([proj(x) for proj in linears])

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from llmkit.config import NORM_NAMES, ModelConfig, RopeConfig
 from llmkit.model.attention import Attend, Attention, Rotary, SelfAttention
-from llmkit.model.layers import MLP, Linear, MixtureOfExperts, linear, make_norm
+from llmkit.model.layers import MLP, Embedding, Linear, MixtureOfExperts, make_norm
 from llmkit.model.rope import rotary_tables
+
 
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the residual stream."""
@@ -43,7 +44,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
@@ -111,7 +112,7 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """The head on final hidden states `[..., hidden]`."""
         config = self.config
-        logits = linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        logits = self.model.embed_tokens.logits(x) if self.lm_head is None else self.lm_head(x)
         if config.logits_scaling != 1:
             logits = logits / config.logits_scaling
         if config.final_logit_softcapping is not None:

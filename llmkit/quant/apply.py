@@ -1,0 +1,40 @@
+"""Quantized modules in the place of dense ones: a walk over the module tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from llmkit.kernels.format import QuantizedMatrix
+from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
+from llmkit.quant.methods import round_to_nearest
+from llmkit.quant.schemes import DEFAULT, Choice, choose
+
+
+def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix], dtype: torch.dtype = torch.float32) -> None:
+    """Puts quantized modules where the named weights were; biases stay the parameters they are. dtype: of embedding rows.
+
+    A name is that of a weight, "model.layers.0.self_attn.q_proj.weight", of a module with `in_features` or `num_embeddings`.
+    """
+    for name, matrix in matrices.items():
+        path = name.removesuffix(".weight")
+        parent, _, child = path.rpartition(".")
+        old = model.get_submodule(path)
+        new: nn.Module
+        if isinstance(old, nn.Embedding):
+            new = QuantizedEmbedding(matrix, dtype)
+        else:
+            new = QuantizedLinear(matrix)
+            new.register_parameter("bias", old.bias)  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), child, new)
+
+
+@torch.no_grad()
+def quantize_model(model: nn.Module, scheme: str = DEFAULT, pick: Callable[[str], Choice | None] | None = None) -> None:
+    """Quantizes the linears and embeddings of a model in memory, one at a time. pick: what is stored how, instead of `scheme`."""
+    for name, parameter in list(model.named_parameters()):
+        choice = choose(scheme, name) if pick is None else pick(name)
+        if choice is not None:
+            install(model, {name: round_to_nearest(parameter, choice.scheme, choice.group)})

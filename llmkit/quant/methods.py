@@ -1,0 +1,115 @@
+"""How the codes and scales of a quantized matrix are chosen. Round to nearest: no data but the weights."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmkit.kernels.format import BLOCK, CODEBOOK, OFFSET, QuantizedMatrix, pack
+
+# Where the largest weight of a group may land, in codebook units: near either end, or beyond it, where it is clipped so that the others
+# are met more finely. The finer the steps, the lower the error: twice as many gain 1%.
+_LANDINGS = (-53.0, -59.0, -65.0, -72.0, -80.0, 44.0, 49.0, 55.0, 61.0, 68.0)
+_CHUNK = 1 << 16  # weights searched at a time: the buffers stay in the second-level cache
+_STEPS = 512  # of the table from a scaled weight to the nearest entry
+
+
+def round_to_nearest(weight: Tensor, scheme: str = "q4", group: int = 32, importance: Tensor | None = None) -> QuantizedMatrix:
+    """A matrix `[out, in]` (any float dtype) with searched scales.
+
+    For each group the signed scale with the least square error is sought; the scales are then rounded to 8 bits against the largest of
+    their row, and the codes are chosen anew for the scales as they will be. importance: float32 `[in]`, how much an error in this
+    column counts (the mean square of what flows in); None: all the same.
+    Raises ValueError for weights that are not finite.
+    """
+    rows, columns = weight.shape
+    padded = -(-columns // BLOCK) * BLOCK
+    step = max(1, _CHUNK // padded)
+    parts = []
+    counts = torch.zeros(padded)
+    counts[:columns] = 1 if importance is None else importance.float()
+    for start in range(0, rows, step):
+        part = weight[start : start + step].to(torch.float32)
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError(f"row {start + int((~torch.isfinite(part)).any(1).nonzero()[0, 0])} has values that are not finite")
+        wide = torch.zeros(len(part), padded)
+        wide[:, :columns] = part
+        choose = _choose_q4 if scheme == "q4" else _choose_q8
+        codes, scales, row_scale = choose(wide, group, None if importance is None else counts)
+        parts.append((codes[:, :columns], scales[:, : -(-columns // group)], row_scale))
+    arrays = [torch.cat(found).numpy() for found in zip(*parts, strict=True)]
+    return pack(*arrays, scheme, group)
+
+
+@cache
+def _tables(device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """The codebook, and the value and the code nearest to each half of a codebook unit."""
+    codebook = torch.tensor(CODEBOOK, dtype=torch.float32) - OFFSET
+    grid = (torch.arange(_STEPS) - _STEPS // 2 + 0.5) / 2  # bounds between entries are halves, so a step has one nearest entry
+    codes = (grid[:, None] - codebook).abs().argmin(1)
+    return codebook, codebook[codes], codes.to(torch.uint8)
+
+
+def _index(groups: Tensor, scale: Tensor, scaled: Tensor, index: Tensor) -> Tensor:
+    """The step of the table that each weight falls on, into the buffers `scaled` and `index`."""
+    inverse = torch.where(scale != 0, 2 / scale, 0.0).unsqueeze(1)
+    torch.mul(groups, inverse, out=scaled)
+    # Numbers far beyond the table, even infinite ones, are clipped like the others; nan_to_num because 0 * inf is NaN.
+    scaled.add_(_STEPS // 2).nan_to_num_(_STEPS // 2).clamp_(0, _STEPS - 1)
+    return index.copy_(scaled)
+
+
+def _choose_q4(rows: Tensor, group: int, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8, scales int8 `[rows, groups]`, row_scale float32."""
+    _, values, codes = _tables()
+    groups = rows.view(-1, group)
+    counts = None if importance is None else importance.view(-1, group).repeat(len(rows), 1)
+    weighted = groups if counts is None else groups * counts
+    magnitude, place = groups.abs().max(1)
+    largest = torch.where(groups.gather(1, place.unsqueeze(1)).squeeze(1) < 0, -magnitude, magnitude)
+    gain, scale = torch.full_like(largest, -1.0), torch.zeros_like(largest)
+    scaled, index, value = torch.empty_like(groups), torch.empty_like(groups, dtype=torch.int32), torch.empty_like(groups)
+
+    def attempt(candidate: Tensor) -> None:
+        torch.index_select(values, 0, _index(groups, candidate, scaled, index).view(-1), out=value.view(-1))
+        product = torch.mul(weighted, value, out=scaled).sum(1)
+        power = (value.square_() if counts is None else value.square_().mul_(counts)).sum(1)
+        fitted = product / power.clamp_min(1e-30)
+        # With the best scale for these codes, product / power, the square error falls by product^2 / power.
+        found = product * fitted
+        better = found > gain
+        gain.copy_(torch.where(better, found, gain))
+        scale.copy_(torch.where(better, fitted, scale))
+
+    for landing in _LANDINGS:
+        attempt(largest / landing)
+    attempt(scale.clone())
+
+    scales, row_scale = _round_scales(scale.view(len(rows), -1))
+    _index(groups, (scales * row_scale.unsqueeze(1)).view(-1), scaled, index)
+    return codes.index_select(0, index.view(-1)).view_as(rows), scales.to(torch.int8), row_scale
+
+
+def _choose_q8(rows: Tensor, group: int, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8: the largest weight of a group becomes about 127."""
+    groups = rows.view(-1, group)
+    scales, row_scale = _round_scales(groups.abs().amax(1).view(len(rows), -1) / 127)
+    real = (scales * row_scale.unsqueeze(1)).view(-1, 1)
+    codes = (groups / torch.where(real > 0, real, 1.0)).round_().clamp_(-127, 127)
+    return codes.to(torch.int8).view_as(rows), scales.to(torch.int8), row_scale
+
+
+def _round_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of groups `[rows, groups]` as whole numbers up to 127 times one number for each row."""
+    row_scale = scale.abs().amax(1) / 127
+    inverse = torch.where(row_scale > 0, 1 / row_scale, 0.0)
+    return (scale * inverse.unsqueeze(1)).round_().clamp_(-127, 127), row_scale
+
+
+def square_error(weight: Tensor, matrix: QuantizedMatrix) -> float:
+    """Mean square error of a quantized matrix relative to the mean square of the weights."""
+    difference = weight.float().numpy() - matrix.dequantize()
+    return float(np.square(difference).mean() / max(float(weight.float().square().mean()), 1e-30))
