@@ -21,9 +21,11 @@ from llmkit.engine.backend import Backend
 from llmkit.engine.blocks import KVCache, blocks_for, pool_sizes
 from llmkit.engine.sampling import SamplingParams, TokenLogprobs
 from llmkit.engine.sequence import Batch, Event, FinishReason, Sequence, Work, cache_root
+from llmkit.engine.speculative import MAX_GUESSES, Speculation
 from llmkit.errors import ContextOverflow, LLMKitError, UsageError
 
 PromptIds = Iterable[int] | NDArray[np.integer]
+Drawn = tuple[int, TokenLogprobs | None]
 
 
 class Scheduler:
@@ -99,6 +101,7 @@ class Engine:
         max_cache_tokens: size of the KV cache in tokens; defaults to one whole context of the model.
         cache_bytes: size of the KV cache in bytes, instead of in tokens.
         prefill_chunk: most prompt tokens in one step.
+        speculation: guesses tokens that a step then checks; the replies stay the same.
     """
 
     def __init__(
@@ -108,13 +111,15 @@ class Engine:
         max_cache_tokens: int | None = None,
         cache_bytes: int | None = None,
         prefill_chunk: int = 512,
+        speculation: Speculation | None = None,
     ):
         if max_cache_tokens is not None and cache_bytes is not None:
             raise UsageError(f"Both max_cache_tokens ({max_cache_tokens}) and cache_bytes ({cache_bytes}) limit the KV cache; give one.")
         if prefill_chunk < 1:
             raise UsageError(f"prefill_chunk is {prefill_chunk}; it must be at least 1.")
+        longest_step = prefill_chunk if speculation is None else max(prefill_chunk, MAX_GUESSES + 1)
         if cache_bytes is not None:
-            max_cache_tokens = tokens_within(backend, cache_bytes, prefill_chunk)
+            max_cache_tokens = tokens_within(backend, cache_bytes, longest_step)
         elif max_cache_tokens is None:
             max_cache_tokens = blocks_for(backend.config.max_position_embeddings, backend.block_size) * backend.block_size
         if max_cache_tokens < backend.block_size:
@@ -122,8 +127,9 @@ class Engine:
                 f"The KV cache limit is {max_cache_tokens} tokens, less than one block of {backend.block_size}; raise the limit."
             )
         self.backend = backend
-        self.cache = KVCache(backend.cache_windows, backend.block_size, max_cache_tokens, prefill_chunk)
+        self.cache = KVCache(backend.cache_windows, backend.block_size, max_cache_tokens, longest_step)
         self.scheduler = Scheduler(self.cache, prefill_chunk)
+        self.speculation = speculation
         self._batch = Batch(self.cache)
         self.lock = threading.RLock()
 
@@ -191,7 +197,8 @@ class Engine:
         return [self.add(prompt, params, adapter, eos_ids=eos_ids, sample=index) for index in range(params.n)]
 
     def step(self) -> list[Event]:
-        """Computes one batch and returns its new tokens; an empty list if no prompt was finished, or nothing was to do.
+        """Computes one batch and returns its new tokens, those of one sequence in order; an empty list if no prompt was
+        finished, or nothing was to do.
 
         If the backend raises, or Ctrl-C comes, no sequence has advanced: step again, or abort.
         """
@@ -202,19 +209,31 @@ class Engine:
         work = self.scheduler.plan()
         if not work:
             return []
+        if self.speculation is not None:
+            work = self.speculation.extend(work)
         batch = self._batch
         rows = batch.fill(work)
         logits = self.backend.step(
             batch.tokens[: batch.size], batch.positions[: batch.size], batch.sequences[: batch.size],
             batch.tables, batch.contexts, batch.adapters, rows,
         )  # fmt: skip
-        drawn = [self._draw(item.sequence, logits[row]) for row, item in enumerate(batch.asked)]
+        drawn = []
+        for item in batch.asked:
+            count = item.end - item.sequence.length + 1
+            drawn.append(self._draw(item.sequence, logits[:count]))
+            logits = logits[count:]
+        if self.speculation is not None:
+            self.speculation.observe(batch.asked, [[token for token, _ in tokens] for tokens, _ in drawn])
         now = time.perf_counter()
-        for sequence, _, end in work:
-            sequence.computed = end
-            if end // self.cache.block_size > sequence.blocks.published:
-                self.cache.publish(sequence.blocks, sequence.ids[:end])
-        return [self._commit(item.sequence, result, now) for item, result in zip(batch.asked, drawn, strict=True)]
+        for item in work:
+            item.sequence.computed = item.end
+        for item, (tokens, _) in zip(batch.asked, drawn, strict=True):  # of the guesses those that became tokens
+            item.sequence.computed = item.sequence.length + max(len(tokens), 1) - 1
+        for item in work:
+            blocks, computed = item.sequence.blocks, item.sequence.computed
+            if computed // self.cache.block_size > blocks.published:
+                self.cache.publish(blocks, item.sequence.ids[:computed])
+        return [event for item, result in zip(batch.asked, drawn, strict=True) for event in self._commit(item.sequence, *result, now)]
 
     def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
         """Ends a sequence now, with what it has (`reason` "stop" where a stop string was met); one that has ended stays as it is."""
@@ -222,38 +241,51 @@ class Engine:
             if sequence.finish_reason is None:
                 self._finish(sequence, reason, time.perf_counter())
 
-    def _draw(self, sequence: Sequence, logits: NDArray[np.float32]) -> tuple[int, TokenLogprobs | None] | LLMKitError:
-        """The next token of a sequence from its logits `[vocab]`; an error concerns this sequence alone."""
-        try:
-            token = sequence.draw(logits, sequence.length)
-        except LLMKitError as error:
-            return error
-        count = sequence.params.logprobs
-        return token, None if count is None else sampling.token_logprobs(logits, token, count)
+    def _draw(self, sequence: Sequence, rows: NDArray[np.float32]) -> tuple[list[Drawn], LLMKitError | None]:
+        """The next tokens of a sequence from the logits `[1 + guesses, vocab]` after its last token and after each guess.
 
-    def _commit(self, sequence: Sequence, result: tuple[int, TokenLogprobs | None] | LLMKitError, now: float) -> Event:
-        if isinstance(result, LLMKitError):
-            sequence.error = result
+        The first row always counts, one after a guess only if that guess is the token drawn there. An error concerns this
+        sequence alone.
+        """
+        drawn: list[Drawn] = []
+        count = sequence.params.logprobs
+        for position, logits in enumerate(rows, sequence.length):
+            try:
+                token = sequence.draw(logits, position)
+            except LLMKitError as error:
+                return drawn, error
+            drawn.append((token, None if count is None else sampling.token_logprobs(logits, token, count)))
+            if token != sequence.ids[position] or token in sequence.end_ids:
+                break
+        return drawn, None
+
+    def _commit(self, sequence: Sequence, tokens: list[Drawn], error: LLMKitError | None, now: float) -> list[Event]:
+        events = []
+        for token, logprobs in tokens:
+            sequence.ids[sequence.length] = token
+            sequence.length += 1
+            if logprobs is not None and sequence.logprobs is not None:
+                sequence.logprobs.append(logprobs)
+            if sequence.first_token_at is None:
+                sequence.first_token_at = now
+            reason: FinishReason | None = None
+            if token in sequence.end_ids:
+                reason = "stop"
+            elif sequence.length == sequence.context:
+                reason = "length"
+            if reason is not None:
+                self._finish(sequence, reason, now)
+            events.append(Event(sequence, token, logprobs, reason))
+        if error is not None:
+            sequence.error = error
             self._finish(sequence, "error", now)
-            return Event(sequence, None, None, "error")
-        token, logprobs = result
-        sequence.ids[sequence.length] = token
-        sequence.length += 1
-        if logprobs is not None and sequence.logprobs is not None:
-            sequence.logprobs.append(logprobs)
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-        reason: FinishReason | None = None
-        if token in sequence.end_ids:
-            reason = "stop"
-        elif sequence.length == sequence.context:
-            reason = "length"
-        if reason is not None:
-            self._finish(sequence, reason, now)
-        return Event(sequence, token, logprobs, reason)
+            events.append(Event(sequence, None, None, "error"))
+        return events
 
     def _finish(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
         self.scheduler.remove(sequence)
+        if self.speculation is not None:
+            self.speculation.close(sequence)
         sequence.finish_reason = reason
         sequence.finished_at = now
 

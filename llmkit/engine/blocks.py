@@ -208,7 +208,10 @@ class KVCache:
         return True
 
     def prepare(self, tables: BlockTables, start: int, end: int) -> bool:
-        """Makes room for the tokens at positions [start, end) and lets go of what they no longer see; True if a table changed."""
+        """Makes room for the tokens up to position `end` and lets go of what those from `start` on no longer see.
+
+        True if a table changed.
+        """
         needed = blocks_for(end, self.block_size)
         changed = False
         for group, window in enumerate(self.windows):

@@ -31,7 +31,7 @@ class Event(NamedTuple):
 class Sequence:
     """One prompt and the reply to it: the state of one request, and of it alone."""
 
-    ids: NDArray[np.int32]  # [prompt + max_tokens]; the first `length` are there
+    ids: NDArray[np.int32]  # [prompt + max_tokens]; the first `length` are there, guesses (speculative.py) may stand behind them
     prompt_length: int
     params: SamplingParams
     seed: int  # params.seed or the fresh one drawn for it: with it the reply can be had again
@@ -45,6 +45,8 @@ class Sequence:
     length: int
     computed: int = 0  # tokens whose keys and values are in the cache
     cached_tokens: int = 0  # of the prompt, found in the cache
+    drafted: int = 0  # tokens guessed, and how many of them were right: see speculative.py
+    accepted: int = 0
     logprobs: list[TokenLogprobs] | None = None  # one per reply token where params.logprobs asks for them
     finish_reason: FinishReason | None = None
     error: LLMKitError | None = None
@@ -89,7 +91,7 @@ class Sequence:
 
 
 class Work(NamedTuple):
-    """What one sequence computes in one step: tokens [start, end)."""
+    """What one sequence computes in one step: tokens [start, end), those from `sequence.length` being guesses."""
 
     sequence: Sequence
     start: int
@@ -97,10 +99,16 @@ class Work(NamedTuple):
 
 
 class Batch:
-    """The arrays of a step. They are kept from step to step, and only what changed is written again."""
+    """The arrays of a step. They are kept from step to step, and only what changed is written again.
 
-    def __init__(self, cache: KVCache):
+    Args:
+        cache: of the sequences.
+        rewind: how many computed tokens a sequence may take back: as far behind, sliding windows keep their blocks.
+    """
+
+    def __init__(self, cache: KVCache, rewind: int = 0):
         self._cache = cache
+        self._rewind = rewind
         self._members: list[Sequence] = []
         self._tables = [np.full((0, 0), ABSENT, dtype=np.int32) for _ in cache.windows]
         self.tokens = self.positions = self.sequences = np.empty(0, dtype=np.int32)
@@ -108,19 +116,20 @@ class Batch:
         self.tables: list[NDArray[np.int32]] = []  # [S, blocks in use]
         self.contexts = np.empty(0, dtype=np.int32)
         self.adapters: list[str | None] = []
-        self.asked: list[Work] = []  # whose last token's logits are wanted, in the order of the rows
+        self.asked: list[Work] = []  # those that reach their last token, whose rows are wanted; in the order of the rows
 
     def fill(self, work: list[Work]) -> NDArray[np.int32]:
-        """Takes the blocks the step needs, sets all arrays and returns `rows`."""
+        """Takes the blocks the step needs, sets all arrays and returns `rows`: for each in `asked` its last token and its guesses."""
         self._match_members([item.sequence for item in work])
         total = sum(item.end - item.start for item in work)
         if total > len(self.tokens):
             self.tokens, self.positions, self.sequences = (np.empty(2 * total, dtype=np.int32) for _ in range(3))
         size = longest = 0
-        rows, self.asked = [], []
+        rows: list[int] = []
+        self.asked = []
         for row, item in enumerate(work):
             sequence, start, end = item
-            if self._cache.prepare(sequence.blocks, start, end):
+            if self._cache.prepare(sequence.blocks, start - self._rewind, end):
                 self._write_tables(row, sequence)
             stop = size + end - start
             self.tokens[size:stop] = sequence.ids[start:end]
@@ -128,8 +137,8 @@ class Batch:
             self.sequences[size:stop] = row
             size = stop
             longest = max(longest, end)
-            if end == sequence.length:
-                rows.append(size - 1)
+            if end >= sequence.length:
+                rows.extend(range(size - (end - sequence.length) - 1, size))
                 self.asked.append(item)
         self.size = size
         width = blocks_for(longest, self._cache.block_size)

@@ -25,7 +25,8 @@ def tiny_config(
 
 
 class FakeBackend:
-    def __init__(self, config: ModelConfig, block_size: int = 4) -> None:
+    def __init__(self, config: ModelConfig, block_size: int = 4, noise: float = 0.0) -> None:
+        """noise: how far the weights are from those of the model without, for drafts that are sometimes right."""
         self.config = config
         self.block_size = block_size
         self.cache_windows = config.cache_windows
@@ -34,6 +35,7 @@ class FakeBackend:
         self.place = random.normal(size=(config.max_position_embeddings, DIM))
         self.weights = random.normal(size=(len(self.cache_windows), 3, DIM, DIM)) / DIM**0.5
         self.head = random.normal(size=(DIM, config.vocab_size))
+        self.head += noise * random.normal(size=self.head.shape)
         self.storage = [np.full((0, block_size, 2, DIM), np.nan) for _ in self.cache_windows]
         self.computed = 0  # tokens that went through `step`
         self.steps = 0
