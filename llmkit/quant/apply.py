@@ -26,8 +26,8 @@ def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix], dtype: to
         if isinstance(old, nn.Embedding):
             new = QuantizedEmbedding(matrix, dtype)
         else:
-            new = QuantizedLinear(matrix)
-            new.register_parameter("bias", old.bias)  # type: ignore[arg-type]
+            assert isinstance(old, nn.Linear)
+            new = QuantizedLinear(matrix, old.bias)
         setattr(model.get_submodule(parent), child, new)
 
 

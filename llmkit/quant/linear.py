@@ -51,10 +51,10 @@ class QuantizedLinear(_Quantized):
     and on other devices, the weight is dequantized for the product; the gradient reaches the input and the bias, not the weight.
     """
 
-    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None = None) -> None:
+    def __init__(self, matrix: QuantizedMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__(matrix)
         self.out_features, self.in_features = matrix.shape
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         return _product(x, self.packed, self.bias)

@@ -40,8 +40,8 @@ def round_to_nearest(weight: Tensor, scheme: str = "q4", group: int = 32, import
         choose = _choose_q4 if scheme == "q4" else _choose_q8
         codes, scales, row_scale = choose(wide, group, None if importance is None else counts)
         parts.append((codes[:, :columns], scales[:, : -(-columns // group)], row_scale))
-    arrays = [torch.cat(found).numpy() for found in zip(*parts, strict=True)]
-    return pack(*arrays, scheme, group)
+    all_codes, all_scales, all_row_scales = (torch.cat(found).numpy() for found in zip(*parts, strict=True))
+    return pack(all_codes, all_scales, all_row_scales, scheme, group)
 
 
 @cache
