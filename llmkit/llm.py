@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from llmkit.config import ModelConfig
+from llmkit.drafting import check_speculation
 from llmkit.engine.backend import Backend
 from llmkit.engine.batch import Engine, tokens_within
 from llmkit.engine.sampling import SamplingParams
+from llmkit.engine.speculative import Drafter, ModelDrafter, NgramDrafter, Speculation
 from llmkit.errors import ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError, out_of_memory
 from llmkit.folder import ModelFolder, read_folder
 from llmkit.reply import Reply
@@ -50,6 +52,8 @@ def load(
     ctx_size: int | None = None,
     threads: int | None = None,
     chat_template: str | Path | None = None,
+    draft_model: str | Path | LLM | None = None,
+    speculate: str = "auto",
 ) -> LLM:
     """Load a model, ready to generate.
 
@@ -59,11 +63,18 @@ def load(
     ctx_size: the longest prompt plus reply in tokens; the model's own maximum by default.
     threads: CPU threads of this process; torch's choice by default.
     chat_template: a Jinja template, or a file that holds one, in place of the model's own.
+    draft_model: a smaller model with the same vocabulary that guesses tokens ahead; loaded, or to be loaded in the same way.
+    speculate: "ngram" guesses what followed earlier in the text, "off" nothing; "auto" is "ngram" where a token does not depend
+        in its last bits on how many are computed at once, else "off". Guesses are checked: they change the speed, not the reply.
 
     Raises LLMKitError (see llmkit.errors) for everything that is wrong with the model or an argument.
     """
     folder = read_folder(str(model), revision=revision, chat_template=chat_template)
     context = _context_size(folder.config, ctx_size)
+    if draft_model is None:
+        check_speculation(speculate, folder, None)
+    else:
+        check_speculation(speculate, folder, draft_model.folder if isinstance(draft_model, LLM) else read_folder(str(draft_model)))
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise UsageError(f"threads is {threads!r}; it must be an integer from 1 up.")
 
@@ -82,6 +93,8 @@ def load(
         if not out_of_memory(error):
             raise
         raise DoesNotFit(f"{model} does not fit in the memory of {device}. Take a smaller model or dtype.") from error
+    if draft_model is not None and not isinstance(draft_model, LLM):
+        draft_model = load(draft_model, dtype=dtype, device=device, threads=threads)
     count = sum(parameter.numel() for parameter in transformer.parameters())
     stored = str(next(transformer.parameters()).dtype).removeprefix("torch.")
     return LLM(
@@ -89,6 +102,7 @@ def load(
         folder=folder,
         new_backend=lambda: TorchBackend(transformer),
         ctx_size=context,
+        drafter=_drafter(draft_model, speculate, folder.config, context, exact=False),
         summary=f"{folder.config.model_type}, {_human(count)} parameters, {stored} on {device}, context {context}",
     )
 
@@ -116,6 +130,7 @@ class LLM:
         new_backend: Callable[[], Backend],
         ctx_size: int,
         summary: str,
+        drafter: Drafter | None = None,
     ) -> None:
         self.name = name
         self.folder = folder
@@ -126,7 +141,8 @@ class LLM:
         self.backend = new_backend()
         self._summary = summary
         tokens = _cache_tokens(self.backend, ctx_size)
-        self._engine = Engine(self.backend, max_cache_tokens=tokens, prefill_chunk=PREFILL_CHUNK)
+        speculation = None if drafter is None else Speculation(drafter)
+        self._engine = Engine(self.backend, max_cache_tokens=tokens, prefill_chunk=PREFILL_CHUNK, speculation=speculation)
 
     def __repr__(self) -> str:
         return f"<LLM {self.name}: {self._summary}>"
@@ -392,6 +408,15 @@ def _context_size(config: ModelConfig, ctx_size: int | None) -> int:
     if not isinstance(ctx_size, int) or not 1 <= ctx_size <= limit:
         raise UsageError(f"ctx_size {ctx_size!r} is not between 1 and {limit}, the model's own context. Choose one in between.")
     return ctx_size
+
+
+def _drafter(draft_model: LLM | None, speculate: str, config: ModelConfig, ctx_size: int, *, exact: bool) -> Drafter | None:
+    """What guesses tokens ahead. exact: the backend's logits of a token are the same bits however many are computed at once."""
+    if draft_model is not None:
+        backend = draft_model.new_backend()
+        tokens = _cache_tokens(backend, min(ctx_size, backend.config.max_position_embeddings))
+        return ModelDrafter(backend, config.vocab_size, max_cache_tokens=tokens, prefill_chunk=PREFILL_CHUNK)
+    return NgramDrafter() if speculate == "ngram" or (speculate == "auto" and exact) else None
 
 
 def _log_probabilities(logits: np.ndarray, targets: list[int]) -> list[float]:

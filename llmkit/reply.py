@@ -98,7 +98,7 @@ class Reply:
             text="".join(self._shown),
             token_ids=tuple(self._ids[: self._sent]),
             finish_reason=self.finish_reason or "interrupted",
-            usage=Usage(sequence.prompt_length, self._sent, sequence.cached_tokens),
+            usage=Usage(sequence.prompt_length, self._sent, sequence.cached_tokens, sequence.drafted, sequence.accepted),
             timings=Timings(
                 time_to_first_token=sequence.time_to_first_token,
                 total=sequence.finished_at - sequence.added_at if sequence.finished_at is not None else None,

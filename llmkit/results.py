@@ -19,6 +19,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted_tokens: int = 0  # guessed ahead by speculation
+    accepted_tokens: int = 0  # of those, how many were right
 
     @property
     def total_tokens(self) -> int:
@@ -92,6 +94,8 @@ class Completion:
         """Counts and speed in one line."""
         usage = self.usage
         counts = f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.completion_tokens} new ({self.finish_reason})"
+        if usage.drafted_tokens:
+            counts += f", {usage.accepted_tokens} of {usage.drafted_tokens} guesses right"
         return f"{counts}, {self.timings}" if str(self.timings) else counts
 
     def _repr_html_(self) -> str:

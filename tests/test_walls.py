@@ -26,12 +26,12 @@ LEVELS = [
     {"rag", "serve", "measure"},
     {"cli"},
 ]
-# The Python API is one room of three files.
-ROOM_OF_FILE = {"folder": "llm", "reply": "llm"}
+# The Python API is one room of four files.
+ROOM_OF_FILE = {"folder": "llm", "reply": "llm", "drafting": "llm"}
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
 NO_TORCH = [
-    *("__init__", "config", "errors", "results", "folder", "reply", "llm"),
+    *("__init__", "config", "errors", "results", "folder", "reply", "drafting", "llm"),
     *("families", "frequencies", "kernels/__init__", "kernels/native", "text", "engine", "checkpoint/files", "checkpoint/hub", "cli"),
 ]
 

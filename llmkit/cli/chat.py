@@ -15,6 +15,7 @@ from llmkit.cli.options import (
     refuse_without_effect,
     sampling_arguments,
     sampling_options,
+    speculation_options,
 )
 from llmkit.cli.terminal import read_input, write_stream
 
@@ -26,6 +27,7 @@ from llmkit.cli.terminal import read_input, write_stream
 @option("-s", "--system", metavar="TEXT", help="System message.")
 @option("--chat-template", metavar="FILE|NAME", help="A Jinja template in place of the model's.")
 @option("-v", "--verbose", is_flag=True, help="After each reply: speed, time to first token, cached tokens.")
+@speculation_options
 @sampling_options
 def chat(prompt: str | None, system: str | None, verbose: bool, **_: object) -> int:
     """Talk to MODEL (default: the embedded story teller).

@@ -17,6 +17,7 @@ from llmkit.cli.options import (
     refuse_without_effect,
     sampling_arguments,
     sampling_options,
+    speculation_options,
 )
 from llmkit.cli.terminal import finish, read_input, write_stream
 
@@ -32,6 +33,7 @@ from llmkit.cli.terminal import finish, read_input, write_stream
 @option("--logprobs", type=click.IntRange(min=0), metavar="K", help="Log probabilities, with the K most likely alternatives (with --json).")
 @option("--json", "as_json", is_flag=True, envvar="LLMKIT_JSON", help="Print one JSON object when the reply is complete.")
 @option("-v", "--verbose", is_flag=True, help="Speed, time to first token, cached tokens and skipped tensors on standard error.")
+@speculation_options
 @sampling_options
 def generate(
     prompt: str | None,

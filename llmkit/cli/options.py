@@ -75,6 +75,18 @@ def context_options(function: F) -> F:
     return size(function)
 
 
+def speculation_options(function: F) -> F:
+    """How tokens are guessed ahead; `load_arguments` reads it too."""
+    return _stack(
+        option("--draft-model", metavar="MODEL", help="A smaller model with the same vocabulary, to guess tokens ahead; same replies."),
+        option(
+            "--speculate",
+            type=click.Choice(["auto", "ngram", "off"]),
+            help="Guess tokens ahead from the text so far; same replies [default: auto, where replies are exactly the same].",
+        ),
+    )(function)
+
+
 def sampling_options(function: F) -> F:
     """Everything about how tokens are chosen; read them with `sampling_arguments`."""
     number = {"type": float, "metavar": "X"}
@@ -132,7 +144,7 @@ def model_name(default: Callable[[], Path] | None = None) -> str | Path:
 def load_arguments() -> dict[str, Any]:
     """The keyword arguments of `llmkit.load` that this command line sets."""
     params = click.get_current_context().params
-    names = ("revision", "dtype", "device", "threads", "ctx_size", "chat_template")
+    names = ("revision", "dtype", "device", "threads", "ctx_size", "chat_template", "draft_model", "speculate")
     return {name: params[name] for name in names if params.get(name) is not None}
 
 
