@@ -11,16 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from llmkit.checkpoint.arrays import check_assignment
 from llmkit.checkpoint.files import AUTO_MAP, Checkpoint, TensorFile, load_config, open_checkpoint
-from llmkit.checkpoint.weights import EMBEDDING, Assignment, Piece, assign
+from llmkit.checkpoint.quantized import quantization, read_quantized
+from llmkit.checkpoint.weights import Piece, assign
 from llmkit.config import ModelConfig
-from llmkit.errors import CheckpointError, ConfigError, UsageError
+from llmkit.errors import ConfigError, UsageError
 from llmkit.families import family
+from llmkit.kernels.format import QuantizedMatrix
 from llmkit.model.transformer import Transformer
+from llmkit.quant.apply import install
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +38,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-MAX_LISTED = 1000  # problems in one message
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -74,16 +78,15 @@ def load_model_with_report(
     wanted, place = None if dtype is None else parse_dtype(dtype), _device(device)
     config = load_config(folder)
     notes = (AUTO_MAP,) if "auto_map" in config.hf else ()
-    if config.hf.get("quantization_config"):
-        method = config.hf["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise CheckpointError(f"{folder} is quantized ({method!r:.80}), which llmkit does not read. Use the checkpoint it was made from.")
+    record = quantization(folder, config)
+    if record is not None:
+        return _load_quantized(folder, wanted, place, notes)
 
     model = empty_model(config)
     checkpoint = open_checkpoint(folder)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assignment = assign(checkpoint, family(config.model_type), config, expected)
-    _check(folder, assignment)
+    check_assignment(folder, assignment)
     if wanted is None:
         wanted = _checkpoint_dtype(config, checkpoint)
 
@@ -98,6 +101,34 @@ def load_model_with_report(
     count = sum(tensor.numel() for tensor in state.values())
     report = LoadReport(str(wanted).removeprefix("torch."), str(place), count, mapped, copied, tuple(assignment.skipped), notes)
     return model, report
+
+
+def _load_quantized(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, notes: tuple[str, ...]
+) -> tuple[Transformer, LoadReport]:
+    """A quantized folder: codes and scales stay as they are; norms and biases, and what flows between layers, have the dtype.
+
+    By default that is float32 on a CPU, and the dtype of the original checkpoint elsewhere.
+    """
+    config, weights = read_quantized(folder)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else parse_dtype(config.dtype)
+    model = empty_model(config)
+    matrices = {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedMatrix)}
+    install(model, matrices, dtype)
+    state = {name: _float_tensor(weight).to(device, dtype) for name, weight in weights.items() if not isinstance(weight, QuantizedMatrix)}
+    model.load_state_dict(state, strict=False, assign=True)  # the buffers of quantized modules are there already
+    model.to(device)
+    mapped = sum(matrix.nbytes for matrix in matrices.values()) if device.type == "cpu" else 0
+    copied = sum(tensor.nbytes for tensor in state.values()) + (0 if mapped else sum(matrix.nbytes for matrix in matrices.values()))
+    count = sum(tensor.numel() for tensor in state.values()) + sum(rows * columns for rows, columns in (m.shape for m in matrices.values()))
+    schemes = ", ".join(sorted({matrix.scheme for matrix in matrices.values()}))
+    return model, LoadReport(f"{schemes} and {str(dtype).removeprefix('torch.')}", str(device), count, mapped, copied, (), notes)
+
+
+def _float_tensor(array: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
 def empty_model(config: ModelConfig) -> Transformer:
@@ -138,32 +169,6 @@ def _realise(piece: Piece, dtype: torch.dtype, device: torch.device) -> tuple[Te
         return source, piece.tensor.offset % dtype.itemsize == 0
     # One copy does it all: convert, lay out, move.
     return torch.empty(source.shape, dtype=dtype, device=device).copy_(source), False
-
-
-def _check(folder: Path, assignment: Assignment) -> None:
-    problems = list(assignment.problems)
-    for piece in assignment.pieces.values():
-        if piece.tensor.dtype not in TORCH_DTYPES:
-            problems.append(f"wrong dtype: {piece.tensor.name!r} is {piece.tensor.dtype}, weights are {', '.join(TORCH_DTYPES)}")
-    head, embedding = assignment.tied_head, assignment.pieces.get(EMBEDDING)
-    if head is not None and embedding is not None and not problems and not _equal(head, embedding.tensor):
-        problems.append(f"not tied: {head.name!r} differs from {embedding.tensor.name!r}, but config.json has tie_word_embeddings true")
-    if problems:
-        if len(problems) > MAX_LISTED:  # a damaged number of layers, not names to go through
-            problems[MAX_LISTED:] = [f"and {len(problems) - MAX_LISTED} more"]
-        listed = "\n  ".join(problems)
-        raise CheckpointError(
-            f"The tensors in {folder} do not fit its config.json:\n  {listed}\n"
-            "Do both files belong to one model? Download or copy the folder again, or correct config.json."
-        )
-
-
-def _equal(head: TensorFile, embedding: TensorFile) -> bool:
-    if head.shape != embedding.shape or head.dtype not in TORCH_DTYPES:
-        return False
-    a, b = as_tensor(head), as_tensor(embedding)
-    # Bytes where the dtypes agree (nothing is copied, and a NaN equals itself), else values.
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dtype == b.dtype else torch.equal(a.double(), b.double())
 
 
 def _checkpoint_dtype(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:

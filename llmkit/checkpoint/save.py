@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.files import INDEX, SINGLE
 from llmkit.checkpoint.load import TORCH_DTYPES, parse_dtype
 from llmkit.checkpoint.weights import Stored, stored_layout
@@ -71,18 +72,20 @@ def save_model(
     wanted = None if dtype is None else parse_dtype(dtype)
     # os.path, because pathlib raises where there is no such ~user, where links go round in a circle, or a name is too long.
     target = Path(os.path.realpath(os.path.expanduser(folder)))
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if not parameter_shapes(model.config).keys() <= weights.keys():
+        raise UsageError("a quantized model is not saved from memory. Copy its folder, or save the checkpoint it was made from.")
     layout = stored_layout(weights, family(model.config.model_type))
     config = _config_json(model.config, {wanted or tensor.dtype for tensor in weights.values()})
-    with _replacing(target) as partial:
-        _write_json(partial / "config.json", config)
+    with replacing(target) as partial:
+        write_json(partial / "config.json", config)
         if source is not None:
-            _copy_side_files(Path(source), partial)
+            copy_side_files(Path(source), partial)
         _write_weights(partial, layout, weights, wanted, max_shard_bytes)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     if not os.path.exists(target):
         return
     if not target.is_dir():
@@ -100,7 +103,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target` that becomes `target` at the end, or vanishes whatever happens."""
     suffix = uuid.uuid4().hex[:8]
     partial, old = target.with_name(f".{target.name}.{suffix}.partial"), target.with_name(f".{target.name}.{suffix}.old")
@@ -141,7 +144,7 @@ def _config_json(config: ModelConfig, dtypes: set[torch.dtype]) -> dict[str, Any
     return hf
 
 
-def _copy_side_files(source: Path, folder: Path) -> None:
+def copy_side_files(source: Path, folder: Path) -> None:
     for pattern in SIDE_FILES:
         for file in source.glob(pattern):
             copy = folder / file.relative_to(source)
@@ -168,7 +171,7 @@ def _write_weights(
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_safetensors(folder / name, shard)
         weight_map |= {entry.stored.name: name for entry in shard}
-    _write_json(folder / INDEX, {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": weight_map})
 
 
 class _Entry:
@@ -201,16 +204,16 @@ def _write_safetensors(path: Path, entries: Sequence[_Entry]) -> None:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for entry in entries:
             file.write(entry.tensor().flatten().view(torch.uint8).numpy().data)
-        _sync(file)
+        sync(file)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     with path.open("wb") as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
-        _sync(file)
+        sync(file)
 
 
-def _sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO) -> None:
     """A disk may report only here that it is full, and a rename must not come before the bytes."""
     file.flush()
     os.fsync(file.fileno())

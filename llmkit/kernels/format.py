@@ -152,7 +152,7 @@ def stored_shapes(scheme: str, group: int, shape: tuple[int, int]) -> dict[str, 
     """dtype and shape of the arrays that hold a matrix, by their names; CheckpointError for what there is not."""
     if scheme not in SCHEMES:
         raise CheckpointError(f"The scheme {scheme!r:.80} is unknown; known are {', '.join(SCHEMES)}. Quantize the model again.")
-    if isinstance(group, bool) or group not in GROUPS[scheme]:
+    if type(group) is not int or group not in GROUPS[scheme]:
         raise CheckpointError(
             f"{scheme} has groups of {' or '.join(map(str, GROUPS[scheme]))}, not {group!r:.80}. Quantize the model again."
         )

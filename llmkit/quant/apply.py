@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from llmkit.kernels.format import QuantizedMatrix
 from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.methods import round_to_nearest
-from llmkit.quant.schemes import DEFAULT, Choice, choose
+from llmkit.quant.schemes import DEFAULT, choose
 
 
 def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix], dtype: torch.dtype = torch.float32) -> None:
@@ -32,9 +32,9 @@ def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix], dtype: to
 
 
 @torch.no_grad()
-def quantize_model(model: nn.Module, scheme: str = DEFAULT, pick: Callable[[str], Choice | None] | None = None) -> None:
-    """Quantizes the linears and embeddings of a model in memory, one at a time. pick: what is stored how, instead of `scheme`."""
+def quantize_model(model: nn.Module, scheme: str = DEFAULT) -> None:
+    """Quantizes the linears and embeddings of a model in memory, one at a time."""
     for name, parameter in list(model.named_parameters()):
-        choice = choose(scheme, name) if pick is None else pick(name)
+        choice = choose(scheme, name, tuple(parameter.shape))
         if choice is not None:
             install(model, {name: round_to_nearest(parameter, choice.scheme, choice.group)})

@@ -19,22 +19,35 @@ class Choice:
     group: int  # columns that share a scale
 
 
-def q4(name: str) -> Choice:
-    """4 bits."""
-    return Choice("q4", 16 if name in EMBEDDINGS else 32)
+def _q4(name: str, shape: tuple[int, ...]) -> Choice:
+    """4 bits; finer groups, or 8 bits, where errors weigh more.
+
+    Measured on two trained models (KL per weight that is quantized): values weigh three to four times as much as queries or the MLP's
+    inputs, keys up to eight times, embeddings about three times. Where query heads share keys and values, these are so few that 8 bits
+    for them cost 0.1 bits of the whole model. Llama 3.2 1B has 4.48 bits then.
+    """
+    if name.endswith((".k_proj.weight", ".v_proj.weight")) and 2 * shape[0] <= shape[1]:
+        return Choice("q8", 32)
+    fine = name in EMBEDDINGS or name.endswith((".k_proj.weight", ".v_proj.weight", ".o_proj.weight", ".down_proj.weight"))
+    return Choice("q4", 16 if fine else 32)
 
 
-def q8(name: str) -> Choice:
+def _q8(name: str, shape: tuple[int, ...]) -> Choice:
     """8 bits in groups of 32: 8.25 bits for each weight."""
     return Choice("q8", 32)
 
 
-SCHEMES: Mapping[str, Callable[[str], Choice]] = {"q4": q4, "q8": q8}
+SCHEMES: Mapping[str, Callable[[str, tuple[int, ...]], Choice]] = {"q4": _q4, "q8": _q8}
 DEFAULT = "q4"
 
 
-def choose(scheme: str, name: str) -> Choice | None:
-    """How a parameter is stored; None: as it is (norms, biases, routers, learned positions)."""
+def check_scheme(scheme: str) -> None:
+    """UsageError for a scheme there is not."""
     if scheme not in SCHEMES:
         raise UsageError(f"scheme {scheme!r:.80} is unknown. Use one of {', '.join(SCHEMES)}.")
-    return SCHEMES[scheme](name) if name in EMBEDDINGS or name.endswith(PROJECTIONS) else None
+
+
+def choose(scheme: str, name: str, shape: tuple[int, ...]) -> Choice | None:
+    """How a parameter is stored; None: as it is (norms, biases, routers, learned positions)."""
+    check_scheme(scheme)
+    return SCHEMES[scheme](name, shape) if name in EMBEDDINGS or name.endswith(PROJECTIONS) else None

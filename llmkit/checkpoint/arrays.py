@@ -1,0 +1,154 @@
+"""The parameters of a checkpoint as numpy arrays, mapped in place where their layout allows it. No torch."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from llmkit.checkpoint.files import TensorFile
+from llmkit.checkpoint.weights import EMBEDDING, HEAD, Assignment, Piece
+from llmkit.config import NORM_NAMES, ModelConfig
+from llmkit.errors import CheckpointError
+
+# Stored dtypes that weights may have, as numpy reads them; bfloat16 and the 8-bit floats as their bits.
+NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
+MAX_LISTED = 1000  # problems in one message
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the `Transformer` of a config and its shape, in its order: what a checkpoint must give."""
+    return dict(_parameters(config))
+
+
+def _parameters(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, dim = config.hidden_size, config.head_dim
+    q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
+
+    def linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", (rows, columns)
+        if bias:
+            yield f"{name}.bias", (rows,)
+
+    def norm(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", (size,)
+        if config.norm == "layer":
+            yield f"{name}.bias", (size,)
+
+    def mlp(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for proj in ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",):
+            yield from linear(f"{name}.{proj}", size, hidden, config.mlp_bias)
+        yield from linear(f"{name}.down_proj", hidden, size, config.mlp_bias)
+
+    yield EMBEDDING, (config.vocab_size, hidden)
+    if config.learned_positions:
+        yield "model.embed_positions.weight", (config.max_position_embeddings, hidden)
+    for i, layer in enumerate(config.layers):
+        attention, feed = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        yield from linear(f"{attention}.q_proj", q_size, hidden, config.qkv_bias)
+        yield from linear(f"{attention}.k_proj", kv_size, hidden, config.qkv_bias)
+        yield from linear(f"{attention}.v_proj", kv_size, hidden, config.qkv_bias)
+        yield from linear(f"{attention}.o_proj", hidden, q_size, config.o_bias)
+        if config.qk_norm is not None:
+            yield from norm(f"{attention}.q_norm", q_size if config.qk_norm == "full" else dim)
+            yield from norm(f"{attention}.k_norm", kv_size if config.qk_norm == "full" else dim)
+        if layer.moe is None:
+            yield from mlp(feed, config.intermediate_size)
+        else:
+            yield f"{feed}.gate.weight", (layer.moe.num_experts, hidden)
+            for j in range(layer.moe.num_experts):
+                yield from mlp(f"{feed}.experts.{j}", layer.moe.moe_intermediate_size)
+        for name in NORM_NAMES[config.norm_placement]:
+            if name is not None:
+                yield from norm(f"model.layers.{i}.{name}", hidden)
+    yield from norm("model.norm", hidden)
+    if not config.tie_word_embeddings:
+        yield HEAD, (config.vocab_size, hidden)
+
+
+def stored_array(tensor: TensorFile) -> np.ndarray:
+    """A stored tensor in its own dtype (bfloat16 as uint16), in the mapped bytes; a copy only where the file does not align it."""
+    dtype = np.dtype(NUMPY_DTYPES[tensor.dtype])
+    data = tensor.data if tensor.offset % dtype.itemsize == 0 else bytearray(tensor.data)
+    return np.frombuffer(data, dtype).reshape(tensor.shape)
+
+
+def parameter_array(piece: Piece) -> np.ndarray:
+    """A parameter in float32, float16 or (uint16) bfloat16, contiguous; mapped unless it is stored transposed or in another dtype."""
+    array = stored_array(piece.tensor)
+    if piece.expert is not None:
+        array = array[piece.expert]
+    if piece.transpose:
+        array = array.T
+    if piece.rows is not None:
+        array = array[slice(*piece.rows)]
+    array = np.ascontiguousarray(array)
+    if piece.tensor.dtype == "F64":
+        return array.astype(np.float32)
+    if piece.tensor.dtype == "F8_E5M2":  # the upper half of a float16
+        return (array.astype(np.uint16) << 8).view(np.float16)
+    return _e4m3()[array] if piece.tensor.dtype == "F8_E4M3" else array
+
+
+@cache
+def _e4m3() -> np.ndarray:
+    """The 256 numbers of the 8-bit float with 4 bits of exponent and no infinities (arXiv:2209.05433), float16."""
+    bits = np.arange(256)
+    exponent, fraction = bits >> 3 & 15, (bits & 7) / 8
+    values = np.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent - 7.0))
+    values[bits & 127 == 127] = np.nan
+    return np.where(bits < 128, values, -values).astype(np.float16)
+
+
+def release(tensor: TensorFile) -> None:
+    """Lets go of a tensor's pages: they are read again where they are needed. Keeps a pass over a large model small."""
+    mapped = tensor.data.obj
+    if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise"):  # not on Windows
+        begin = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.offset + tensor.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0:
+            mapped.madvise(mmap.MADV_DONTNEED, begin, length)
+
+
+def check_assignment(folder: Path, assignment: Assignment) -> None:
+    """One CheckpointError with everything that does not fit."""
+    problems = list(assignment.problems)
+    for piece in assignment.pieces.values():
+        if piece.tensor.dtype not in NUMPY_DTYPES:
+            problems.append(f"wrong dtype: {piece.tensor.name!r} is {piece.tensor.dtype}, weights are {', '.join(NUMPY_DTYPES)}")
+    head, embedding = assignment.tied_head, assignment.pieces.get(EMBEDDING)
+    if head is not None and embedding is not None and not problems and not _equal(head, embedding.tensor):
+        problems.append(f"not tied: {head.name!r} differs from {embedding.tensor.name!r}, but config.json has tie_word_embeddings true")
+    if problems:
+        raise misfit(folder, problems)
+
+
+def misfit(folder: Path, problems: list[str]) -> CheckpointError:
+    """The error that names all tensors that do not fit a config."""
+    if len(problems) > MAX_LISTED:  # a damaged number of layers, not names to go through
+        problems = [*problems[:MAX_LISTED], f"and {len(problems) - MAX_LISTED} more"]
+    listed = "\n  ".join(problems)
+    return CheckpointError(
+        f"The tensors in {folder} do not fit its config.json:\n  {listed}\n"
+        "Do both files belong to one model? Download or copy the folder again, or correct config.json."
+    )
+
+
+def _equal(head: TensorFile, embedding: TensorFile) -> bool:
+    if head.shape != embedding.shape or head.dtype not in NUMPY_DTYPES:
+        return False
+    if head.dtype == embedding.dtype:  # nothing is copied, and a NaN equals itself
+        return bool(np.array_equal(np.frombuffer(head.data, np.uint8), np.frombuffer(embedding.data, np.uint8)))
+    return bool(np.array_equal(_double(head), _double(embedding)))
+
+
+def _double(tensor: TensorFile) -> np.ndarray:
+    if tensor.dtype == "F64":
+        return stored_array(tensor)
+    array = parameter_array(Piece(tensor, tensor.shape))
+    if array.dtype == np.uint16:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64)
