@@ -91,6 +91,11 @@ struct Kernels {
 constexpr size_t kAttendScratch = size_t(TILE_ROWS) * CHUNK + 64;                                       // floats
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// A band of dense weights is at most 2^17 floats (but never less than 8 rows); the scratch of a dense product holds one, and
+// behind it the accumulators of its rows for a tile of at most 8 tokens.
+inline int64_t dense_band_floats(int64_t k) { return k * 8 > (1 << 17) ? k * 8 : 1 << 17; }
+inline int64_t dense_scratch_floats(int64_t k) { return dense_band_floats(k) + 8 * 16 * ((1 << 17) / 1536 + 8); }
+
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();      // null where the compiler or the processor's family does not have it
 const Kernels* avxvnni_kernels();

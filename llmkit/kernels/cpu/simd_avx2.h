@@ -119,4 +119,4 @@ static inline I dot_q8(I acc, B w, int32_t x) {  // |w| * (x with the sign of w)
 static inline I start_q8(int32_t) { return set1i(0); }
 #endif
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-static inline void reduce(const F* acc, int n, float* out) { for (int i = 0; i < n; ++i) out[i] = hsum(acc[i]); }
+template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }

@@ -1,7 +1,7 @@
 // Sixteen lanes in one zmm register; int8 dot products by AVX-512 VNNI.
 #pragma once
 constexpr bool kSignedDot = false;
-constexpr int kDenseRows = 4, kDenseTokens = 4, kGemvRows = 8, kQuantTokens = 6, kQuantPanels = 2;
+constexpr int kDenseRows = 4, kDenseTokens = 6, kGemvRows = 8, kQuantTokens = 6, kQuantPanels = 2;
 
 struct F { __m512 v; };
 struct I { __m512i v; };
@@ -80,8 +80,9 @@ static inline void reduce16(const F* a, float* out) {
   const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
   _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, e));
 }
-static inline void reduce(const F* acc, int n, float* out) {
-  int i = 0;
-  for (; i + 16 <= n; i += 16) reduce16(acc + i, out + i);
-  for (; i < n; ++i) out[i] = hsum(acc[i]);
+template <int N> static inline void reduce(const F* acc, float* out) {
+  if constexpr (N >= 16) reduce16(acc, out);
+  if constexpr (N > 16 && N % 16 > 2) reduce16(acc + N - 16, out + N - 16);  // some of them twice: still cheaper than one by one
+  else
+    for (int i = N / 16 * 16; i < N; ++i) out[i] = hsum(acc[i]);
 }

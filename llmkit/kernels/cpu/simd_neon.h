@@ -86,5 +86,5 @@ static inline I dot_q4(I acc, B w, int32_t x) {
 static inline I dot_q8(I acc, B w, int32_t x) { return dot_q4(acc, w, x); }
 static inline I start_q8(int32_t) { return set1i(0); }
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
-static inline void reduce(const F* acc, int n, float* out) { for (int i = 0; i < n; ++i) out[i] = hsum(acc[i]); }
+template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }
 #undef LANES

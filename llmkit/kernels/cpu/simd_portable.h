@@ -82,5 +82,5 @@ static inline I dot_q4(I acc, B w, int32_t x) { return dot_portable(acc, w, x); 
 static inline I dot_q8(I acc, B w, int32_t x) { return dot_portable(acc, w, x); }
 static inline I start_q8(int32_t) { return set1i(0); }
 static inline void prefetch(const void*) {}
-static inline void reduce(const F* acc, int n, float* out) { for (int i = 0; i < n; ++i) out[i] = hsum(acc[i]); }
+template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }
 #undef LANES
