@@ -18,7 +18,15 @@ class Build(build_ext):
             compile_args, link_args = ["/std:c++20", "/O2", "/fp:precise", "/EHsc"], []
         else:
             # No contraction: whether a * b + c is rounded once must not depend on how a compiler lays out a loop.
-            compile_args = ["-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wno-unknown-pragmas"]
+            compile_args = [
+                "-std=c++20",
+                "-O3",
+                "-fno-math-errno",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-g0",
+                "-Wno-unknown-pragmas",
+            ]
             link_args = ["-pthread"] if sys.platform != "darwin" else []
         extra = os.environ.get("LLMKIT_BUILD_FLAGS", "").split()  # sanitizers, for the tests
         for extension in self.extensions:

@@ -35,6 +35,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[F
 
     def powers(base: float) -> Floats:
         return (base ** exponents.astype(np.float64)).astype(np.float32)
+
     original = rope.original_max_position_embeddings
 
     if rope.rope_type == "default":

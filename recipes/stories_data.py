@@ -281,7 +281,8 @@ def main() -> None:
     write(output / "real-prompted.jsonl", real, allowed)
     recalled = [story for story in samples if max(nouns_in(story).values(), default=0) > 2]  # something stays its subject
     write(output / "sampled-prompted.jsonl", (prompted(rng, story, recalled, EXCHANGE_SHARE) for story in recalled), allowed)
-    beginnings = (begun(rng, story) for stories, times in ((training, args.variants), (samples, 3)) for _ in range(times) for story in stories)
+    repeated = ((training, args.variants), (samples, 3))
+    beginnings = (begun(rng, story) for stories, times in repeated for _ in range(times) for story in stories)
     write(output / "openings.jsonl", filter(None, beginnings), allowed)
 
 

@@ -38,7 +38,7 @@ MAX_GUESSES = 7  # for one sequence and step; with the row of its last token 8 r
 MAX_ROWS = 32  # of a step with guesses: where more sequences than that run at once, arithmetic is the limit and no row is cheap
 MAX_MATCH = 8  # tokens of the text's end that are looked for; a longer match says no more
 PROBE = 2  # guesses made now and then where they do not pay, to see whether they would now
-FIRST_PAUSE, LONGEST_PAUSE = 8, 64  # steps of a sequence between two probes; each probe that fails doubles the pause
+FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # steps of a sequence between two probes; each that changes nothing doubles the pause
 COST_MEMORY = 256  # decode steps after which a measured time is no longer believed
 
 
@@ -209,6 +209,7 @@ class ModelDrafter:
 @dataclass(slots=True)
 class _Times:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    usual: float | None = None  # their median
     measured: int = 0  # the step of the last one
 
 
@@ -229,6 +230,7 @@ class StepTimes:
             if self._old(times):
                 times.recent.clear()
             times.recent.append(max(seconds, 1e-9))  # a coarse clock may not have moved
+            times.usual = median(times.recent)
         times.measured = self._steps
 
     def curve(self, sequences: int) -> list[float]:
@@ -237,7 +239,8 @@ class StepTimes:
         It ends one row beyond what was measured, and that one is said to take no longer, so that it is tried. Empty while
         the plain step, which all is compared with, is unknown.
         """
-        known = {rows: median(t.recent) for rows, t in self._times.get(sequences, {}).items() if t.recent and not self._old(t)}
+        of_rows = self._times.get(sequences, {})
+        known = {rows: times.usual for rows, times in of_rows.items() if times.usual is not None and not self._old(times)}
         if sequences not in known:
             return []
         measured = sorted(known)
@@ -269,7 +272,7 @@ class _Record:
         self.tried = keep * self.tried + tried
         if self.probing:
             self.idle = 0
-            self.pause = FIRST_PAUSE if accepted == tried else min(2 * self.pause, LONGEST_PAUSE)
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
 
 class Speculation:
@@ -328,6 +331,8 @@ class Speculation:
         Guess j of a sequence is worth rate**j tokens. In the order of their worth guesses are added to the step, and as many
         are made as give the most tokens per second.
         """
+        if len(sequences) >= MAX_ROWS:
+            return {}
         seconds = self._step_times.curve(len(sequences))
         records = [self._records.setdefault(sequence, _Record()) for sequence in sequences]
         room = [min(MAX_GUESSES, sequence.context - sequence.length - 1) for sequence in sequences]
@@ -351,7 +356,7 @@ class Speculation:
                 record.idle, record.pause = 0, FIRST_PAUSE
                 continue
             record.idle += 1
-            if seconds and record.idle > record.pause and rows + PROBE <= MAX_ROWS:
+            if seconds and record.idle > record.pause and room[index] and rows + PROBE <= MAX_ROWS:
                 best[index] = min(PROBE, room[index])
                 record.probing = True
                 rows += best[index]

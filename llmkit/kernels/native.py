@@ -100,7 +100,7 @@ class NativeBackend:
 
     def add_adapter(self, name: str, linears: Mapping[tuple[int, str], LowRank]) -> None:
         """Makes a low-rank adapter known by name: (layer, "q_proj" ... "down_proj") -> A and B, float32, B scaled."""
-        parts = [(layer * len(SLOTS) + SLOTS.index(slot), len(a), *map(_floats, (a, b))) for (layer, slot), (a, b) in linears.items()]
+        parts = [(layer * len(SLOTS) + SLOTS.index(slot), len(a), _floats(a), _floats(b)) for (layer, slot), (a, b) in linears.items()]
         try:
             self._adapters[name] = self.plan.add_adapter(parts)
         except ValueError as error:

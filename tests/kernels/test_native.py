@@ -392,5 +392,5 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMKIT_KERNELS", "reference")
     assert "LLMKIT_KERNELS=reference" in (native_problem() or "")
     monkeypatch.setenv("LLMKIT_KERNELS", "altivec")
-    with pytest.raises(UsageError, match="'altivec', which this processor does not run. Use one of"):
+    with pytest.raises(UsageError, match=r"'altivec', which this processor does not run\. Use one of"):
         native_problem()
