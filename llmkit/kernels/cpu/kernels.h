@@ -39,15 +39,15 @@ struct QuantizedRows {
   int32_t* offset32 = nullptr;  // [rows, k_padded / 32]
 };
 
-// Keys and values of one layer in blocks of 16 positions:
-//   keys   [block][kv_head][head_dim][16]        position fastest: 16 scores at a time
-//   values [block][kv_head][16][head_dim_padded]
+// Keys and values of one layer in blocks of 16 positions, of which a sequence mostly has a run: then a head is one stream.
+//   keys   [kv_head][block][head_dim][16]        position fastest: 16 scores at a time
+//   values [kv_head][block][16][head_dim_padded]
 // kind: F32, F16 or Q8 (int8 with one float32 scale per position and head).
 struct KVStorage {
   Kind kind = Kind::F32;
-  int64_t kv_heads = 0, dim = 0, dim_padded = 0;
+  int64_t kv_heads = 0, dim = 0, dim_padded = 0, capacity = 0;  // capacity: blocks there is room for
   uint8_t *keys = nullptr, *values = nullptr;
-  float *key_scale = nullptr, *value_scale = nullptr;  // [block][kv_head][16]
+  float *key_scale = nullptr, *value_scale = nullptr;  // [kv_head][block][16]
 };
 
 struct AttentionArgs {
@@ -62,6 +62,7 @@ constexpr int BLOCK = 16;       // positions per cache block
 constexpr int CHUNK = 128;      // keys between two corrections of the running maximum
 constexpr int SPLIT = 512;      // keys that one thread takes of a long context; fixed, so results do not depend on the threads
 constexpr int TILE_ROWS = 8;    // query rows that share one pass over the keys
+constexpr int kMaxHeadDim = 1024;
 
 // The state of attention over some keys for one query row: maximum, sum of exponentials, weighted values.
 struct Partial { float maximum, sum; };

@@ -417,71 +417,105 @@ static void embed_row(const Linear& w, int64_t row, float* out) {
 
 // -- the cache and attention ------------------------------------------------------------------------------------------
 
-static float to_int8(const float* x, int64_t n, int8_t* out, int64_t stride) {
-  float largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  for (int64_t i = 0; i < n; ++i) out[i * stride] = int8_t(nearbyintf(x[i] * inverse));
-  return largest / 127.0f;
-}
-
-static inline uint16_t one_half(float x) {
-  float v[16] = {x < 65504.0f ? (x > -65504.0f ? x : -65504.0f) : 65504.0f};  // what no half can hold would become infinite
-  uint16_t h[16];
-  to_f16(h, load(v));
-  return h[0];
-}
-
-// k, v: [kv_heads, dim] of one position, into slot `slot` of block `block`.
-static void store_kv(const KVStorage& c, int64_t block, int64_t slot, const float* k, const float* v) {
-  for (int64_t h = 0; h < c.kv_heads; ++h, k += c.dim, v += c.dim) {
-    const int64_t head = block * c.kv_heads + h;
-    const int64_t key = head * c.dim * BLOCK + slot, value = (head * BLOCK + slot) * c.dim_padded;
-    switch (c.kind) {
-      case Kind::F32:
-        for (int64_t d = 0; d < c.dim; ++d) reinterpret_cast<float*>(c.keys)[key + d * BLOCK] = k[d];
-        memcpy(reinterpret_cast<float*>(c.values) + value, v, size_t(c.dim) * 4);
-        break;
-      case Kind::F16: {
-        uint16_t* keys = reinterpret_cast<uint16_t*>(c.keys) + key;
-        uint16_t* values = reinterpret_cast<uint16_t*>(c.values) + value;
-        for (int64_t d = 0; d < c.dim; ++d) keys[d * BLOCK] = one_half(k[d]), values[d] = one_half(v[d]);
-        break;
-      }
-      default:
-        c.key_scale[head * BLOCK + slot] = to_int8(k, c.dim, reinterpret_cast<int8_t*>(c.keys) + key, BLOCK);
-        c.value_scale[head * BLOCK + slot] = to_int8(v, c.dim, reinterpret_cast<int8_t*>(c.values) + value, 1);
-    }
+// One head of one position as the cache keeps it: float32, float16 or int8 with the scale that is returned.
+static float narrow(Kind kind, const float* x, int64_t n, void* out) {
+  if (kind == Kind::F32) {
+    memcpy(out, x, size_t(n) * 4);
+    return 1;
   }
+  if (kind == Kind::F16) {
+    const F limit = set1(65504.0f), lowest = set1(-65504.0f);  // what no half can hold would become infinite
+    each(n, [&](int64_t i, int m) {
+      uint16_t part[16];
+      to_f16(part, min(max(load_n(x + i, m), lowest), limit));
+      memcpy(static_cast<uint16_t*>(out) + i, part, size_t(m) * 2);
+    });
+    return 1;
+  }
+  F largest = zero();
+  each(n, [&](int64_t i, int m) { largest = max(largest, abs(load_n(x + i, m))); });
+  const float most = hmax(largest);
+  const F inverse = set1(most > 0 ? 127.0f / most : 0.0f);
+  each(n, [&](int64_t i, int m) {
+    int8_t part[16];
+    to_i8(part, mul(load_n(x + i, m), inverse));
+    memcpy(static_cast<int8_t*>(out) + i, part, size_t(m));
+  });
+  return most / 127.0f;
+}
+
+// k, v: [kv_heads, dim] of one position, into slot `slot` of block `block`. Keys are stored position fastest.
+template <class T>
+static void store_heads(const KVStorage& c, int64_t block, int64_t slot, const float* k, const float* v) {
+  T one[kMaxHeadDim];
+  for (int64_t h = 0; h < c.kv_heads; ++h, k += c.dim, v += c.dim) {
+    const int64_t head = h * c.capacity + block;
+    T* keys = reinterpret_cast<T*>(c.keys) + head * c.dim * BLOCK + slot;
+    const float key_scale = narrow(c.kind, k, c.dim, one);
+    for (int64_t d = 0; d < c.dim; ++d) keys[d * BLOCK] = one[d];
+    const float value_scale = narrow(c.kind, v, c.dim, reinterpret_cast<T*>(c.values) + (head * BLOCK + slot) * c.dim_padded);
+    if (c.kind == Kind::Q8) c.key_scale[head * BLOCK + slot] = key_scale, c.value_scale[head * BLOCK + slot] = value_scale;
+  }
+}
+static void store_kv(const KVStorage& c, int64_t block, int64_t slot, const float* k, const float* v) {
+  if (c.kind == Kind::F32) store_heads<float>(c, block, slot, k, v);
+  else if (c.kind == Kind::F16) store_heads<uint16_t>(c, block, slot, k, v);
+  else store_heads<int8_t>(c, block, slot, k, v);
 }
 
 struct Int8 { int8_t bits; };
 template <> inline F load_weights(const Int8* p) { return from_i8(&p->bits); }
 
-// scores[r][j] = q[r] . key j for the sixteen keys of a block, `Rows` query rows at a time.
-template <class T, int Rows>
-static inline void score_block(const T* keys, int64_t dim, const float* const* q, float* scores, int64_t lds, F factor) {
-  F acc[Rows];
-  for (F& a : acc) a = zero();
+// scores[r][16 b + j] = q[r] . key j of block b, for `Rows` query rows and `Blocks` blocks.
+template <class T, int Rows, int Blocks>
+static inline void score_blocks(const T* const* keys, int64_t dim, const float* const* q, float* scores, const F* factors) {
+  F acc[Rows][Blocks];
+  for (auto& row : acc) for (F& a : row) a = zero();
   for (int64_t d = 0; d < dim; ++d) {
-    F key = load_weights(keys + d * BLOCK);
-    for (int r = 0; r < Rows; ++r) acc[r] = fma(set1(q[r][d]), key, acc[r]);
+    F key[Blocks];
+#pragma GCC unroll 8
+    for (int b = 0; b < Blocks; ++b) {
+      key[b] = load_weights(keys[b] + d * BLOCK);
+      prefetch(keys[b] + (d + Blocks * dim) * BLOCK);  // the blocks of a sequence mostly follow one another
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const F query = set1(q[r][d]);
+#pragma GCC unroll 8
+      for (int b = 0; b < Blocks; ++b) acc[r][b] = fma(query, key[b], acc[r][b]);
+    }
   }
-  for (int r = 0; r < Rows; ++r) store(scores + r * lds, mul(acc[r], factor));
+  for (int r = 0; r < Rows; ++r)
+    for (int b = 0; b < Blocks; ++b) store(scores + r * CHUNK + b * BLOCK, mul(acc[r][b], factors[b]));
 }
 
-// out[r] += weights[r][j] * value j over `keys` keys, sixteen columns at a time.
-template <class T, int Rows>
-static inline void add_values(const T* const* values, int keys, int64_t dim_padded, const float* weights, int64_t ldw, float* out, int64_t ldo) {
-  for (int64_t d = 0; d < dim_padded; d += 16) {
-    F acc[Rows];
-    for (int r = 0; r < Rows; ++r) acc[r] = load(out + r * ldo + d);
-    for (int j = 0; j < keys; ++j) {
-      F value = load_weights(values[j / BLOCK] + (j % BLOCK) * dim_padded + d);
-      for (int r = 0; r < Rows; ++r) acc[r] = fma(set1(weights[r * ldw + j]), value, acc[r]);
+// out[r] += weights[r][j] * value j over `keys` keys, columns [d, d + 16 Parts).
+template <class T, int Rows, int Parts>
+static inline void add_values(const T* const* values, int keys, int64_t dim_padded, int64_t d, const float* weights, float* out, int64_t ldo) {
+  F acc[Rows][Parts];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < Parts; ++p) acc[r][p] = load(out + r * ldo + d + 16 * p);
+  for (int j = 0; j < keys; ++j) {
+    const T* from = values[j / BLOCK] + (j % BLOCK) * dim_padded + d;
+    F value[Parts];
+#pragma GCC unroll 8
+    for (int p = 0; p < Parts; ++p) {
+      value[p] = load_weights(from + 16 * p);
+      prefetch(from + 16 * p + 2 * BLOCK * dim_padded);
     }
-    for (int r = 0; r < Rows; ++r) store(out + r * ldo + d, acc[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const F weight = set1(weights[r * CHUNK + j]);
+#pragma GCC unroll 8
+      for (int p = 0; p < Parts; ++p) acc[r][p] = fma(weight, value[p], acc[r][p]);
+    }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < Parts; ++p) store(out + r * ldo + d + 16 * p, acc[r][p]);
 }
 
 // Flash attention (arXiv:2205.14135) over the keys of one split. The running maximum is corrected once per CHUNK keys at
@@ -493,6 +527,7 @@ static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* co
   const KVStorage& c = *a.cache;
   const T* keys = reinterpret_cast<const T*>(c.keys);
   const T* values = reinterpret_cast<const T*>(c.values);
+  constexpr int kBlocks = Rows * 4 <= kAccumulators ? 4 : Rows * 2 <= kAccumulators ? 2 : 1;  // also runs of 16 columns of the values
   float* weights = scratch;  // [Rows, CHUNK]
   int64_t newest = positions[0], oldest = positions[0];
   for (int r = 1; r < Rows; ++r) newest = positions[r] > newest ? positions[r] : newest, oldest = positions[r] < oldest ? positions[r] : oldest;
@@ -507,20 +542,23 @@ static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* co
   int64_t start = split * SPLIT;
   if (visible > start) start = visible / CHUNK * CHUNK;
   for (int64_t chunk = start; chunk < end; chunk += CHUNK) {
-    const int count = int(end - chunk < CHUNK ? end - chunk : CHUNK);
-    const T* blocks[CHUNK / BLOCK];
+    const int count = int(end - chunk < CHUNK ? end - chunk : CHUNK), stop = (count + BLOCK - 1) / BLOCK;
     const int skipped = visible > chunk ? int(visible - chunk) / BLOCK : 0;  // blocks behind the window may be gone
-    for (int b = 0; b * BLOCK < count; ++b) {
-      if (b < skipped) {
-        for (int r = 0; r < Rows; ++r) store(weights + r * CHUNK + b * BLOCK, set1(-INFINITY));
-        continue;
-      }
-      const int64_t head = int64_t(a.table[chunk / BLOCK + b]) * c.kv_heads + kv_head;
-      blocks[b] = values + head * BLOCK * c.dim_padded;
-      F factor = set1(a.scale);
-      if (c.kind == Kind::Q8) factor = mul(factor, load(c.key_scale + head * BLOCK));
-      score_block<T, Rows>(keys + head * c.dim * BLOCK, c.dim, q, weights + b * BLOCK, CHUNK, factor);
+    const T *key_blocks[CHUNK / BLOCK], *value_blocks[CHUNK / BLOCK];
+    F factors[CHUNK / BLOCK];
+    for (int b = skipped; b < stop; ++b) {
+      const int64_t head = kv_head * c.capacity + a.table[chunk / BLOCK + b];
+      key_blocks[b] = keys + head * c.dim * BLOCK;
+      value_blocks[b] = values + head * BLOCK * c.dim_padded;
+      factors[b] = c.kind == Kind::Q8 ? mul(set1(a.scale), load(c.key_scale + head * BLOCK)) : set1(a.scale);
     }
+    for (int b = 0; b < skipped; ++b)
+      for (int r = 0; r < Rows; ++r) store(weights + r * CHUNK + b * BLOCK, set1(-INFINITY));
+    int scored = skipped;
+    for (; scored + kBlocks <= stop; scored += kBlocks)
+      score_blocks<T, Rows, kBlocks>(key_blocks + scored, c.dim, q, weights + scored * BLOCK, factors + scored);
+    for (; scored < stop; ++scored)
+      score_blocks<T, Rows, 1>(key_blocks + scored, c.dim, q, weights + scored * BLOCK, factors + scored);
     for (int r = 0; r < Rows; ++r) {
       float* w = weights + r * CHUNK;
       F largest = set1(-INFINITY);
@@ -549,13 +587,19 @@ static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* co
         F e = exp(sub(load(w + b * BLOCK), set1(now)));
         sums[r] = add(sums[r], e);
         if (c.kind == Kind::Q8 && b >= skipped) {
-          const int64_t head = int64_t(a.table[chunk / BLOCK + b]) * c.kv_heads + kv_head;
-          e = mul(e, load(c.value_scale + head * BLOCK));
+          e = mul(e, load(c.value_scale + (kv_head * c.capacity + a.table[chunk / BLOCK + b]) * BLOCK));
         }
         store(w + b * BLOCK, e);
       }
     }
-    add_values<T, Rows>(blocks + skipped, count - skipped * BLOCK, c.dim_padded, weights + skipped * BLOCK, CHUNK, out, ldo);
+    const int64_t run = 16 * kBlocks, wide = c.dim_padded / run * run;
+    for (int64_t d = 0; d < c.dim_padded; d += d < wide ? run : 16) {
+      const T* const* from = value_blocks + skipped;
+      const float* w = weights + skipped * BLOCK;
+      const int seen = count - skipped * BLOCK;
+      if (d < wide) add_values<T, Rows, kBlocks>(from, seen, c.dim_padded, d, w, out, ldo);
+      else add_values<T, Rows, 1>(from, seen, c.dim_padded, d, w, out, ldo);
+    }
   }
   for (int r = 0; r < Rows; ++r) state[r].sum = hsum(sums[r]);
 }
@@ -563,13 +607,16 @@ static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* co
 template <class T>
 static void attend_of(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int rows, int64_t split,
                       Partial* state, float* out, int64_t ldo, float* scratch) {
-  int r = 0;
-  if (rows == 6) return attend_rows<T, 6>(a, kv_head, q, positions, split, state, out, ldo, scratch);
-  for (; r + 8 <= rows; r += 8) attend_rows<T, 8>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
-  for (; r + 4 <= rows; r += 4) attend_rows<T, 4>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
-  if (rows - r == 3) attend_rows<T, 3>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
-  else if (rows - r == 2) attend_rows<T, 2>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
-  else if (rows - r == 1) attend_rows<T, 1>(a, kv_head, q + r, positions + r, split, state + r, out + r * ldo, ldo, scratch);
+  switch (rows) {
+    case 1: return attend_rows<T, 1>(a, kv_head, q, positions, split, state, out, ldo, scratch);
+    case 2: return attend_rows<T, 2>(a, kv_head, q, positions, split, state, out, ldo, scratch);
+    case 3: return attend_rows<T, 3>(a, kv_head, q, positions, split, state, out, ldo, scratch);
+    case 4: return attend_rows<T, 4>(a, kv_head, q, positions, split, state, out, ldo, scratch);
+    case 5: return attend_rows<T, 5>(a, kv_head, q, positions, split, state, out, ldo, scratch);
+    case 6: return attend_rows<T, 6>(a, kv_head, q, positions, split, state, out, ldo, scratch);
+    case 7: return attend_rows<T, 7>(a, kv_head, q, positions, split, state, out, ldo, scratch);
+    default: return attend_rows<T, TILE_ROWS>(a, kv_head, q, positions, split, state, out, ldo, scratch);
+  }
 }
 
 static void attend(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int rows, int64_t split, Partial* state,

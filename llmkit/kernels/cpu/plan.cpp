@@ -24,6 +24,7 @@ void Plan::check() const {
   auto positive = [](int64_t v, const char* name) { if (v < 1 || v > (int64_t(1) << 31)) refuse(std::string(name) + " is " + std::to_string(v)); };
   positive(c.vocab, "vocab_size"); positive(c.hidden, "hidden_size"); positive(c.intermediate, "intermediate_size");
   positive(c.heads, "num_attention_heads"); positive(c.kv_heads, "num_key_value_heads"); positive(c.head_dim, "head_dim");
+  if (c.head_dim > kMaxHeadDim) refuse("head_dim is " + std::to_string(c.head_dim) + "; the kernels have room for " + std::to_string(kMaxHeadDim));
   if (c.heads % c.kv_heads) refuse("num_attention_heads is not a multiple of num_key_value_heads");
   if (layers.empty()) refuse("there are no layers");
   auto shaped = [](const Linear& w, int64_t n, int64_t k, const std::string& name) {
@@ -80,14 +81,13 @@ void Plan::finish() {
   for (Layer& layer : layers)
     for (Linear& w : layer.linears) set(w);
   storage_.resize(layers.size());
-  memory_.resize(layers.size());
   for (KVStorage& s : storage_) {
     s.kind = config.cache;
     s.kv_heads = config.kv_heads;
     s.dim = config.head_dim;
     s.dim_padded = round_up(config.head_dim, 16);
   }
-  blocks_.assign(config.windows.size(), 0);
+  caches_.resize(config.windows.size());
 }
 
 int64_t Plan::block_bytes(int group) const {
@@ -100,31 +100,32 @@ int64_t Plan::block_bytes(int group) const {
 
 int64_t Plan::cache_bytes() const {
   int64_t total = 0;
-  for (size_t g = 0; g < blocks_.size(); ++g) total += blocks_[g] * block_bytes(int(g));
+  for (size_t g = 0; g < caches_.size(); ++g) total += caches_[g].blocks * block_bytes(int(g));
   return total;
 }
 
 void Plan::reserve(int group, int64_t blocks) {
-  int64_t& have = blocks_[size_t(group)];
-  if (blocks <= have) return;
-  const int64_t want = std::max(blocks, std::max<int64_t>(2 * have, 8));
+  Cache& cache = caches_[size_t(group)];
+  if (blocks <= cache.blocks) return;
+  const int64_t want = std::max(blocks, std::max<int64_t>(2 * cache.blocks, 8));
+  auto grown = std::make_unique<Memory>(size_t(want * block_bytes(group) + int64_t(layers.size()) * 4 * 64));
+  uint8_t* at = grown->data;
   for (size_t l = 0; l < layers.size(); ++l) {
     if (layers[l].group != group) continue;
     KVStorage& s = storage_[l];
-    const int64_t heads = s.kv_heads * BLOCK, bytes = element_bytes(s.kind);
-    const int64_t sizes[4] = {heads * s.dim * bytes, heads * s.dim_padded * bytes, s.kind == Kind::Q8 ? heads * 4 : 0, s.kind == Kind::Q8 ? heads * 4 : 0};
-    std::vector<std::unique_ptr<Memory>> grown;
-    for (int i = 0; i < 4; ++i) {
-      grown.push_back(std::make_unique<Memory>(size_t(want * sizes[i])));
-      if (have && sizes[i]) std::memcpy(grown.back()->data, memory_[l][size_t(i)]->data, size_t(have * sizes[i]));
-    }
-    memory_[l] = std::move(grown);
-    s.keys = memory_[l][0]->data;
-    s.values = memory_[l][1]->data;
-    s.key_scale = reinterpret_cast<float*>(memory_[l][2]->data);
-    s.value_scale = reinterpret_cast<float*>(memory_[l][3]->data);
+    auto move = [&](auto*& array, int64_t bytes) {  // of one head in one block
+      for (int64_t head = 0; head < s.kv_heads && cache.blocks; ++head)
+        std::memcpy(at + head * want * bytes, reinterpret_cast<uint8_t*>(array) + head * cache.blocks * bytes, size_t(cache.blocks * bytes));
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(at);
+      at += round_up(s.kv_heads * want * bytes, 64);
+    };
+    move(s.keys, BLOCK * s.dim * element_bytes(s.kind));
+    move(s.values, BLOCK * s.dim_padded * element_bytes(s.kind));
+    if (s.kind == Kind::Q8) move(s.key_scale, BLOCK * 4), move(s.value_scale, BLOCK * 4);
+    s.capacity = want;
   }
-  have = want;
+  cache.memory = std::move(grown);
+  cache.blocks = want;
 }
 
 // -- one step ---------------------------------------------------------------------------------------------------------

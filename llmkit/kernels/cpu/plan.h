@@ -88,8 +88,8 @@ class Plan {
   const Kernels* kernels_;
   const int threads_;
   std::vector<KVStorage> storage_;                     // per layer
-  std::vector<std::vector<std::unique_ptr<Memory>>> memory_;  // per layer: keys, values, their scales
-  std::vector<int64_t> blocks_;                        // per group
+  struct Cache { int64_t blocks = 0; std::unique_ptr<Memory> memory; };  // all layers of a group in one piece
+  std::vector<Cache> caches_;                          // per group
   std::vector<uint8_t> signed_codebook_;
   std::unique_ptr<Memory> scratch_;
   std::shared_ptr<Pool> pool_;

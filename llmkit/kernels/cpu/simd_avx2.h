@@ -1,7 +1,7 @@
 // Sixteen lanes in two ymm registers; int8 dot products by AVX-VNNI or, before it, by maddubs and madd.
 #pragma once
 constexpr bool kSignedDot = false;
-constexpr int kDenseRows = 3, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1;
+constexpr int kDenseRows = 3, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 6;
 
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
@@ -118,5 +118,6 @@ static inline I dot_q8(I acc, B w, int32_t x) {  // |w| * (x with the sign of w)
 }
 static inline I start_q8(int32_t) { return set1i(0); }
 #endif
-static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+// Into the second-level cache: fetches into the first wait for one of its few buffers, and hold back the loads behind them.
+static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }

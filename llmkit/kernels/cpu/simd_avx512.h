@@ -1,7 +1,7 @@
 // Sixteen lanes in one zmm register; int8 dot products by AVX-512 VNNI.
 #pragma once
 constexpr bool kSignedDot = false;
-constexpr int kDenseRows = 4, kDenseTokens = 6, kGemvRows = 8, kQuantTokens = 6, kQuantPanels = 2;
+constexpr int kDenseRows = 4, kDenseTokens = 6, kGemvRows = 8, kQuantTokens = 6, kQuantPanels = 2, kAccumulators = 16;
 
 struct F { __m512 v; };
 struct I { __m512i v; };
@@ -64,7 +64,8 @@ static inline I dot_q8(I acc, B w, int32_t x) {
   return {_mm512_dpbusd_epi32(acc.v, _mm512_xor_si512(w.v, _mm512_set1_epi8(char(0x80))), _mm512_set1_epi32(x))};
 }
 static inline I start_q8(int32_t offset) { return set1i(2 * offset); }
-static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+// Into the second-level cache: fetches into the first wait for one of its few buffers, and hold back the loads behind them.
+static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 // Sixteen horizontal sums at once; each adds its lanes in the order of hsum (i with i+8, then i+4, i+2, i+1).
 static inline void reduce16(const F* a, float* out) {

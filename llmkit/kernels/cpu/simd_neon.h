@@ -1,7 +1,7 @@
 // Sixteen lanes in four q registers; int8 dot products by the dot product extension of ARMv8.2.
 #pragma once
 constexpr bool kSignedDot = true;
-constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 4, kQuantPanels = 1;
+constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 4, kQuantPanels = 1, kAccumulators = 6;
 
 struct F { float32x4_t v[4]; };
 struct I { int32x4_t v[4]; };
