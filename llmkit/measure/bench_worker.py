@@ -37,7 +37,7 @@ class OurSide:
     def __init__(self, folder: str, dtype: str | None, device: str | None, threads: int | None) -> None:
         import llmkit
 
-        self.llm = llmkit.load(folder, dtype=dtype, device=device, threads=threads)
+        self.llm = llmkit.load(folder, dtype=dtype, device=device, threads=threads, speculate="off")
         self.vocab_size = self.llm.config.vocab_size
 
     def prefill(self, ids: list[int]) -> float:
@@ -51,18 +51,8 @@ class OurSide:
         return count / rate
 
     def facts(self) -> dict[str, Any]:
-        import torch
-
-        from llmkit.model.backend import TorchBackend
-
-        backend = self.llm.backend
-        assert isinstance(backend, TorchBackend)
-        config, read, count = backend.config, 0, 0
-        dtypes = set()
-        for name, parameter in backend.model.named_parameters():
-            count += parameter.numel()
-            dtypes.add(str(parameter.dtype).removeprefix("torch."))
-            size = parameter.numel() * parameter.element_size()
+        config, runner, read = self.llm.config, self.llm.runner, 0
+        for name, size in runner.nbytes.items():
             if name.startswith(("model.embed_tokens", "model.embed_positions")) and not (
                 config.tie_word_embeddings and name.startswith("model.embed_tokens")
             ):
@@ -73,11 +63,12 @@ class OurSide:
                 size = size * moe.num_experts_per_tok // moe.num_experts
             read += size
         return {
-            "dtype": "+".join(sorted(dtypes)),
-            "device": str(backend.device),
-            "parameters": count,
+            "dtype": runner.stored,
+            "device": runner.device,
+            "parameters": runner.parameters,
             "bytes_per_token": read,
-            "threads": torch.get_num_threads(),
+            "threads": self.llm.backend.threads,
+            "path": self.llm.backend.path,
         }
 
 
