@@ -93,7 +93,7 @@ class NativeBackend:
     @property
     def path(self) -> str:
         """What computes, in words."""
-        return f"native {self.plan.kernels}, {self.threads} threads, {self.kv_bits}-bit cache"
+        return f"native {self.plan.kernels}, {self.threads} thread{'s' * (self.threads > 1)}, {self.kv_bits}-bit cache"
 
     @property
     def threads(self) -> int:

@@ -42,7 +42,7 @@ class TorchBackend:
     @property
     def path(self) -> str:
         """What computes, in words."""
-        threads = f", {self.threads} threads" if self.device.type == "cpu" else ""
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device.type == "cpu" else ""
         return f"PyTorch on {self.device}{threads}, {self.kv_bits}-bit cache"
 
     @property
