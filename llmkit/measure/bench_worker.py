@@ -107,6 +107,10 @@ def peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where getrusage would count what the parent had when it started this process
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    if os.name == "nt":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
