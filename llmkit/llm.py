@@ -1,13 +1,14 @@
 """The Python API: `load` a model, then generate, stream, chat, look at logits and score text.
 
-torch is imported when a model is loaded, so that whatever is wrong with a name, a folder or an option is said at once.
+On a CPU the native kernels run the model and torch is not imported; see `llmkit.backends`.
 """
 
 from __future__ import annotations
 
+import logging
 import reprlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from llmkit.backends import Options, Runner, prepare
 from llmkit.config import ModelConfig
 from llmkit.drafting import check_speculation
 from llmkit.engine.backend import Backend
 from llmkit.engine.batch import Engine, tokens_within
 from llmkit.engine.sampling import SamplingParams
 from llmkit.engine.speculative import Drafter, ModelDrafter, NgramDrafter, Speculation
-from llmkit.errors import ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError, out_of_memory
+from llmkit.errors import ContextOverflow, LLMKitError, TemplateError, TokenizerError, UsageError
 from llmkit.folder import ModelFolder, read_folder
 from llmkit.reply import Reply
 from llmkit.results import Chunk, Completion, Score
@@ -32,6 +34,8 @@ from llmkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Seq[int]
 Message = Mapping[str, Any]
@@ -51,6 +55,7 @@ def load(
     revision: str | None = None,
     ctx_size: int | None = None,
     threads: int | None = None,
+    kv_bits: int | None = None,
     chat_template: str | Path | None = None,
     draft_model: str | Path | LLM | None = None,
     speculate: str = "auto",
@@ -58,10 +63,13 @@ def load(
     """Load a model, ready to generate.
 
     model: a folder, a hub id or HUB_ID@REVISION (the Hugging Face cache is used in place).
-    dtype: float32, float16 or bfloat16, of the weights; the checkpoint's by default. On a CPU arithmetic is float32 in any case.
+    dtype: float32, float16 or bfloat16, of the weights; as they are stored by default. On a CPU arithmetic is float32 in any case, and
+        quantized weights have no other dtype: there it is an error.
     device: cpu, cuda, cuda:N or mps; by default cuda or mps where there is one.
     ctx_size: the longest prompt plus reply in tokens; the model's own maximum by default.
-    threads: CPU threads of this process; torch's choice by default.
+    threads: CPU threads of this process; LLMKIT_THREADS or the physical cores by default.
+    kv_bits: 32, 16 or 8 bits for a number in the KV cache (8: with a scale per position and head); by default 32 for float32 weights,
+        else 16. In PyTorch it is what the device computes in, and any other is an error.
     chat_template: a Jinja template, or a file that holds one, in place of the model's own.
     draft_model: a smaller model with the same vocabulary that guesses tokens ahead; loaded, or to be loaded in the same way.
     speculate: "ngram" guesses what followed earlier in the text, "off" nothing; "auto" is "ngram" where a token does not depend
@@ -71,39 +79,19 @@ def load(
     """
     folder = read_folder(str(model), revision=revision, chat_template=chat_template)
     context = _context_size(folder.config, ctx_size)
-    if draft_model is None:
-        check_speculation(speculate, folder, None)
-    else:
-        check_speculation(speculate, folder, draft_model.folder if isinstance(draft_model, LLM) else read_folder(str(draft_model)))
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise UsageError(f"threads is {threads!r}; it must be an integer from 1 up.")
-
-    import torch
-
-    from llmkit.checkpoint.load import load_model
-    from llmkit.model.backend import TorchBackend
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        transformer = load_model(folder.path, dtype=dtype, device=device)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise DoesNotFit(f"{model} does not fit in the memory of {device}. Take a smaller model or dtype.") from error
-    if draft_model is not None and not isinstance(draft_model, LLM):
-        draft_model = load(draft_model, dtype=dtype, device=device, threads=threads)
-    count = sum(parameter.numel() for parameter in transformer.parameters())
-    stored = str(next(transformer.parameters()).dtype).removeprefix("torch.")
+    draft = draft_model.folder if isinstance(draft_model, LLM) else None if draft_model is None else read_folder(str(draft_model))
+    check_speculation(speculate, folder, draft)
+    options = Options.checked(dtype, device, threads, kv_bits)
+    runner = prepare(folder, options)
+    guesser = draft_model.runner if isinstance(draft_model, LLM) else None if draft is None else prepare(draft, options.for_draft(draft))
+    for problem in dict.fromkeys(one.problem for one in (runner, guesser) if one is not None and one.problem is not None):
+        logger.warning("PyTorch runs the model, not the faster native kernels: %s.", problem)
     return LLM(
         name=str(model),
         folder=folder,
-        new_backend=lambda: TorchBackend(transformer),
+        runner=runner,
         ctx_size=context,
-        drafter=_drafter(draft_model, speculate, folder.config, context, exact=False),
-        summary=f"{folder.config.model_type}, {_human(count)} parameters, {stored} on {device}, context {context}",
+        drafter=_drafter(guesser, speculate, folder.config, context, exact=runner.exact),
     )
 
 
@@ -127,9 +115,8 @@ class LLM:
         *,
         name: str,
         folder: ModelFolder,
-        new_backend: Callable[[], Backend],
+        runner: Runner,
         ctx_size: int,
-        summary: str,
         drafter: Drafter | None = None,
     ) -> None:
         self.name = name
@@ -137,15 +124,16 @@ class LLM:
         self.config = folder.config
         self.defaults = dict(folder.defaults)
         self.ctx_size = ctx_size
-        self.new_backend = new_backend  # the same weights with an empty cache of its own
-        self.backend = new_backend()
-        self._summary = summary
+        self.runner = runner
+        self.new_backend = runner.new_backend  # the same weights with an empty cache of its own
+        self.backend = self.new_backend()
         tokens = _cache_tokens(self.backend, ctx_size)
         speculation = None if drafter is None else Speculation(drafter)
         self._engine = Engine(self.backend, max_cache_tokens=tokens, prefill_chunk=PREFILL_CHUNK, speculation=speculation)
 
     def __repr__(self) -> str:
-        return f"<LLM {self.name}: {self._summary}>"
+        what = f"{self.config.model_type}, {_human(self.runner.parameters)} parameters, {self.runner.stored}"
+        return f"<LLM {self.name}: {what}, {self.backend.path}, context {self.ctx_size}>"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -410,10 +398,10 @@ def _context_size(config: ModelConfig, ctx_size: int | None) -> int:
     return ctx_size
 
 
-def _drafter(draft_model: LLM | None, speculate: str, config: ModelConfig, ctx_size: int, *, exact: bool) -> Drafter | None:
+def _drafter(guesser: Runner | None, speculate: str, config: ModelConfig, ctx_size: int, *, exact: bool) -> Drafter | None:
     """What guesses tokens ahead. exact: the backend's logits of a token are the same bits however many are computed at once."""
-    if draft_model is not None:
-        backend = draft_model.new_backend()
+    if guesser is not None:
+        backend = guesser.new_backend()
         tokens = _cache_tokens(backend, min(ctx_size, backend.config.max_position_embeddings))
         return ModelDrafter(backend, config.vocab_size, max_cache_tokens=tokens, prefill_chunk=PREFILL_CHUNK)
     return NgramDrafter() if speculate == "ngram" or (speculate == "auto" and exact) else None

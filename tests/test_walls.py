@@ -26,12 +26,12 @@ LEVELS = [
     {"rag", "serve", "measure"},
     {"cli"},
 ]
-# The Python API is one room of four files.
-ROOM_OF_FILE = {"folder": "llm", "reply": "llm", "drafting": "llm"}
+# The Python API is one room of five files.
+ROOM_OF_FILE = {"folder": "llm", "reply": "llm", "drafting": "llm", "backends": "llm"}
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
 NO_TORCH = [
-    *("__init__", "config", "errors", "results", "folder", "reply", "drafting", "llm"),
+    *("__init__", "config", "errors", "results", "folder", "reply", "drafting", "backends", "llm"),
     *("families", "frequencies", "kernels/__init__", "kernels/native", "text", "engine", "checkpoint/files", "checkpoint/hub", "cli"),
 ]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +13,15 @@ import numpy as np
 from llmkit.checkpoint.files import TensorFile
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, Assignment, Piece
 from llmkit.config import NORM_NAMES, ModelConfig
-from llmkit.errors import CheckpointError
+from llmkit.errors import CheckpointError, UsageError
+from llmkit.kernels.format import widen
+
+logger = logging.getLogger(__name__)
 
 # Stored dtypes that weights may have, as numpy reads them; bfloat16 and the 8-bit floats as their bits.
 NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
+# What models run in.
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 MAX_LISTED = 1000  # problems in one message
 
 
@@ -93,6 +99,37 @@ def parameter_array(piece: Piece) -> np.ndarray:
     return _e4m3()[array] if piece.tensor.dtype == "F8_E4M3" else array
 
 
+def dtype_name(dtype: object) -> str:
+    """float32, float16 or bfloat16, from that name or torch's dtype; UsageError for any other."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is unknown. Use one of {', '.join(DTYPES)}.")
+    return name
+
+
+def converted(array: np.ndarray, dtype: str, piece: int = 1 << 20) -> np.ndarray:
+    """An array of `parameter_array` in another of these dtypes, rounded to the nearest, ties to even; itself where it is that already.
+
+    Works through `piece` numbers at a time, so that no second copy of a large matrix is made on the way.
+    """
+    if array.dtype == DTYPES[dtype]:
+        return array
+    out = np.empty(array.shape, DTYPES[dtype])
+    source, target = array.reshape(-1), out.reshape(-1)
+    with np.errstate(over="ignore"):  # beyond float16: infinite, as in torch
+        for start in range(0, source.size, piece):
+            part = widen(source[start : start + piece])
+            target[start : start + piece] = _bfloat16(part) if dtype == "bfloat16" else part
+    return out
+
+
+def _bfloat16(array: np.ndarray) -> np.ndarray:
+    """The bits of float32 numbers as bfloat16, uint16: their upper half, rounded. NaN stays NaN."""
+    bits = array.view(np.uint32)
+    rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    return np.where(np.isnan(array), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
 @cache
 def _e4m3() -> np.ndarray:
     """The 256 numbers of the 8-bit float with 4 bits of exponent and no infinities (arXiv:2209.05433), float16."""
@@ -111,6 +148,11 @@ def release(tensor: TensorFile) -> None:
         length = (tensor.offset + tensor.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0:
             mapped.madvise(mmap.MADV_DONTNEED, begin, length)
+
+
+def log_skipped(names: Sequence[str]) -> None:
+    if names:
+        logger.info("%d stored tensors are not needed and were skipped: %s", len(names), ", ".join(names))
 
 
 def check_assignment(folder: Path, assignment: Assignment) -> None:
@@ -148,7 +190,4 @@ def _equal(head: TensorFile, embedding: TensorFile) -> bool:
 def _double(tensor: TensorFile) -> np.ndarray:
     if tensor.dtype == "F64":
         return stored_array(tensor)
-    array = parameter_array(Piece(tensor, tensor.shape))
-    if array.dtype == np.uint16:
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float64)
+    return widen(parameter_array(Piece(tensor, tensor.shape))).astype(np.float64)

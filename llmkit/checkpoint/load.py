@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmkit.checkpoint.arrays import check_assignment
+from llmkit.checkpoint.arrays import check_assignment, dtype_name, log_skipped
 from llmkit.checkpoint.files import AUTO_MAP, Checkpoint, TensorFile, load_config, open_checkpoint
 from llmkit.checkpoint.quantized import quantization, read_quantized
 from llmkit.checkpoint.weights import Piece, assign
@@ -63,11 +63,14 @@ def load_model(folder: str | Path, dtype: str | torch.dtype | None = None, devic
     info) and that code the folder brings was not run (as a warning, which Python prints unless told otherwise).
     """
     model, report = load_model_with_report(folder, dtype, device)
+    log_report(report)
+    return model
+
+
+def log_report(report: LoadReport) -> None:
     for note in report.notes:
         logger.warning(note)
-    if report.skipped:
-        logger.info("%d stored tensors are not needed and were skipped: %s", len(report.skipped), ", ".join(report.skipped))
-    return model
+    log_skipped(report.skipped)
 
 
 def load_model_with_report(
@@ -181,10 +184,7 @@ def _checkpoint_dtype(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtyp
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r} is unknown. Use one of {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    return DTYPES[dtype_name(dtype)]
 
 
 def _device(device: str | torch.device) -> torch.device:

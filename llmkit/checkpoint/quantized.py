@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.checkpoint.arrays import check_assignment, misfit, parameter_array, parameter_shapes, stored_array
+from llmkit.checkpoint.arrays import check_assignment, log_skipped, misfit, parameter_array, parameter_shapes, stored_array
 from llmkit.checkpoint.files import TensorFile, load_config, open_checkpoint
 from llmkit.checkpoint.weights import Piece, assign
 from llmkit.config import ModelConfig
@@ -118,6 +118,7 @@ def open_parameters(folder: Path, config: ModelConfig) -> dict[str, Piece]:
     shapes = parameter_shapes(config)
     assignment = assign(open_checkpoint(folder), family(config.model_type), config, shapes)
     check_assignment(folder, assignment)
+    log_skipped(assignment.skipped)
     return {name: assignment.pieces[name] for name in shapes}
 
 

@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from llmkit.cli.options import model_name, model_options, option
 
-# figure -> how it is written for a person
-ROWS = {
-    "prefill_tok_s": ("prefill", "{:.0f} tok/s", 1.0),
-    "decode_tok_s": ("decode", "{:.1f} tok/s", 1.0),
-    "load_s": ("load", "{:.2f} s", 1.0),
-    "first_token_s": ("first token from process start", "{:.2f} s", 1.0),
-    "peak_bytes": ("peak memory", "{:.0f} MB", 1e-6),
-}
-RATIOS = {
-    "prefill_tok_s": "prefill_ratio",
-    "decode_tok_s": "decode_ratio",
-    "load_s": "load_ratio",
-    "first_token_s": "first_token_ratio",
-    "peak_bytes": "peak_ratio",
-}
+
+class Counts(click.ParamType):
+    """`N[,N]`: token or sequence counts."""
+
+    name = "N[,N]"
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isascii() and part.strip().isdigit() and 1 <= int(part) <= self.most for part in parts):
+            self.fail(f"{value!r} is not N or N,N,... with every N from 1 to {self.most}.", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @click.command(short_help="Measure speed, start-up time and memory.")
 @model_options
-@option("--prefill", type=click.IntRange(min=1), default=512, show_default=True, metavar="N", help="Tokens of the prompt.")
-@option("--decode", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="Tokens of the reply.")
+@option("--prefill", type=click.IntRange(min=0), default=512, show_default=True, metavar="N", help="Tokens of the prompt; 0: none.")
+@option("--decode", type=click.IntRange(min=0), default=128, show_default=True, metavar="N", help="Tokens of the reply; 0: none.")
+@option("--depth", "depths", type=Counts(1 << 24), default=(), help="Decode after N tokens of context too.")
+@option("--batch", "batches", type=Counts(256), default=(), help="Decode N sequences at once too: total tokens per second.")
+@option(
+    "--kv-bits",
+    type=click.Choice(["32", "16", "8"]),
+    callback=lambda _ctx, _param, value: value and int(value),
+    help="Of each number in our KV cache [default: 32 for float32 weights, else 16].",
+)
 @option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Runs of which the median is taken.")
-@option("--starts", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Process starts of each side.")
-@option("--against", type=click.Choice(["transformers"]), help="Measure this beside it, taking turns, in float32 unless --dtype says else.")
+@option("--starts", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Process starts of each side.")
+@option("--against", type=click.Choice(["transformers", "llama.cpp"]), help="Measure this beside it, taking turns.")
+@option(
+    "--rival-files", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Keep the files for llama.cpp, or find them."
+)
 @option("--json", "as_json", is_flag=True, envvar="LLMKIT_JSON", help="Print one flat JSON object and nothing else.")
 def bench(
     revision: str | None,
@@ -42,14 +55,21 @@ def bench(
     threads: int | None,
     prefill: int,
     decode: int,
+    depths: tuple[int, ...],
+    batches: tuple[int, ...],
+    kv_bits: int | None,
     repeat: int,
     starts: int,
     against: str | None,
+    rival_files: Path | None,
     as_json: bool,
     **_: object,
 ) -> int:
     """Measure MODEL: prefill, decode, loading, the first token from the start of a process, peak memory, and the share of the
-    machine's memory bandwidth that decoding reaches. Each side runs in a process of its own.
+    machine's memory bandwidth that decoding reaches. Each side runs in a process of its own; nothing is guessed ahead.
+
+    Against transformers both sides run in float32 unless --dtype says else. llama.cpp runs on the same weights in its own formats
+    of about as many bits (F16, Q8_0, or Q4_0 and Q4_K_M), with a float16 cache and the better of flash attention on and off.
     """
     from llmkit.checkpoint.hub import resolve
     from llmkit.measure.bench import BenchPlan
@@ -57,14 +77,18 @@ def bench(
 
     plan = BenchPlan(
         folder=resolve(str(model_name()), revision),
-        dtype=dtype or ("float32" if against else None),
-        device=device,
+        dtype=dtype or ("float32" if against == "transformers" else None),
+        device=device or ("cpu" if against == "llama.cpp" else None),
         threads=threads,
+        kv_bits=kv_bits,
         prefill=prefill,
         decode=decode,
+        depths=depths,
+        batches=batches,
         repeat=repeat,
         starts=starts,
-        against_transformers=against is not None,
+        against=against,
+        rival_files=rival_files,
     )
     result = measure(plan, _progress if sys.stderr.isatty() else lambda _: None)
     if sys.stderr.isatty():
@@ -72,7 +96,7 @@ def bench(
     if as_json:
         print(json.dumps(result))
     else:
-        _table(result, against is not None)
+        _table(result)
     return 0
 
 
@@ -80,21 +104,64 @@ def _progress(what: str) -> None:
     print(f"\r\x1b[2K{what}", end="", file=sys.stderr, flush=True)
 
 
-def _table(result: dict[str, Any], compared: bool) -> None:
+def _table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{result['model']}: {result['parameters']:,} parameters, {result['dtype']} on {result['device']}, {result['threads']} threads"
+    from llmkit.measure.bench import RIVALS, ratio_key
+
+    against = result.get("against")
+    # One column for each rival: its keys are ours behind its prefix.
+    end = "load_s"
+    begins = [key.removesuffix(end) for key in result if key.endswith(end)]
+    title = f"{result['model']}: {result['parameters']:,} parameters, {result['dtype']}"
     table = Table("", "llmkit", title=title)
-    if compared:
-        table.add_column(f"transformers {result['transformers_version']}")
-        table.add_column("ratio")
-    for key, (label, form, scale) in ROWS.items():
-        tokens = {"prefill_tok_s": f" {result['prefill_tokens']}", "decode_tok_s": f" {result['decode_tokens']}"}.get(key, "")
-        row = [label + tokens, form.format(result[key] * scale)]
-        if compared:
-            row += [form.format(result[f"transformers_{key}"] * scale), f"{result[RATIOS[key]]:.2f}x"]
-        table.add_row(*row)
-    bandwidth = f"{result['bandwidth_share']:.0%} of {result['bandwidth_bytes_s'] / 1e9:.1f} GB/s"
-    table.add_row("memory bandwidth reached in decode", bandwidth)
-    Console().print(table)
+    for begin in begins[1:]:
+        table.add_column(result[f"{begin}name"])
+    if against:
+        table.add_column("ratio" if len(begins) == 2 else "ratio to the best")
+    for key in result:
+        label = _label(key, result)
+        if label is None:
+            continue
+        row = [label, *(_value(key, result[begin + key]) for begin in begins)]
+        share = result.get(key.replace("decode_tok_s", "bandwidth_share")) if key.startswith("decode_tok_s") else None
+        if share is not None:
+            row[1] += f" ({share:.0%} of bandwidth)"
+        table.add_row(*row, *([f"{result[ratio_key(key)]:.2f}x"] if against else []))
+    table.add_row(
+        "bits per weight", *(f"{result[f'{begin}bits_per_weight']:.2f}" if f"{begin}bits_per_weight" in result else "" for begin in begins)
+    )
+    console = Console()
+    console.print(table)
+    notes = [f"llmkit: {result['path']}, no speculation; memory read at {result['bandwidth_bytes_s'] / 1e9:.1f} GB/s"]
+    if against:
+        notes.append(
+            f"{against} {result[f'{RIVALS[against]}_version']}"
+            + (f": {result[f'{begins[1]}flags']}" if f"{begins[1]}flags" in result else "")
+        )
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def _label(key: str, result: dict[str, Any]) -> str | None:
+    """What a figure is called in the table; None for what is not one of our own figures."""
+    fixed = {
+        "prefill_tok_s": f"prefill {result['prefill_tokens']}",
+        "decode_tok_s": f"decode {result['decode_tokens']}",
+        "load_s": "load",
+        "first_token_s": "first token from process start",
+        "peak_bytes": "peak memory",
+    }
+    for begin, label in (("decode_tok_s_depth_", "decode at depth {}"), ("decode_tok_s_batch_", "decode of {} sequences")):
+        if key.startswith(begin):
+            return label.format(key.removeprefix(begin))
+    return fixed.get(key)
+
+
+def _value(key: str, value: float) -> str:
+    if key.endswith("_bytes"):
+        return f"{value / 1e6:.0f} MB"
+    if "_tok_s" in key:
+        return f"{value:.0f} tok/s" if value >= 100 else f"{value:.1f} tok/s"
+    return f"{value:.2f} s"

@@ -65,14 +65,21 @@ def model_options(function: F) -> F:
         option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
         option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights [default: the checkpoint's]."),
         option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps [default: cuda or mps where there is one]."),
-        option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's choice]."),
+        option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads [default: physical cores]."),
     )(function)
 
 
 def context_options(function: F) -> F:
-    """How long prompt and reply may be; `load_arguments` reads it too."""
-    size = option("-c", "--ctx-size", type=click.IntRange(min=1), metavar="N", help="Longest prompt plus reply [default: the model's].")
-    return size(function)
+    """How long prompt and reply may be, and what remembering them takes; `load_arguments` reads it too."""
+    return _stack(
+        option("-c", "--ctx-size", type=click.IntRange(min=1), metavar="N", help="Longest prompt plus reply [default: the model's]."),
+        option(
+            "--kv-bits",
+            type=click.Choice(["32", "16", "8"]),
+            callback=lambda _ctx, _param, value: value and int(value),
+            help="Of each number in the KV cache [default: 32 for float32 weights, else 16].",
+        ),
+    )(function)
 
 
 def speculation_options(function: F) -> F:
@@ -144,7 +151,7 @@ def model_name(default: Callable[[], Path] | None = None) -> str | Path:
 def load_arguments() -> dict[str, Any]:
     """The keyword arguments of `llmkit.load` that this command line sets."""
     params = click.get_current_context().params
-    names = ("revision", "dtype", "device", "threads", "ctx_size", "chat_template", "draft_model", "speculate")
+    names = ("revision", "dtype", "device", "threads", "ctx_size", "kv_bits", "chat_template", "draft_model", "speculate")
     return {name: params[name] for name in names if params.get(name) is not None}
 
 

@@ -16,6 +16,8 @@ class Backend(Protocol):
     Attributes:
         config: what the model is.
         block_size: tokens per block of the KV cache.
+        threads: of the CPU that it uses.
+        path: what computes, in words: kernels, device, threads, bits of the cache.
         cache_windows: `config.cache_windows`; each is one group of KV blocks, shared by all layers with that sliding window.
     """
 
@@ -24,6 +26,12 @@ class Backend(Protocol):
 
     @property
     def block_size(self) -> int: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def path(self) -> str: ...
 
     @property
     def cache_windows(self) -> tuple[int | None, ...]: ...

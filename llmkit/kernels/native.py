@@ -93,7 +93,11 @@ class NativeBackend:
     @property
     def path(self) -> str:
         """What computes, in words."""
-        return f"native {self.plan.kernels}, {self.plan.threads} threads, {self.kv_bits}-bit cache"
+        return f"native {self.plan.kernels}, {self.threads} thread{'s' * (self.threads > 1)}, {self.kv_bits}-bit cache"
+
+    @property
+    def threads(self) -> int:
+        return self.plan.threads
 
     def block_bytes(self, group: int) -> int:
         return self.plan.block_bytes(group)

@@ -1,68 +1,65 @@
 """One side of a benchmark in a process of its own, so that its memory and start-up are its own.
 
-Started by `llmkit.measure.bench` as `python -m llmkit.measure.bench_worker`. Takes one JSON request per line on standard
-input and answers each with one JSON line. While it waits it computes nothing, so two sides can take turns.
+Started by `llmkit.measure.bench_process` as `python -m llmkit.measure.bench_worker`. Takes one JSON request per line on standard
+input and answers each with one JSON line. While it waits it computes nothing, so that sides can take turns.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from llmkit.errors import LLMKitError
+
+START_PROMPT = 6  # tokens before the first one of a process
+
 
 class Side(Protocol):
-    """What is measured: a loaded model that continues token ids greedily and does not stop at an end of text."""
+    """What is measured: a loaded model that continues token ids greedily and does not stop at an end of text.
+
+    variant: one of `facts()["variants"]`. room: tokens of context that a sequence of this request needs.
+    """
 
     vocab_size: int
 
-    def prefill(self, ids: list[int]) -> float:
-        """Seconds until the logits after the last token of `ids` are there."""
+    def prefill(self, ids: list[int], room: int, variant: str) -> float:
+        """Seconds until the token after `ids` is there."""
 
-    def decode(self, ids: list[int], count: int) -> float:
-        """Seconds for `count` tokens after the first one that follows `ids`."""
+    def decode(self, prompts: list[list[int]], count: int, room: int, variant: str) -> float:
+        """Seconds for `count` tokens of every sequence after the first one that follows its prompt."""
 
     def facts(self) -> dict[str, Any]:
-        """dtype, parameters, bytes read per decoded token; what only this side knows."""
+        """What only this side knows."""
 
 
 class OurSide:
-    """llmkit, through its public API."""
+    """llmkit, through its public API. Without speculation: random tokens repeat, and guesses would be right too often."""
 
-    def __init__(self, folder: str, dtype: str | None, device: str | None, threads: int | None) -> None:
+    def __init__(self, folder: str, dtype: str | None, device: str | None, threads: int | None, kv_bits: int | None, context: int) -> None:
         import llmkit
 
-        self.llm = llmkit.load(folder, dtype=dtype, device=device, threads=threads)
+        self.llm = llmkit.load(folder, dtype=dtype, device=device, threads=threads, kv_bits=kv_bits, ctx_size=context, speculate="off")
         self.vocab_size = self.llm.config.vocab_size
 
-    def prefill(self, ids: list[int]) -> float:
+    def prefill(self, ids: list[int], room: int, variant: str) -> float:
         seconds = self.llm.generate(ids, max_tokens=1, temperature=0, ignore_eos=True).timings.time_to_first_token
         assert seconds is not None
         return seconds
 
-    def decode(self, ids: list[int], count: int) -> float:
-        rate = self.llm.generate(ids, max_tokens=count + 1, temperature=0, ignore_eos=True).timings.decode_tok_s
-        assert rate is not None
-        return count / rate
+    def decode(self, prompts: list[list[int]], count: int, room: int, variant: str) -> float:
+        replies = self.llm.generate(prompts, max_tokens=count + 1, temperature=0, ignore_eos=True)
+        return max(reply.timings.total for reply in replies) - min(reply.timings.time_to_first_token for reply in replies)
 
     def facts(self) -> dict[str, Any]:
-        import torch
-
-        from llmkit.model.backend import TorchBackend
-
-        backend = self.llm.backend
-        assert isinstance(backend, TorchBackend)
-        config, read, count = backend.config, 0, 0
-        dtypes = set()
-        for name, parameter in backend.model.named_parameters():
-            count += parameter.numel()
-            dtypes.add(str(parameter.dtype).removeprefix("torch."))
-            size = parameter.numel() * parameter.element_size()
+        config, runner, backend, read = self.llm.config, self.llm.runner, self.llm.backend, 0
+        for name, size in runner.nbytes.items():
             if name.startswith(("model.embed_tokens", "model.embed_positions")) and not (
                 config.tie_word_embeddings and name.startswith("model.embed_tokens")
             ):
@@ -72,78 +69,32 @@ class OurSide:
                 assert moe is not None
                 size = size * moe.num_experts_per_tok // moe.num_experts
             read += size
+        windows = backend.cache_windows
         return {
-            "dtype": "+".join(sorted(dtypes)),
-            "device": str(backend.device),
-            "parameters": count,
+            "variants": [""],
+            "dtype": runner.stored,
+            "device": runner.device,
+            "parameters": runner.parameters,
+            "bits_per_weight": 8 * sum(runner.nbytes.values()) / runner.parameters,
             "bytes_per_token": read,
-            "threads": torch.get_num_threads(),
+            "cache": [(backend.block_bytes(group) / backend.block_size, window) for group, window in enumerate(windows)],
+            "threads": backend.threads,
+            "path": backend.path,
         }
 
 
-class TransformersSide:
-    """The same through transformers: a forward pass for the prompt, `generate` for decoding."""
+def load_side(settings: dict[str, Any]) -> Side:
+    """The model of a side, loaded."""
+    common = {name: settings[name] for name in ("threads", "context")}
+    if settings["side"] == "llama.cpp":
+        from llmkit.measure.bench_llama import LlamaSide
 
-    def __init__(self, folder: str, dtype: str | None, device: str | None, threads: int | None) -> None:
-        import torch
-        import transformers
+        return LlamaSide(settings["file"], settings["threads"])
+    if settings["side"] == "transformers":
+        from llmkit.measure.bench_transformers import TransformersSide
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.device = device or "cpu"
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").to(self.device).eval()
-        # Nothing of the checkpoint's sampling, and no end of text.
-        self.model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
-        self.vocab_size = self.model.config.vocab_size
-
-    def prefill(self, ids: list[int]) -> float:
-        import torch
-
-        with torch.inference_mode():
-            start = time.perf_counter()
-            logits = self.model(torch.tensor([ids], device=self.device), use_cache=True, logits_to_keep=1).logits
-            int(logits.argmax())
-            return time.perf_counter() - start
-
-    def decode(self, ids: list[int], count: int) -> float:
-        import torch
-
-        times: list[float] = []
-
-        def clock(tokens: Any, scores: Any, **_: Any) -> Any:
-            times.append(time.perf_counter())
-            return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-
-        prompt = torch.tensor([ids], device=self.device)
-        with torch.inference_mode():
-            self.model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count + 1, stopping_criteria=[clock], do_sample=False
-            )
-        assert len(times) == count + 1
-        return times[-1] - times[0]
-
-    def facts(self) -> dict[str, Any]:
-        import transformers
-
-        return {"version": transformers.__version__, "dtype": str(self.model.dtype).removeprefix("torch.")}
-
-
-def read_bandwidth(device: str | None, threads: int | None, size: int = 1 << 29) -> float:
-    """Bytes per second at which this machine reads memory: the median of matrix-vector products over `size` bytes."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    matrix = torch.ones(size // (4 * 4096), 4096, device=device or "cpu")
-    vector = torch.ones(4096, device=matrix.device)
-    seconds = []
-    for _ in range(9):
-        start = time.perf_counter()
-        float(torch.mv(matrix, vector)[0])  # reading a value waits for the device
-        seconds.append(time.perf_counter() - start)
-    return matrix.numel() * 4 / float(np.median(seconds[2:]))
+        return TransformersSide(settings["folder"], settings["dtype"], settings["device"], settings["threads"])
+    return OurSide(settings["folder"], settings["dtype"], settings["device"], kv_bits=settings["kv_bits"], **common)
 
 
 def prompt(length: int, vocab_size: int, seed: int) -> list[int]:
@@ -153,34 +104,66 @@ def prompt(length: int, vocab_size: int, seed: int) -> list[int]:
 
 def peak_bytes() -> int:
     """The largest resident memory of this process so far, mapped file pages included."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage would count what the parent had when it started this process
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    if os.name == "nt":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+    """What the settings ask for, until standard input ends."""
+    if settings["side"] == "export":
+        from llmkit.measure.bench_llama import export
+
+        answer({"file": str(export(Path(settings["folder"]), Path(settings["into"]), settings["type"]))})
+        return
+    if settings["side"] == "bandwidth":
+        from llmkit.measure.bandwidth import reader
+
+        read = reader(settings["device"], settings["threads"])
+        answer({})
+        for _ in sys.stdin:
+            answer({"bandwidth": read()})
+        return
+    start = time.time()
+    side = load_side(settings)
+    loaded = time.time()
+    side.prefill(prompt(START_PROMPT, side.vocab_size, 0), settings["context"], "")
+    answer({"load_s": loaded - start, "first_token_s": time.time() - settings["started"], **side.facts()})
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "peak":
+            answer({"peak_bytes": peak_bytes()})
+            continue
+        where = {"room": request["room"], "variant": request["variant"]}
+        if request["do"] == "prefill":
+            seconds = side.prefill(prompt(request["length"], side.vocab_size, request["seed"]), **where)
+        else:
+            seeds = range(1000 * request["seed"], 1000 * request["seed"] + request["sequences"])
+            prompts = [prompt(request["length"], side.vocab_size, seed) for seed in seeds]
+            seconds = side.decode(prompts, request["count"], **where)
+        answer({"seconds": seconds})
+
+
 def main() -> None:
-    """Serve requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not get between the answers
-    settings = json.loads(sys.argv[1])
 
     def answer(data: dict[str, Any]) -> None:
         answers.write(json.dumps(data) + "\n")
         answers.flush()
 
-    arguments = {name: settings[name] for name in ("dtype", "device", "threads")}
-    if settings["side"] == "bandwidth":
-        answer({"bandwidth": read_bandwidth(settings["device"], settings["threads"])})
-        return
-    start = time.time()
-    side: Side = (OurSide if settings["side"] == "llmkit" else TransformersSide)(settings["folder"], **arguments)
-    loaded = time.time()
-    side.prefill(prompt(8, side.vocab_size, 0))
-    answer({"load_s": loaded - start, "first_token_s": time.time() - settings["started"], **side.facts()})
-    for line in sys.stdin:
-        request = json.loads(line)
-        ids = prompt(request["length"], side.vocab_size, request["seed"])
-        seconds = side.prefill(ids) if request["do"] == "prefill" else side.decode(ids, request["count"])
-        answer({"seconds": seconds, "peak_bytes": peak_bytes()})
+    try:
+        serve(json.loads(sys.argv[1]), answer)
+    except LLMKitError as error:
+        answer({"error": str(error), "kind": type(error).__name__})
 
 
 if __name__ == "__main__":

@@ -32,12 +32,27 @@ class TorchBackend:
         if self.device.type == "cpu":
             keep_freed_memory()
         # On a CPU all arithmetic is float32, whatever the weights are stored in.
-        dtype = torch.float32 if self.device.type == "cpu" else weight.dtype
-        self.cache = KVCache(model.config, self.block_size, dtype, self.device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else weight.dtype
+        self.cache = KVCache(model.config, self.block_size, self.dtype, self.device)
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    @property
+    def path(self) -> str:
+        """What computes, in words."""
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device.type == "cpu" else ""
+        return f"PyTorch on {self.device}{threads}, {self.kv_bits}-bit cache"
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    @property
+    def kv_bits(self) -> int:
+        """Bits of a number in the KV cache."""
+        return 8 * self.dtype.itemsize
 
     @property
     def cache_windows(self) -> tuple[int | None, ...]:

@@ -13,10 +13,23 @@ from safetensors.torch import load_file, save_file
 
 import llmkit
 from llmkit.errors import UsageError
+from llmkit.kernels import NativeBackend, native_problem
 from llmkit.measure.verify import default_length, relative, steps, verify
 from llmkit.model.attention import Attention
+from llmkit.model.backend import TorchBackend
 from tests.families.tiny import tiny_folder
 from tests.tiny import write_model
+
+
+@pytest.fixture(params=["native", "torch"])
+def runs_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """The backend that llmkit.load takes."""
+    if request.param == "torch":
+        monkeypatch.setenv("LLMKIT_KERNELS", "reference")
+        return TorchBackend
+    if native_problem() is not None:
+        pytest.skip(f"no native kernels: {native_problem()}")
+    return NativeBackend
 
 
 def test_relative() -> None:
@@ -24,13 +37,15 @@ def test_relative() -> None:
     assert relative(np.array([np.nan]), np.array([1.0])) == np.inf
 
 
-def test_every_row_of_a_good_model_is_the_same(tiny_model_dir: Path) -> None:
+def test_every_row_of_a_good_model_is_the_same(tiny_model_dir: Path, runs_in: type) -> None:
     checks = verify(tiny_model_dir, length=40, device="cpu")
     assert [check.ok for check in checks] == [True] * 5, checks
+    assert [check.limit for check in checks[2:]] == ([1e-4, 0, 0] if runs_in is NativeBackend else [1e-5] * 3)
 
 
 def test_a_wrong_model_differs_from_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our arithmetic is changed by a little; transformers' is not."""
+    monkeypatch.setenv("LLMKIT_KERNELS", "reference")
     folder = write_model(tmp_path / "model")
     right = Attention.forward
 
@@ -43,17 +58,15 @@ def test_a_wrong_model_differs_from_transformers(tmp_path: Path, monkeypatch: py
     assert all(checks[name].ok for name in ("cached vs uncached", "chunked vs whole prefill", "batch vs single"))
 
 
-def test_a_step_that_rounds_is_found(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_rounds_is_found(tiny_model_dir: Path, runs_in: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only single-token steps are spoiled: the rows that never take one stay right."""
-    from llmkit.model.backend import TorchBackend
+    right = runs_in.step  # type: ignore[attr-defined]
 
-    right = TorchBackend.step
-
-    def rounded(self: TorchBackend, tokens: np.ndarray, *rest: object, **named: object) -> np.ndarray:
-        logits = right(self, tokens, *rest, **named)  # type: ignore[arg-type]
+    def rounded(self: object, tokens: np.ndarray, *rest: object, **named: object) -> np.ndarray:
+        logits = right(self, tokens, *rest, **named)
         return logits.round(2) if len(tokens) == 1 else logits
 
-    monkeypatch.setattr(TorchBackend, "step", rounded)
+    monkeypatch.setattr(runs_in, "step", rounded)
     checks = {check.name: check for check in verify(tiny_model_dir, length=40, device="cpu")}
     assert checks["cached vs uncached"].ok is False
     assert checks["chunked vs whole prefill"].ok is True
