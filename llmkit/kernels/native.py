@@ -35,7 +35,7 @@ def native_problem(config: ModelConfig | None = None) -> str | None:
     """Why the native kernels cannot run this model here, or None if they can.
 
     The environment variable LLMKIT_KERNELS chooses: "reference" is PyTorch, the name of an instruction set
-    (avx512_vnni, avxvnni, avx2, neon_dotprod, portable) is that one.
+    (avx512_vnni, avxvnni, avx2, neon_i8mm, neon_dotprod, portable) is that one.
     """
     wanted = os.environ.get("LLMKIT_KERNELS")
     if wanted == "reference":

@@ -350,10 +350,8 @@ PyObject* available(PyObject*, PyObject*) {
   return guarded([&]() -> PyObject* {
     PyObject* names = PyList_New(0);
     if (!names) throw PythonError();
-    for (const char* name : {"avx512_vnni", "avxvnni", "avx2", "neon_dotprod", "portable"}) {
-      const char* problem;
-      if (!choose_kernels(name, &problem)) continue;
-      PyObject* text = PyUnicode_FromString(name);
+    for (const Kernels* kernels : supported_kernels()) {
+      PyObject* text = PyUnicode_FromString(kernels->name);
       if (!text || PyList_Append(names, text) != 0) { Py_XDECREF(text); Py_DECREF(names); throw PythonError(); }
       Py_DECREF(text);
     }

@@ -8,6 +8,7 @@
 #include <string>
 
 #if defined(_WIN32)
+#define NOMINMAX
 #include <windows.h>
 #include <process.h>
 #else
@@ -19,6 +20,7 @@
 #include <sys/sysctl.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <cstdio>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
@@ -33,6 +35,8 @@ void relax() {
   _mm_pause();
 #elif defined(__aarch64__) && defined(__GNUC__)
   asm volatile("yield");
+#elif defined(_M_ARM64)
+  __yield();
 #endif
 }
 
@@ -95,6 +99,24 @@ void Pool::run(void (*work)(void*, int), void* context) {
   job_.notify_all();
   work(context, 0);
   barrier_.wait();
+}
+
+ArmFeatures arm_features() {
+  ArmFeatures f;
+#if defined(__APPLE__) && defined(__aarch64__)
+  auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  f.dotprod = has("hw.optional.arm.FEAT_DotProd"), f.i8mm = has("hw.optional.arm.FEAT_I8MM");
+#elif defined(__linux__) && defined(__aarch64__)
+  f.dotprod = (getauxval(AT_HWCAP) >> 20 & 1) != 0;  // HWCAP_ASIMDDP
+  f.i8mm = f.dotprod && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;  // HWCAP2_I8MM
+#elif defined(_M_ARM64)
+  f.dotprod = IsProcessorFeaturePresent(43) != 0;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+#endif
+  return f;
 }
 
 int64_t process_id() {

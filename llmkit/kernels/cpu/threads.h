@@ -43,6 +43,9 @@ class Pool {
   void* context_ = nullptr;
 };
 
+struct ArmFeatures { bool dotprod = false, i8mm = false; };
+ArmFeatures arm_features();  // none on other processors
+
 int physical_cores();  // that this process may use
 int64_t process_id();
 // The pool of so many threads that all plans of this process share.
