@@ -241,10 +241,12 @@ static int64_t tile_rows(const Linear& w) { return w.quantized() ? 16 * kQuantPa
 
 static void quantize_row(const float* x, int64_t k, const QuantizedRows& out, int64_t row) {
   int8_t* q = out.q + row * out.k_padded;
+  F odd = zero();  // stays so unless a number is infinite or none
   for (int64_t g = 0; g * 32 < out.k_padded; ++g) {
     const int64_t left = k - g * 32;
     F a = left >= 16 ? load(x + g * 32) : load_n(x + g * 32, int(left));
     F b = left >= 32 ? load(x + g * 32 + 16) : left > 16 ? load_n(x + g * 32 + 16, int(left - 16)) : zero();
+    odd = fma(b, zero(), fma(a, zero(), odd));
     const float largest = hmax(max(abs(a), abs(b)));
     const F inverse = set1(largest > 0 ? 127.0f / largest : 0.0f);
     to_i8(q + g * 32, mul(a, inverse));
@@ -255,6 +257,7 @@ static void quantize_row(const float* x, int64_t k, const QuantizedRows& out, in
     out.offset[row * (out.k_padded / 16) + 2 * g + 1] = high;
     out.offset32[row * (out.k_padded / 32) + g] = low + high;
   }
+  if (hsum(odd) != 0) out.scale[row * (out.k_padded / 32)] = NAN;  // integers would hide it
 }
 
 static inline int32_t four(const int8_t* q) { int32_t x; memcpy(&x, q, 4); return x; }

@@ -5,7 +5,9 @@
 #include <map>
 #include <new>
 #include <set>
+#include <stdexcept>
 #include <string>
+#include <system_error>
 
 #if defined(_WIN32)
 #define NOMINMAX
@@ -67,11 +69,21 @@ void Barrier::wait() {
     while (!passed()) generation_.wait(generation, std::memory_order_acquire);
 }
 
-Pool::Pool(int threads) : threads_(threads), barrier_(threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+Pool::Pool(int threads) : threads_(threads), process_(process_id()), barrier_(threads) {
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+  } catch (const std::system_error& error) {
+    end();
+    throw std::runtime_error("The system does not start " + std::to_string(threads) + " threads (" + error.what() + "). Take fewer with --threads");
+  }
 }
 
 Pool::~Pool() {
+  if (process_ == process_id()) end();
+  else new std::vector<std::thread>(std::move(workers_));  // a fork: they stayed behind in the parent, and are never joined
+}
+
+void Pool::end() {
   ending_ = true;
   job_.fetch_add(1);
   job_.notify_all();

@@ -33,8 +33,10 @@ class Pool {
 
  private:
   void serve(int thread);
+  void end();
   std::mutex running_;
   const int threads_;
+  const int64_t process_;
   Barrier barrier_;
   std::vector<std::thread> workers_;
   std::atomic<uint32_t> job_{0};
