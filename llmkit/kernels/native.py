@@ -35,7 +35,7 @@ def native_problem(config: ModelConfig | None = None) -> str | None:
     """Why the native kernels cannot run this model here, or None if they can.
 
     The environment variable LLMKIT_KERNELS chooses: "reference" is PyTorch, the name of an instruction set
-    (avx512_vnni, avxvnni, avx2, neon_dotprod, portable) is that one.
+    (avx512_vnni, avxvnni, avx2, neon_i8mm, neon_dotprod, portable) is that one.
     """
     wanted = os.environ.get("LLMKIT_KERNELS")
     if wanted == "reference":
@@ -137,6 +137,8 @@ class NativeBackend:
             )
         except MemoryError as error:
             raise DoesNotFit("the KV cache does not fit in memory. Take a smaller --ctx-size, or --kv-bits 8.") from error
+        except RuntimeError as error:
+            raise LLMKitError(f"{error}.") from error
         return out
 
     def _rotary(self, contexts: NDArray[np.int32]) -> list[tuple[NDArray[np.float32], int, NDArray[np.int32]]]:
@@ -207,12 +209,17 @@ class _Description:
         rows, columns = weight.shape
         if isinstance(weight, QuantizedMatrix):
             kind = Q4 if weight.scheme == "q4" else Q8
-            return kind, rows, columns, weight.codes, weight.scales, weight.row_scale, added, weight.group, weight.codebook
-        return KINDS[weight.dtype], rows, columns, np.ascontiguousarray(weight), None, None, added, 32, None
+            return kind, rows, columns, weight.codes, weight.scales, _in_place(weight.row_scale), added, weight.group, weight.codebook
+        return KINDS[weight.dtype], rows, columns, _in_place(weight), None, None, added, 32, None
 
     def _norm(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         bias = self.weights.get(f"{name}.bias") if self.config.norm == "layer" else None
         return _floats(self.weights[f"{name}.weight"]) + np.float32(self.config.norm_offset), None if bias is None else _floats(bias)
+
+
+def _in_place(array: np.ndarray) -> np.ndarray:
+    """The array itself where C++ can read it; a file may hold numbers at addresses that are no multiple of their size."""
+    return np.require(array, requirements=("C_CONTIGUOUS", "ALIGNED"))
 
 
 def _floats(array: Weight) -> NDArray[np.float32]:

@@ -142,7 +142,7 @@ def test_long_contexts_are_split_over_threads_with_the_same_bits(llama: Transfor
     assert relative(whole, logits(TorchBackend(llama), ids)) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["avx512_vnni", "avxvnni", "avx2", "neon_dotprod", "portable"])
+@pytest.mark.parametrize("name", ["avx512_vnni", "avxvnni", "avx2", "neon_i8mm", "neon_dotprod", "portable"])
 def test_every_instruction_set_computes_the_same(llama: Transformer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name not in kernels():
         pytest.skip(f"this processor has no {name}")

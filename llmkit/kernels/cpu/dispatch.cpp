@@ -2,14 +2,12 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "threads.h"
 
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <intrin.h>
 #elif defined(__x86_64__)
 #include <cpuid.h>
-#endif
-#if defined(__linux__) && defined(__aarch64__)
-#include <sys/auxv.h>
 #endif
 
 namespace llmkit {
@@ -56,25 +54,31 @@ Features features() {
 }
 #endif
 
-struct Choice { const Kernels* kernels; bool works; };
+struct Choice { const Kernels* kernels; bool works; };  // kernels null: the compiler or the processor's family does not have them
 
-}  // namespace
-
-const Kernels* choose_kernels(const char* wanted, const char** problem) {
-  bool avx2 = false, avxvnni = false, avx512 = false, neon = false;
+std::vector<Choice> choices() {
+  bool avx2 = false, avxvnni = false, avx512 = false;
 #if defined(__x86_64__) || defined(_M_X64)
   const Features f = features();
   avx2 = f.avx2, avxvnni = f.avxvnni, avx512 = f.avx512;
-#elif defined(__APPLE__) && defined(__aarch64__)
-  neon = true;
-#elif defined(__linux__) && defined(__aarch64__)
-  neon = (getauxval(AT_HWCAP) & (1UL << 20)) != 0;  // HWCAP_ASIMDDP
-#elif defined(_M_ARM64)
-  neon = true;
 #endif
-  const Choice choices[] = {{avx512_kernels(), avx512}, {avxvnni_kernels(), avxvnni}, {avx2_kernels(), avx2}, {neon_kernels(), neon}, {portable_kernels(), true}};
+  const ArmFeatures arm = arm_features();
+  return {{avx512_kernels(), avx512},      {avxvnni_kernels(), avxvnni},   {avx2_kernels(), avx2},
+          {neon_i8mm_kernels(), arm.i8mm}, {neon_kernels(), arm.dotprod}, {portable_kernels(), true}};
+}
+
+}  // namespace
+
+std::vector<const Kernels*> supported_kernels() {
+  std::vector<const Kernels*> found;
+  for (const Choice& choice : choices())
+    if (choice.kernels && choice.works) found.push_back(choice.kernels);
+  return found;
+}
+
+const Kernels* choose_kernels(const char* wanted, const char** problem) {
   *problem = "unknown";
-  for (const Choice& choice : choices) {
+  for (const Choice& choice : choices()) {
     if (!choice.kernels) continue;
     if (wanted && std::strcmp(wanted, choice.kernels->name) != 0) continue;
     if (choice.works) return choice.kernels;

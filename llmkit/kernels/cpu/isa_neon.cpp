@@ -5,6 +5,9 @@
 #include "kernels.h"
 
 #if defined(__aarch64__) || defined(_M_ARM64)
+#if defined(__clang__) && __clang_major__ < 16 && !defined(__ARM_FEATURE_DOTPROD)
+#define __ARM_FEATURE_DOTPROD 1  // or its header keeps the intrinsics from functions with a target of their own
+#endif
 #include <arm_neon.h>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)

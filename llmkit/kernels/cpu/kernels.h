@@ -9,6 +9,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace llmkit {
 
@@ -102,7 +103,9 @@ const Kernels* avx2_kernels();      // null where the compiler or the processor'
 const Kernels* avxvnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
-const Kernels* choose_kernels(const char* wanted, const char** problem);  // wanted null: the best this processor has
+const Kernels* neon_i8mm_kernels();
+std::vector<const Kernels*> supported_kernels();                          // by this processor, the best first
+const Kernels* choose_kernels(const char* wanted, const char** problem);  // wanted null: the best
 
 enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 

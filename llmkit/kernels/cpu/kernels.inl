@@ -241,10 +241,12 @@ static int64_t tile_rows(const Linear& w) { return w.quantized() ? 16 * kQuantPa
 
 static void quantize_row(const float* x, int64_t k, const QuantizedRows& out, int64_t row) {
   int8_t* q = out.q + row * out.k_padded;
+  F odd = zero();  // stays so unless a number is infinite or none
   for (int64_t g = 0; g * 32 < out.k_padded; ++g) {
     const int64_t left = k - g * 32;
     F a = left >= 16 ? load(x + g * 32) : load_n(x + g * 32, int(left));
     F b = left >= 32 ? load(x + g * 32 + 16) : left > 16 ? load_n(x + g * 32 + 16, int(left - 16)) : zero();
+    odd = fma(b, zero(), fma(a, zero(), odd));
     const float largest = hmax(max(abs(a), abs(b)));
     const F inverse = set1(largest > 0 ? 127.0f / largest : 0.0f);
     to_i8(q + g * 32, mul(a, inverse));
@@ -255,6 +257,7 @@ static void quantize_row(const float* x, int64_t k, const QuantizedRows& out, in
     out.offset[row * (out.k_padded / 16) + 2 * g + 1] = high;
     out.offset32[row * (out.k_padded / 32) + g] = low + high;
   }
+  if (hsum(odd) != 0) out.scale[row * (out.k_padded / 32)] = NAN;  // integers would hide it
 }
 
 static inline int32_t four(const int8_t* q) { int32_t x; memcpy(&x, q, 4); return x; }
@@ -262,13 +265,35 @@ static inline int32_t four(const int8_t* q) { int32_t x; memcpy(&x, q, 4); retur
 // Group after group: integers are exact, so only this float32 chain has an order, and it is that of the groups.
 static inline F finish(F acc, I sums, F weight_scale, float x_scale) { return fma(to_float(sums), mul(weight_scale, set1(x_scale)), acc); }
 
+#ifndef LLMKIT_I8MM  // simd_neon.h has its own
+// Two neighbouring loads of codes, put into the order in which `group_sums` takes them.
+static inline void pair(B&, B&) {}
+
+// Adds one group: lane r of sums[t][p] += codes of row r of panel p (from byte `at`) times the activations of token t.
+template <int Tokens, int Panels, int Group, bool Eight>
+static inline void group_sums(const uint8_t* const* w, int64_t at, const int8_t* q, int64_t ldq, I (*sums)[Panels]) {
+#pragma GCC unroll 8
+  for (int j = 0; j < Group / 4; ++j) {
+    B codes[Panels];
+    for (int p = 0; p < Panels; ++p) codes[p] = load_bytes(w[p] + at + 64 * j);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      const int32_t four_columns = four(q + t * ldq + 4 * j);
+      for (int p = 0; p < Panels; ++p) sums[t][p] = Eight ? dot_q8(sums[t][p], codes[p], four_columns) : dot_q4(sums[t][p], codes[p], four_columns);
+    }
+  }
+}
+#endif
+
 // Codes [k_padded / 4][64] of one panel in the order in which the product reads them, looked up in the codebook.
 static void unpack(const uint8_t* codes, int64_t blocks, B table, uint8_t* out) {
   for (int64_t b = 0; b < blocks; ++b, codes += 256, out += 512)
-    for (int j = 0; j < 4; ++j) {
-      B w = load_bytes(codes + 64 * j);
-      store_bytes(out + 64 * j, low_codes(table, w));
-      store_bytes(out + 64 * (j + 4), high_codes(table, w));
+    for (int j = 0; j < 4; j += 2) {
+      const B first = load_bytes(codes + 64 * j), second = load_bytes(codes + 64 * (j + 1));
+      B low[2] = {low_codes(table, first), low_codes(table, second)}, high[2] = {high_codes(table, first), high_codes(table, second)};
+      pair(low[0], low[1]);
+      pair(high[0], high[1]);
+      for (int i = 0; i < 2; ++i) store_bytes(out + 64 * (j + i), low[i]), store_bytes(out + 64 * (j + 4 + i), high[i]);
     }
 }
 
@@ -283,17 +308,7 @@ static inline void quant_tile(const uint8_t* const* w, const int8_t* const* scal
     I sums[Tokens][Panels];
     for (int t = 0; t < Tokens; ++t)
       for (int p = 0; p < Panels; ++p) sums[t][p] = Eight ? start_q8(off[t * ldoff + g]) : set1i(kSignedDot ? 0 : off[t * ldoff + g]);
-#pragma GCC unroll 8
-    for (int j = 0; j < Group / 4; ++j) {
-      B codes[Panels];
-      for (int p = 0; p < Panels; ++p) codes[p] = load_bytes(w[p] + (g * (Group / 4) + j) * 64);
-#pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) {
-        const int32_t four_columns = four(q + t * ldq + g * Group + 4 * j);
-        for (int p = 0; p < Panels; ++p)
-          sums[t][p] = Eight ? dot_q8(sums[t][p], codes[p], four_columns) : dot_q4(sums[t][p], codes[p], four_columns);
-      }
-    }
+    group_sums<Tokens, Panels, Group, Eight>(w, g * Group * 16, q + g * Group, ldq, sums);
     for (int p = 0; p < Panels; ++p) {
       F scale = from_i8(scales[p] + g * 16);
       for (int t = 0; t < Tokens; ++t) acc[t][p] = finish(acc[t][p], sums[t][p], scale, xs[t * ldxs + g * Group / 32]);

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <exception>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -27,11 +28,11 @@ class View {
   View(View&& other) noexcept : view_(other.view_) { other.view_.obj = nullptr; }
   View(const View&) = delete;
   View& operator=(const View&) = delete;
-  ~View() { if (view_.obj) PyBuffer_Release(&view_); }
+  ~View() { if (view_.obj && Py_IsInitialized()) PyBuffer_Release(&view_); }  // a thread may be unwound when the interpreter has gone
   int64_t bytes() const { return view_.len; }
   template <class T> T* as(int64_t count, const char* name) const {
-    if (view_.len != count * int64_t(sizeof(T)))
-      throw std::invalid_argument(std::string(name) + " has " + std::to_string(view_.len) + " bytes, not " + std::to_string(count * int64_t(sizeof(T))));
+    if (view_.len % int64_t(sizeof(T)) || view_.len / int64_t(sizeof(T)) != count)
+      throw std::invalid_argument(std::string(name) + " has " + std::to_string(view_.len) + " bytes, not " + std::to_string(sizeof(T)) + " x " + std::to_string(count));
     if (reinterpret_cast<uintptr_t>(view_.buf) % alignof(T)) throw std::invalid_argument(std::string(name) + " is not aligned");
     return static_cast<T*>(view_.buf);
   }
@@ -47,7 +48,9 @@ struct PlanObject {
   std::vector<View>* views;
 };
 
+// Only true tuples, ints and floats: no code of an object's own runs between two looks at borrowed references.
 PyObject* item(PyObject* tuple, Py_ssize_t i) {
+  if (!PyTuple_Check(tuple)) throw std::invalid_argument("a part of the plan is not a tuple");
   PyObject* found = PyTuple_GetItem(tuple, i);
   if (!found) throw PythonError();
   return found;
@@ -58,11 +61,13 @@ PyObject* entry(PyObject* dict, const char* name) {
   return found;
 }
 int64_t integer(PyObject* object) {
+  if (!PyLong_Check(object)) throw std::invalid_argument("a number of the plan is not an int");
   const int64_t value = PyLong_AsLongLong(object);
   if (value == -1 && PyErr_Occurred()) throw PythonError();
   return value;
 }
 double number(PyObject* object) {
+  if (!PyFloat_Check(object) && !PyLong_Check(object)) throw std::invalid_argument("a number of the plan is not a float");
   const double value = PyFloat_AsDouble(object);
   if (value == -1 && PyErr_Occurred()) throw PythonError();
   return value;
@@ -77,9 +82,10 @@ Linear linear(PyObject* object, std::vector<View>& views, const char* name) {
   w.kind = Kind(kind);
   w.n = integer(item(object, 1));
   w.k = integer(item(object, 2));
-  w.group = int(integer(item(object, 7)));
-  if (w.n < 1 || w.k < 1 || w.n > (int64_t(1) << 31) || w.k > (int64_t(1) << 31) || (w.group != 16 && w.group != 32))
+  const int64_t group = integer(item(object, 7));
+  if (w.n < 1 || w.k < 1 || w.n > (int64_t(1) << 31) || w.k > (int64_t(1) << 31) || (group != 16 && group != 32))
     throw std::invalid_argument(std::string(name) + " has an impossible shape");
+  w.group = int(group);
   auto keep = [&](Py_ssize_t i) -> View& {
     views.emplace_back(item(object, i));
     return views.back();
@@ -103,11 +109,19 @@ Linear linear(PyObject* object, std::vector<View>& views, const char* name) {
   return w;
 }
 
-std::vector<float> floats(PyObject* object) {
+// A copy: what a step has checked stays as it is, whatever other threads do to the array.
+template <class T>
+std::vector<T> numbers(PyObject* object, const char* name) {
   View view(object);
-  const int64_t count = view.count<float>();
-  const float* data = view.as<float>(count, "an array of floats");
-  return std::vector<float>(data, data + count);
+  const int64_t count = view.count<T>();
+  const T* data = view.as<T>(count, name);
+  return std::vector<T>(data, data + count);
+}
+std::vector<float> floats(PyObject* object) { return numbers<float>(object, "an array of floats"); }
+std::vector<int32_t> integers(PyObject* object, int64_t count, const char* name) {
+  std::vector<int32_t> out = numbers<int32_t>(object, name);
+  if (int64_t(out.size()) != count) throw std::invalid_argument(std::string(name) + " has " + std::to_string(out.size()) + " entries, not " + std::to_string(count));
+  return out;
 }
 
 // (weight, bias) or None
@@ -155,7 +169,8 @@ PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
     c.vocab = whole("vocab_size"), c.hidden = whole("hidden_size"), c.intermediate = whole("intermediate_size");
     c.heads = whole("num_attention_heads"), c.kv_heads = whole("num_key_value_heads"), c.head_dim = whole("head_dim");
     c.max_positions = whole("max_position_embeddings");
-    c.activation = int(whole("activation"));
+    const int64_t activation = whole("activation");
+    c.activation = activation >= 0 && activation < 256 ? int(activation) : -1;
     c.eps = real("norm_eps"), c.attention_softcap = real("attn_logit_softcapping"), c.final_softcap = real("final_logit_softcapping");
     c.embedding_multiplier = real("embedding_multiplier"), c.residual_multiplier = real("residual_multiplier"), c.logits_scaling = real("logits_scaling");
     c.norm_before_heads = whole("norm_before_heads") != 0;
@@ -163,6 +178,7 @@ PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
     if (cache != int64_t(Kind::F32) && cache != int64_t(Kind::F16) && cache != int64_t(Kind::Q8)) throw std::invalid_argument("the cache is of an unknown kind");
     c.cache = Kind(cache);
     PyObject* windows = entry(config, "windows");
+    if (!PyTuple_Check(windows)) throw std::invalid_argument("the windows are not a tuple");
     for (Py_ssize_t i = 0; i < PyTuple_Size(windows); ++i) c.windows.push_back(integer(item(windows, i)));
     plan->embedding = linear(entry(config, "embedding"), *views, "the embedding");
     plan->head = linear(entry(config, "head"), *views, "the head");
@@ -177,7 +193,9 @@ PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
       layer.before_attention = norm(entry(from, "before_attention")), layer.after_attention = norm(entry(from, "after_attention"));
       layer.before_mlp = norm(entry(from, "before_mlp")), layer.after_mlp = norm(entry(from, "after_mlp"));
       layer.q_norm = norm(entry(from, "q_norm")), layer.k_norm = norm(entry(from, "k_norm"));
-      layer.rope = int(integer(entry(from, "rope"))), layer.group = int(integer(entry(from, "group"))), layer.window = integer(entry(from, "window"));
+      const int64_t rope = integer(entry(from, "rope")), group = integer(entry(from, "group"));
+      if (rope < -1 || rope > 255 || group < 0 || group > 255) throw std::invalid_argument("a layer has no such rotation or cache group");
+      layer.rope = int(rope), layer.group = int(group), layer.window = integer(entry(from, "window"));
       layer.attention_scale = float(number(entry(from, "attention_scale")));
       plan->layers.push_back(std::move(layer));
     }
@@ -194,8 +212,10 @@ PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
 
 void plan_dealloc(PyObject* self) {
   PlanObject* object = reinterpret_cast<PlanObject*>(self);
-  delete object->plan;
-  delete object->views;
+  if (!object->plan->busy()) {  // an interpreter that ends drops what daemon threads still compute with, a fork what others did
+    delete object->plan;
+    delete object->views;
+  }
   PyTypeObject* type = Py_TYPE(self);
   reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
   Py_DECREF(type);
@@ -227,60 +247,55 @@ PyObject* plan_step(PyObject* self, PyObject* args) {
     if (!PyArg_ParseTuple(args, "OOOO!O!OOpO", &tokens, &positions, &sequences, &PyList_Type, &tables, &PyList_Type, &rotary, &adapters, &rows, &hidden, &out))
       throw PythonError();
     Step step;
-    std::vector<View> views;
-    views.reserve(size_t(8 + PyList_Size(tables) + 2 * PyList_Size(rotary)));
-    auto view = [&](PyObject* object, bool writable = false) -> View& {
-      views.emplace_back(object, writable);
-      return views.back();
-    };
-    View& ids = view(tokens);
-    step.tokens = ids.count<int32_t>();
-    step.ids = ids.as<int32_t>(step.tokens, "tokens");
-    step.positions = view(positions).as<int32_t>(step.tokens, "positions");
-    step.sequence_of = view(sequences).as<int32_t>(step.tokens, "sequences");
-    step.sequences = -1;
+    const std::vector<int32_t> ids = numbers<int32_t>(tokens, "tokens");
+    step.tokens = int64_t(ids.size());
+    const std::vector<int32_t> at = integers(positions, step.tokens, "positions"), sequence_of = integers(sequences, step.tokens, "sequences");
+    step.ids = ids.data(), step.positions = at.data(), step.sequence_of = sequence_of.data();
+    std::vector<std::vector<int32_t>> held;
+    held.reserve(size_t(PyList_Size(tables) + PyList_Size(rotary)));
     for (Py_ssize_t i = 0; i < PyList_Size(tables); ++i) {  // (array [sequences, width], sequences)
       PyObject* pair = PyList_GetItem(tables, i);
-      View& table = view(item(pair, 0));
-      const int64_t count = integer(item(pair, 1)), total = table.count<int32_t>();
-      if (count < 1 || total % count || (step.sequences >= 0 && step.sequences != count)) throw std::invalid_argument("the block tables do not fit together");
+      const int64_t count = integer(item(pair, 1));
+      held.push_back(numbers<int32_t>(item(pair, 0), "a block table"));
+      const int64_t total = int64_t(held.back().size());
+      if (count < 1 || total % count || (i && step.sequences != count)) throw std::invalid_argument("the block tables do not fit together");
       step.sequences = count;
-      step.tables.push_back(table.as<int32_t>(total, "a block table"));
+      step.tables.push_back(held.back().data());
       step.widths.push_back(total / count);
     }
+    std::vector<std::vector<float>> sets;
     for (Py_ssize_t i = 0; i < PyList_Size(rotary); ++i) {  // (sets [count, half + 1], count, set of each sequence)
       PyObject* triple = PyList_GetItem(rotary, i);
+      sets.push_back(floats(item(triple, 0)));
       Rotary r;
-      View& sets = view(item(triple, 0));
       r.count = integer(item(triple, 1));
-      const int64_t total = sets.count<float>();
+      const int64_t total = int64_t(sets.back().size());
       if (r.count < 1 || total % r.count) throw std::invalid_argument("the rotary frequencies do not fit together");
       r.half = total / r.count - 1;
-      r.sets = sets.as<float>(total, "rotary frequencies");
-      r.of_sequence = view(item(triple, 2)).as<int32_t>(step.sequences, "rotary sets");
+      r.sets = sets.back().data();
+      held.push_back(integers(item(triple, 2), step.sequences, "rotary sets"));
+      r.of_sequence = held.back().data();
       step.rotary.push_back(r);
     }
-    if (adapters != Py_None) step.adapters = view(adapters).as<int32_t>(step.sequences, "adapters");
-    View& wanted = view(rows);
-    step.rows = wanted.count<int32_t>();
-    step.wanted = wanted.as<int32_t>(step.rows, "rows");
+    std::vector<int32_t> chosen;
+    if (adapters != Py_None) chosen = integers(adapters, step.sequences, "adapters"), step.adapters = chosen.data();
+    const std::vector<int32_t> wanted = numbers<int32_t>(rows, "rows");
+    step.rows = int64_t(wanted.size());
+    step.wanted = wanted.data();
     step.hidden_only = hidden != 0;
-    step.out = view(out, true).as<float>(step.rows * (hidden ? plan.config.hidden : plan.config.vocab), "the result");
+    const View result(out, true);
+    step.out = result.as<float>(step.rows * (hidden ? plan.config.hidden : plan.config.vocab), "the result");
     Watch watch;
     bool complete = false;
-    std::string problem;
-    bool memory = false;
+    std::exception_ptr problem;
     watch.thread = PyEval_SaveThread();
     try {
       complete = plan.step(step, &Watch::look, &watch);
-    } catch (const std::bad_alloc&) {
-      memory = true;
-    } catch (const std::exception& error) {
-      problem = error.what();
+    } catch (const std::exception&) {
+      problem = std::current_exception();
     }
     PyEval_RestoreThread(watch.thread);
-    if (memory) throw std::bad_alloc();
-    if (!problem.empty()) throw std::invalid_argument(problem);
+    if (problem) std::rethrow_exception(problem);
     if (!complete) throw PythonError();
     Py_RETURN_NONE;
   });
@@ -302,14 +317,17 @@ PyObject* plan_add_adapter(PyObject* self, PyObject* list) {
       low.a = floats(item(part, 2));
       low.b = floats(item(part, 3));
     }
-    plan.adapters.push_back(std::move(adapter));
+    int64_t index = 0;
+    std::exception_ptr problem;
+    PyThreadState* thread = PyEval_SaveThread();  // a step that runs may want the GIL before it ends
     try {
-      plan.check();
-    } catch (...) {
-      plan.adapters.pop_back();
-      throw;
+      index = plan.add(std::move(adapter));
+    } catch (const std::exception&) {
+      problem = std::current_exception();
     }
-    return PyLong_FromSsize_t(Py_ssize_t(plan.adapters.size()) - 1);
+    PyEval_RestoreThread(thread);
+    if (problem) std::rethrow_exception(problem);
+    return PyLong_FromLongLong(index);
   });
 }
 
@@ -350,10 +368,8 @@ PyObject* available(PyObject*, PyObject*) {
   return guarded([&]() -> PyObject* {
     PyObject* names = PyList_New(0);
     if (!names) throw PythonError();
-    for (const char* name : {"avx512_vnni", "avxvnni", "avx2", "neon_dotprod", "portable"}) {
-      const char* problem;
-      if (!choose_kernels(name, &problem)) continue;
-      PyObject* text = PyUnicode_FromString(name);
+    for (const Kernels* kernels : supported_kernels()) {
+      PyObject* text = PyUnicode_FromString(kernels->name);
       if (!text || PyList_Append(names, text) != 0) { Py_XDECREF(text); Py_DECREF(names); throw PythonError(); }
       Py_DECREF(text);
     }

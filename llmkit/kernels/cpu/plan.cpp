@@ -25,6 +25,9 @@ void Plan::check() const {
   positive(c.vocab, "vocab_size"); positive(c.hidden, "hidden_size"); positive(c.intermediate, "intermediate_size");
   positive(c.heads, "num_attention_heads"); positive(c.kv_heads, "num_key_value_heads"); positive(c.head_dim, "head_dim");
   if (c.head_dim > kMaxHeadDim) refuse("head_dim is " + std::to_string(c.head_dim) + "; the kernels have room for " + std::to_string(kMaxHeadDim));
+  if (c.activation < kSilu || c.activation > kRelu) refuse("the activation is of an unknown kind");
+  for (int64_t window : c.windows)
+    if (window < 0) refuse("a window is " + std::to_string(window));
   if (c.heads % c.kv_heads) refuse("num_attention_heads is not a multiple of num_key_value_heads");
   if (layers.empty()) refuse("there are no layers");
   auto shaped = [](const Linear& w, int64_t n, int64_t k, const std::string& name) {
@@ -40,7 +43,7 @@ void Plan::check() const {
   shaped(head, c.vocab, c.hidden, "the head");
   if (!final_norm.present) refuse("there is no final norm");
   sized(final_norm, c.hidden, "the final norm");
-  if (!positions_table.empty() && int64_t(positions_table.size()) != c.max_positions * c.hidden) refuse("the table of positions has the wrong size");
+  if (!positions_table.empty() && int64_t(positions_table.size() / size_t(c.hidden)) != c.max_positions) refuse("the table of positions has the wrong size");
   const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& l = layers[i];
@@ -70,11 +73,11 @@ void Plan::check() const {
 void Plan::finish() {
   auto set = [this](Linear& w) {
     if (w.kind != Kind::Q4) return;
-    if (signed_codebook_.empty()) {
-      signed_codebook_.assign(w.codebook, w.codebook + 16);
-      for (uint8_t& entry : signed_codebook_) entry = uint8_t(entry - 64);
-    }
-    w.lookup = kernels_->signed_dot ? signed_codebook_.data() : w.codebook;
+    w.lookup = w.codebook;
+    if (!kernels_->signed_dot) return;
+    std::array<uint8_t, 16>& entries = signed_codebooks_.emplace_back();
+    for (size_t i = 0; i < 16; ++i) entries[i] = uint8_t(w.codebook[i] - 64);
+    w.lookup = entries.data();
   };
   set(embedding);
   set(head);
@@ -197,7 +200,7 @@ void Run::prepare() {
   for (int64_t i = 0; i < step.rows; ++i) need(step.wanted[i] >= 0 && step.wanted[i] < tokens, "row " + std::to_string(step.wanted[i]) + " is not in the step");
   for (int64_t t = 0; t < tokens; ++t) {
     need(step.ids[t] >= 0 && step.ids[t] < c.vocab, "token id " + std::to_string(step.ids[t]) + " is not in the vocabulary");
-    need(step.positions[t] >= 0 && (plan.positions_table.empty() || step.positions[t] < c.max_positions), "position " + std::to_string(step.positions[t]) + " is out of range");
+    need(step.positions[t] >= 0 && step.positions[t] < INT32_MAX && (plan.positions_table.empty() || step.positions[t] < c.max_positions), "position " + std::to_string(step.positions[t]) + " is out of range");
     const int32_t s = step.sequence_of[t];
     need(s >= 0 && s < step.sequences, "sequence " + std::to_string(s) + " has no block table");
     if (t && step.sequence_of[t - 1] == s) need(step.positions[t] == step.positions[t - 1] + 1, "the positions of a sequence have a gap");
@@ -547,10 +550,36 @@ void Run::work(int thread) {
   }
 }
 
-bool Plan::step(const Step& step, bool (*interrupted)(void*), void* context) {
+namespace {
+
+struct Stepping {
+  std::atomic<int64_t>& process;
+  explicit Stepping(std::atomic<int64_t>& p) : process(p) { process = process_id(); }
+  ~Stepping() { process = 0; }
+};
+
+}  // namespace
+
+int64_t Plan::add(Adapter adapter) {
   std::lock_guard<std::mutex> lock(stepping_);
+  adapters.push_back(std::move(adapter));
+  try {
+    check();
+  } catch (...) {
+    adapters.pop_back();
+    throw;
+  }
+  return int64_t(adapters.size()) - 1;
+}
+
+bool Plan::step(const Step& step, bool (*interrupted)(void*), void* context) {
+  // After a fork in the middle of a step the lock is held by a thread that stayed behind, and the cache may be half grown.
+  const int64_t process = stepping_process_;
+  if (process && process != process_id()) throw std::runtime_error("The process was forked while this model computed. Load it again in the new process");
+  std::lock_guard<std::mutex> lock(stepping_);
+  const Stepping stepping(stepping_process_);
   if (process_ != process_id()) {
-    if (pool_) new std::shared_ptr<Pool>(std::move(pool_));  // its threads stayed behind in the parent: never join them
+    pool_.reset();
     pool_ = pool_of(threads_);
     process_ = process_id();
   }

@@ -1,5 +1,7 @@
 // A model as a plan: sizes and pointers, checked once; then whole steps of many sequences in one call.
 #pragma once
+#include <array>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -76,7 +78,11 @@ class Plan {
   void check() const;
   void finish();  // after `check`: what is derived once
   // Throws std::invalid_argument for bad input, std::bad_alloc. Returns false where `interrupted` said so between layers.
+  // Steps of several threads wait for each other.
   bool step(const Step& step, bool (*interrupted)(void*), void* context);
+  // The index of the adapter for `step`; waits for a step that runs. Throws std::invalid_argument where it does not fit.
+  int64_t add(Adapter adapter);
+  bool busy() const { return stepping_process_ != 0; }
   const Kernels& kernels() const { return *kernels_; }
   int threads() const { return threads_; }
   int64_t cache_bytes() const;
@@ -90,11 +96,12 @@ class Plan {
   std::vector<KVStorage> storage_;                     // per layer
   struct Cache { int64_t blocks = 0; std::unique_ptr<Memory> memory; };  // all layers of a group in one piece
   std::vector<Cache> caches_;                          // per group
-  std::vector<uint8_t> signed_codebook_;
+  std::deque<std::array<uint8_t, 16>> signed_codebooks_;  // one per linear
   std::unique_ptr<Memory> scratch_;
   std::shared_ptr<Pool> pool_;
   int64_t process_ = 0;  // that started the pool
   std::mutex stepping_;
+  std::atomic<int64_t> stepping_process_{0};  // 0: no step runs
 };
 
 }  // namespace llmkit

@@ -1,7 +1,12 @@
-// Sixteen lanes in four q registers; int8 dot products by the dot product extension of ARMv8.2.
+// Sixteen lanes in four q registers; int8 dot products by the dot product extension of ARMv8.2, those of tiles by i8mm.
 #pragma once
 constexpr bool kSignedDot = true;
-constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 4, kQuantPanels = 1, kAccumulators = 6;
+constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantPanels = 1, kAccumulators = 6;
+#ifdef LLMKIT_I8MM
+constexpr int kQuantTokens = 6;  // 24 accumulators
+#else
+constexpr int kQuantTokens = 4;
+#endif
 
 struct F { float32x4_t v[4]; };
 struct I { int32x4_t v[4]; };
@@ -85,6 +90,55 @@ static inline I dot_q4(I acc, B w, int32_t x) {
 }
 static inline I dot_q8(I acc, B w, int32_t x) { return dot_q4(acc, w, x); }
 static inline I start_q8(int32_t) { return set1i(0); }
+#if defined(_MSC_VER) && !defined(__clang__)
+static inline void prefetch(const void* p) { __prefetch(p); }
+#else
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+#endif
 template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }
+
+#ifdef LLMKIT_I8MM
+// `smmla` multiplies two tokens with two rows, eight columns at a time:
+//
+//   token t    col 0..7     row r      col 0..7           t * r       t * (r+1)
+//   token t+1  col 0..7  x  row r + 1  col 0..7    adds   (t+1) * r   (t+1) * (r+1)    to four lanes
+//
+// Codes stand by fours of columns; zipped, two loads hold rows 0 and 1, 2 and 3, ..., 14 and 15 with eight columns each.
+static inline void pair(B& x, B& y) {
+  B out[2];
+  LANES {
+    const int32x4_t a = vreinterpretq_s32_s8(x.v[i]), b = vreinterpretq_s32_s8(y.v[i]);
+    out[i / 2].v[i % 2 * 2] = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+    out[i / 2].v[i % 2 * 2 + 1] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+  }
+  x = out[0];
+  y = out[1];
+}
+
+// See kernels.inl; what `sums` held was zero. An odd last token is its own neighbour.
+template <int Tokens, int Panels, int Group, bool Eight>
+static inline void group_sums(const uint8_t* const* w, int64_t at, const int8_t* q, int64_t ldq, I (*sums)[Panels]) {
+  constexpr int kPairs = (Tokens + 1) / 2;
+  for (int p = 0; p < Panels; ++p) {
+    int32x4_t acc[kPairs][8];
+    for (auto& of_pair : acc) for (auto& a : of_pair) a = vdupq_n_s32(0);
+#pragma GCC unroll 4
+    for (int column = 0; column < Group; column += 8) {
+      B first = load_bytes(w[p] + at + 16 * column), second = load_bytes(w[p] + at + 16 * column + 64);
+      if (Eight) pair(first, second);  // unpacked codes were paired when they were written
+#pragma GCC unroll 4
+      for (int t = 0; t < kPairs; ++t) {
+        const int8_t* even = q + 2 * t * ldq + column;
+        const int8x16_t x = vcombine_s8(vld1_s8(even), vld1_s8(2 * t + 1 < Tokens ? even + ldq : even));
+        LANES acc[t][i] = vmmlaq_s32(acc[t][i], x, first.v[i]);
+        LANES acc[t][4 + i] = vmmlaq_s32(acc[t][4 + i], x, second.v[i]);
+      }
+    }
+    for (int t = 0; t < Tokens; ++t) LANES {
+      const int64x2_t a = vreinterpretq_s64_s32(acc[t / 2][2 * i]), b = vreinterpretq_s64_s32(acc[t / 2][2 * i + 1]);
+      sums[t][p].v[i] = vreinterpretq_s32_s64(t % 2 ? vzip2q_s64(a, b) : vzip1q_s64(a, b));
+    }
+  }
+}
+#endif
 #undef LANES

@@ -5,9 +5,12 @@
 #include <map>
 #include <new>
 #include <set>
+#include <stdexcept>
 #include <string>
+#include <system_error>
 
 #if defined(_WIN32)
+#define NOMINMAX
 #include <windows.h>
 #include <process.h>
 #else
@@ -19,6 +22,7 @@
 #include <sys/sysctl.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <cstdio>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
@@ -33,6 +37,8 @@ void relax() {
   _mm_pause();
 #elif defined(__aarch64__) && defined(__GNUC__)
   asm volatile("yield");
+#elif defined(_M_ARM64)
+  __yield();
 #endif
 }
 
@@ -63,11 +69,21 @@ void Barrier::wait() {
     while (!passed()) generation_.wait(generation, std::memory_order_acquire);
 }
 
-Pool::Pool(int threads) : threads_(threads), barrier_(threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+Pool::Pool(int threads) : threads_(threads), process_(process_id()), barrier_(threads) {
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+  } catch (const std::system_error& error) {
+    end();
+    throw std::runtime_error("The system does not start " + std::to_string(threads) + " threads (" + error.what() + "). Take fewer with --threads");
+  }
 }
 
 Pool::~Pool() {
+  if (process_ == process_id()) end();
+  else new std::vector<std::thread>(std::move(workers_));  // a fork: they stayed behind in the parent, and are never joined
+}
+
+void Pool::end() {
   ending_ = true;
   job_.fetch_add(1);
   job_.notify_all();
@@ -95,6 +111,24 @@ void Pool::run(void (*work)(void*, int), void* context) {
   job_.notify_all();
   work(context, 0);
   barrier_.wait();
+}
+
+ArmFeatures arm_features() {
+  ArmFeatures f;
+#if defined(__APPLE__) && defined(__aarch64__)
+  auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  f.dotprod = has("hw.optional.arm.FEAT_DotProd"), f.i8mm = has("hw.optional.arm.FEAT_I8MM");
+#elif defined(__linux__) && defined(__aarch64__)
+  f.dotprod = (getauxval(AT_HWCAP) >> 20 & 1) != 0;  // HWCAP_ASIMDDP
+  f.i8mm = f.dotprod && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;  // HWCAP2_I8MM
+#elif defined(_M_ARM64)
+  f.dotprod = IsProcessorFeaturePresent(43) != 0;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+#endif
+  return f;
 }
 
 int64_t process_id() {

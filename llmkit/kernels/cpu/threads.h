@@ -33,8 +33,10 @@ class Pool {
 
  private:
   void serve(int thread);
+  void end();
   std::mutex running_;
   const int threads_;
+  const int64_t process_;
   Barrier barrier_;
   std::vector<std::thread> workers_;
   std::atomic<uint32_t> job_{0};
@@ -42,6 +44,9 @@ class Pool {
   void (*work_)(void*, int) = nullptr;
   void* context_ = nullptr;
 };
+
+struct ArmFeatures { bool dotprod = false, i8mm = false; };
+ArmFeatures arm_features();  // none on other processors
 
 int physical_cores();  // that this process may use
 int64_t process_id();
