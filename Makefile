@@ -9,7 +9,7 @@ CONSTRAINT := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 INSTALLED := $(VENV)/.installed
 MODEL ?=
 
-.PHONY: help setup chat test test-slow lint format bench stories-data stories clean
+.PHONY: help setup chat test test-slow lint format bench bench-gpu stories-data stories clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -42,6 +42,9 @@ format: $(INSTALLED)  ## let ruff lay out the code
 
 bench: $(INSTALLED)  ## measure a model: speed, memory, time to first token (MODEL=folder-or-hub-id)
 	@$(BIN)/llmkit bench $(MODEL)
+
+bench-gpu: $(INSTALLED)  ## measure 4 bits on a CUDA GPU against bfloat16 and bitsandbytes NF4 (MODEL=folder-or-hub-id)
+	@$(BIN)/llmkit bench-gpu $(MODEL)
 
 DATA ?= ../shared/data
 stories-data: $(INSTALLED)  ## write the training text of the embedded model (needs the DATA folder)
