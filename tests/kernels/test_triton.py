@@ -177,8 +177,8 @@ def compile(kernel, x, out, **constants):
 
 for q4, halves, blocks in ((True, 1, 16), (True, 2, 16), (False, 1, 8)):
     shared = {"Q4": q4, "HALVES": halves, "BLOCKS": blocks}
-    one = compile(matmul._product_kernel, "*bf16", "*fp32", TOKENS=1, OPERAND=tl.bfloat16, ROWS=16, **shared)
-    compile(matmul._product_kernel, "*bf16", "*fp32", TOKENS=16, OPERAND=tl.bfloat16, ROWS=32, **shared)
+    one = compile(matmul._product_kernel, "*bf16", "*fp32", TOKENS=1, OPERAND=tl.bfloat16, ROWS=16, TILES=3, **shared)
+    compile(matmul._product_kernel, "*bf16", "*fp32", TOKENS=16, OPERAND=tl.bfloat16, ROWS=32, TILES=3, **shared)
     for listed, rows in ((False, 16), (True, 1)):
         compile(matmul._rows_kernel, "*bf16", "*bf16", LISTED=listed, ROWS=rows, **shared)
     loop = one.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]

@@ -53,7 +53,7 @@ def _product_kernel(
     K,
     N,
     blocks,
-    blocks_per_split,
+    TILES: tl.constexpr,  # of a split
     Q4: tl.constexpr,
     HALVES: tl.constexpr,  # groups in a block that have scales of their own
     TOKENS: tl.constexpr,  # 1, or 16: padded for the tensor cores
@@ -68,19 +68,19 @@ def _product_kernel(
     inside_row = panel < tl.cdiv(N, 16)  # panels are padded: 16 rows share one answer, so that their loads stay one access
     run = tl.arange(0, BLOCKS * RUNS)
     token = tl.arange(0, TOKENS)
-    first = tl.program_id(1) * blocks_per_split
-    end = tl.minimum(first + blocks_per_split, blocks)
+    first = tl.program_id(1) * TILES * BLOCKS
     acc = tl.zeros([TOKENS if TOKENS > 1 else BLOCKS * RUNS, ROWS], tl.float32)
-    for start in range(first, end, BLOCKS):
+    for index in range(TILES):
+        start = first + index * BLOCKS
         block = start + run // RUNS
-        inside = (block < end)[:, None] & inside_row[None, :]
+        inside = (block < blocks)[:, None] & inside_row[None, :]
         tile = tl.load(words + ((panel * blocks + start) * RUNS * 16 + lane)[None, :] + (run * 16)[:, None], mask=inside, other=0)
         for half in tl.static_range(2 if Q4 else 1):
             group = (panel * blocks)[None, :] * HALVES + block[:, None] * HALVES + (half if HALVES == 2 else 0)
             scale = tl.load(scales + group * 16 + lane[None, :], mask=inside, other=0).to(tl.float32)
             for column in tl.static_range(4):
                 k = block * 32 + half * 16 + (run % RUNS) * 4 + column
-                known = (block < end) & (k < K)
+                known = k < K
                 weights = _weights(tile, table, half, column, Q4) * scale
                 if TOKENS == 1:
                     acc += weights * tl.load(x + k, mask=known, other=0.0).to(tl.float32)[:, None]
@@ -162,12 +162,13 @@ def _few_tokens(x: Tensor, packed: Packed, splits: int | None) -> Tensor:
     if splits is None:
         splits = triton.cdiv(_PROGRAMS * _multiprocessors(x.device), programs)
     constants = _constants(packed)
-    per_split = triton.cdiv(triton.cdiv(blocks, constants["BLOCKS"]), splits) * constants["BLOCKS"]
-    splits = triton.cdiv(blocks, per_split)
+    tiles = triton.cdiv(blocks, constants["BLOCKS"])
+    per_split = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, per_split)
     out = x.new_empty(splits, tokens, features, dtype=torch.float32)
     _product_kernel[(programs, splits)](
-        x, *_pointers(packed), out, tokens, columns, features, blocks, per_split,
-        TOKENS=1 if tokens == 1 else MAX_TOKENS, OPERAND=_operand(x.dtype), ROWS=rows, **constants, num_stages=1,
+        x, *_pointers(packed), out, tokens, columns, features, blocks,
+        TILES=per_split, TOKENS=1 if tokens == 1 else MAX_TOKENS, OPERAND=_operand(x.dtype), ROWS=rows, **constants, num_stages=1,
     )  # fmt: skip
     return (out[0] if splits == 1 else out.sum(0)).to(x.dtype)
 
