@@ -9,7 +9,7 @@ CONSTRAINT := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 INSTALLED := $(VENV)/.installed
 MODEL ?=
 
-.PHONY: help setup chat test test-slow lint format bench stories-data stories clean
+.PHONY: help setup chat test test-slow lint format bench bench-gpu stories-data stories clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "llmkit needs Python 3.11 or newer, this is %s; set PYTHON=python3.x" % sys.version.split()[0])'
 	@echo 'Setting up $(VENV) (once, a few minutes)...' >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) -e '.[test]' >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) -e '.[gpu,test]' >&2
 	@touch $@
 
 chat: $(INSTALLED)  ## talk to the embedded model (or MODEL=folder-or-hub-id)
@@ -42,6 +42,9 @@ format: $(INSTALLED)  ## let ruff lay out the code
 
 bench: $(INSTALLED)  ## measure a model: speed, memory, time to first token (MODEL=folder-or-hub-id)
 	@$(BIN)/llmkit bench $(MODEL)
+
+bench-gpu: $(INSTALLED)  ## measure 4 bits on a CUDA GPU against bfloat16 and bitsandbytes NF4 (MODEL=folder-or-hub-id)
+	@$(BIN)/llmkit bench-gpu $(MODEL)
 
 DATA ?= ../shared/data
 stories-data: $(INSTALLED)  ## write the training text of the embedded model (needs the DATA folder)

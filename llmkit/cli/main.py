@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": ("llmkit.cli.verify:verify", "Check a model against transformers and against itself; exit code 3 where it differs."),
     "quantize": ("llmkit.cli.quantize:quantize", "Write a model in 4 or 8 bits."),
     "bench": ("llmkit.cli.bench:bench", "Measure speed, start-up time and memory, also against transformers."),
+    "bench-gpu": ("llmkit.cli.bench_gpu:bench_gpu", "Measure 4 bits on a GPU against bfloat16 and bitsandbytes' NF4."),
     "convert": ("llmkit.cli.convert:convert", "Write a model as a GGUF file for llama.cpp."),
     "train": ("llmkit.cli.train:train", "Train or fine-tune a model from a recipe."),
     "finetune": ("llmkit.cli.train:train", "The same as train."),

@@ -49,9 +49,10 @@ def attention(
     batch, queries, heads, dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    if queries == 1 and mask is None and softcap is None:
+    if queries == 1 and softcap is None:
         # Decode: the group's heads become the query axis, so that no key is copied or read twice.
-        out = F.scaled_dot_product_attention(q.reshape(batch, kv_heads, group, dim), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        folded, mask = q.reshape(batch, kv_heads, group, dim), None if mask is None else mask.unsqueeze(1)
+        out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale)
         return out.reshape(batch, 1, heads, dim)
 
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -12,6 +12,7 @@ import torch
 from llmkit.config import ModelConfig
 from llmkit.errors import UsageError
 from llmkit.model.cache import CachedAttention, KVCache
+from llmkit.model.decode import Capture, StaticDecode, capturable, cuda_graphs
 from llmkit.model.transformer import Transformer
 
 
@@ -21,11 +22,13 @@ class TorchBackend:
     All tokens of a step, whatever their sequences, pass through the linears as one flat batch without padding;
     attention runs per sequence. A row's logits agree with those of the row alone within 1e-5 (matrix products of
     different sizes round differently).
+    On CUDA, steps with one token for each sequence are captured in graphs (`model/decode.py`).
     """
 
     block_size = 16
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, capture: Capture | None = None) -> None:
+        """capture: what captures such steps; by default CUDA graphs on CUDA, nothing elsewhere."""
         self.model = model.eval()
         weight = next(model.model.norm.parameters())  # norms are never quantized
         self.device = weight.device
@@ -34,6 +37,9 @@ class TorchBackend:
         # On a CPU all arithmetic is float32, whatever the weights are stored in.
         self.dtype = torch.float32 if self.device.type == "cpu" else weight.dtype
         self.cache = KVCache(model.config, self.block_size, self.dtype, self.device)
+        if capture is None and self.device.type == "cuda":
+            capture = cuda_graphs(self.device)
+        self.decode = StaticDecode(model, self.cache, capture) if capture is not None and capturable(model.config) else None
 
     @property
     def config(self) -> ModelConfig:
@@ -76,6 +82,10 @@ class TorchBackend:
         """Stores the tokens' keys and values; float32 logits (or final hidden states) `[len(rows), vocab]`."""
         if any(adapter is not None for adapter in adapters):
             raise UsageError(f"adapter {next(a for a in adapters if a)!r} is not loaded; this model runs without adapters.")
+        one_each = len(tokens) == len(contexts)  # every sequence has at least one
+        if self.decode is not None and one_each and not hidden and self.decode.fits(len(tokens), int(positions.max()) + 1):
+            logits = self.decode(tokens, positions, [table[sequences] for table in block_tables])
+            return logits[torch.from_numpy(rows).to(self.device, torch.int64)].float().cpu().numpy()
         lengths = contexts[sequences].tolist() if self.config.rope_depends_on_length else (0,)
         attend = CachedAttention(self.cache, positions, sequences, block_tables)
         out = self.model(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ from torch import Tensor, nn
 from llmkit.kernels import reference
 from llmkit.kernels.format import QuantizedMatrix
 from llmkit.kernels.reference import Packed
+
+logger = logging.getLogger(__name__)
 
 
 class _Quantized(nn.Module):
@@ -47,8 +52,9 @@ class _Quantized(nn.Module):
 class QuantizedLinear(_Quantized):
     """A linear with a quantized weight `[out_features, in_features]`.
 
-    On a CPU the product is that of the native kernels (activations rounded to int8, see `kernels/reference.py`). While gradients flow,
-    and on other devices, the weight is dequantized for the product; the gradient reaches the input and the bias, not the weight.
+    On a CPU the product is that of the native kernels (activations rounded to int8, see `kernels/reference.py`); on CUDA that of
+    `kernels/triton` (activations as they are). While gradients flow, and on other devices, the weight is dequantized for the product;
+    the gradient reaches the input and the bias, not the weight.
     """
 
     def __init__(self, matrix: QuantizedMatrix, bias: nn.Parameter | None = None) -> None:
@@ -73,7 +79,8 @@ class QuantizedEmbedding(_Quantized):
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return reference.rows(self.packed, ids).to(self.dtype)
+        kernels = _kernels(ids.device)
+        return reference.rows(self.packed, ids).to(self.dtype) if kernels is None else kernels.rows(self.packed, ids, self.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """Final hidden states `[..., embedding_dim]` times the transposed table."""
@@ -83,11 +90,33 @@ class QuantizedEmbedding(_Quantized):
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         out: Tensor = _Dequantized.apply(x, packed)  # type: ignore[no-untyped-call]
+    elif (kernels := _kernels(x.device)) is not None:
+        out = kernels.linear(x, packed)
     elif x.device.type == "cpu":
         return reference.linear(x, packed, bias).to(x.dtype)
     else:
-        out = x @ reference.dequantize(packed).to(x.dtype).T
+        out = x @ _dense(packed, x.dtype).T
     return out if bias is None else out + bias.to(out.dtype)
+
+
+def _dense(packed: Packed, dtype: torch.dtype) -> Tensor:
+    kernels = _kernels(packed.codes.device)
+    return reference.dequantize(packed).to(dtype) if kernels is None else kernels.dequantize(packed, dtype)
+
+
+def _kernels(device: torch.device) -> ModuleType | None:
+    """What multiplies on this device, where it is not PyTorch."""
+    return _triton() if device.type == "cuda" else None
+
+
+@cache
+def _triton() -> ModuleType | None:
+    try:
+        from llmkit.kernels import triton
+    except ImportError as error:
+        logger.warning("Quantized weights run in plain PyTorch on this GPU, which is slow: %s. Install it: pip install triton.", error)
+        return None
+    return triton
 
 
 class _Dequantized(torch.autograd.Function):
@@ -96,9 +125,9 @@ class _Dequantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
         ctx.packed = packed
-        return x @ reference.dequantize(packed).to(x.dtype).T
+        return x @ _dense(packed, x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return grad @ reference.dequantize(ctx.packed).to(grad.dtype), None
+        return grad @ _dense(ctx.packed, grad.dtype), None
