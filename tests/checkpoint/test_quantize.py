@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,12 +20,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.files import open_checkpoint, read_json
 from llmkit.checkpoint.load import load_model, load_model_with_report
-from llmkit.checkpoint.quantize import QuantizeReport, quantize_folder
+from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.quantized import read_quantized
 from llmkit.checkpoint.save import save_model
 from llmkit.errors import CheckpointError, ConfigError, LLMKitError, UsageError
+from llmkit.families import read_config
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.kernels.format import CODEBOOK, QuantizedMatrix
 from llmkit.model.backend import TorchBackend
@@ -33,7 +36,7 @@ from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.methods import round_to_nearest
 from llmkit.quant.schemes import choose
 from tests.families.tiny import VARIANTS, tiny_folder
-from tests.kernels.test_native import logits, relative
+from tests.kernels.test_native import logits
 from tests.tiny import write_model
 
 from . import raw
@@ -102,7 +105,9 @@ def test_logits(tmp_path: Path, variant: str, scheme: str) -> None:
     quantize_model(in_memory, scheme)
     found = logits(TorchBackend(mapped), ids)
     np.testing.assert_array_equal(found, logits(TorchBackend(in_memory), ids))
-    assert 0 < relative(found, original) < (0.08 if scheme == "q8" else 1.2)  # matrices of 24 columns: the worst there are
+    errors = np.linalg.norm(found - original, axis=1) / np.linalg.norm(original, axis=1)
+    # Few columns are the worst case; the median, because an expert that is chosen otherwise changes a row altogether.
+    assert 0 < np.median(errors) < (0.1 if scheme == "q8" else 0.8)
     config, weights = read_quantized(tmp_path / "out")
     if native_problem(config) is None:
         # A number half-way between two integers may be rounded either way, and that goes through all that follows.
@@ -135,7 +140,8 @@ def test_shards_make_no_difference(tmp_path: Path, variant: str) -> None:
 
 
 def test_threads_make_no_difference(tmp_path: Path) -> None:
-    source = tiny_folder(tmp_path / "source", vocab_size=30_000, hidden_size=384, num_attention_heads=4)  # several blocks of rows
+    sizes = {"vocab_size": 12_000, "hidden_size": 384, "num_attention_heads": 4, "num_hidden_layers": 1}
+    source = tiny_folder(tmp_path / "source", **sizes)  # several blocks of rows
     before = torch.get_num_threads()
     for threads in (1, 2, 5):
         quantize_folder(source, tmp_path / str(threads), threads=threads)
@@ -166,7 +172,7 @@ def test_progress_counts_every_weight_once(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     source = tiny_folder(tmp_path / "source")
     report = quantize_folder(source, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen == sorted(seen)
     assert {total for _, total in seen} == {report.weights} == {seen[-1][0]}
 
 
@@ -193,14 +199,24 @@ print(peak - base)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process as Linux counts it")
 def test_memory_is_far_below_the_model(tmp_path: Path) -> None:
-    """150 MB of bfloat16, most of it in two matrices."""
-    source = tiny_folder(tmp_path / "source", vocab_size=50_000, hidden_size=768, num_hidden_layers=1)
-    save_model(load_model(source), tmp_path / "narrow", dtype="bfloat16")
-    shutil.rmtree(source)
-    small = tiny_folder(tmp_path / "small")
-    command = [sys.executable, "-c", MEASURE, tmp_path / "narrow", small, tmp_path / "out"]
+    """160 MB of bfloat16 zeros, most of them in two matrices, of which no byte is stored."""
+    source, config = tmp_path / "source", raw.LLAMA | {"vocab_size": 50_000, "hidden_size": 768, "tie_word_embeddings": False}
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in parameter_shapes(read_config(config)).items():
+        size = 2 * math.prod(shape)
+        header[name] = raw.entry("BF16", list(shape), end, end + size)
+        end += size
+    text = json.dumps(header).encode()
+    encoded = raw.encode(text + b" " * (-len(text) % 8))  # aligned, as every writer does it: what is not must be copied to be read
+    with (source / FILE).open("wb") as file:
+        file.write(encoded)
+        file.truncate(len(encoded) + end)
+    command = [sys.executable, "-c", MEASURE, source, tiny_folder(tmp_path / "small"), tmp_path / "out"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 60_000_000 < (tmp_path / "narrow" / FILE).stat().st_size / 2
+    assert end > 150_000_000
+    assert int(done.stdout) < 40_000_000
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -311,7 +327,7 @@ def test_stopped_in_the_middle(tmp_path: Path, number: signal.Signals, quantized
         time.sleep(0.7)
         process.send_signal(number)
         assert process.wait(10) == (130 if number == signal.SIGINT else -number)
-        assert process.stderr.read() == ""
+        assert process.stderr.read().strip() == ""
     assert stored(tmp_path / "out") == before
     left = [name for name in names(tmp_path) if name not in ("out", "source")]
     if number == signal.SIGINT:

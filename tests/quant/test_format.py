@@ -107,7 +107,7 @@ def test_the_codebook() -> None:
     assert list(CODEBOOK) == sorted(set(CODEBOOK))
     assert len(CODEBOOK) == 16
     assert OFFSET in CODEBOOK
-    assert 0 <= min(CODEBOOK)
+    assert min(CODEBOOK) >= 0
     assert max(CODEBOOK) <= 127
 
 

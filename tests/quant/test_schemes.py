@@ -85,7 +85,7 @@ def test_choices() -> None:
         "model.embed_positions.weight",
     ):
         assert all(choose(scheme, name, (32,)) is None for scheme in SCHEMES)
-    with pytest.raises(UsageError, match="scheme 'q5' is unknown. Use one of q4, q8"):
+    with pytest.raises(UsageError, match=r"scheme 'q5' is unknown\. Use one of q4, q8"):
         choose("q5", "lm_head.weight", (8, 8))
 
 
