@@ -90,8 +90,9 @@ class QuantizedMatrix:
         panel, lane = ids // PANEL, ids % PANEL
         values = _values(self._codes_of(panel, lane), self.codebook)
         # Codes times scales are integers below 2^14: only the row's scale rounds.
-        whole = values.reshape(len(ids), -1, self.group) * self.scales[panel, :, lane].astype(np.float32)[:, :, None]
-        return whole.reshape(len(ids), -1)[:, : self.shape[1]] * self.row_scale[ids, None]
+        scales = self.scales[panel, :, lane].astype(np.float32)
+        whole = values.reshape(*scales.shape, self.group) * scales[:, :, None]
+        return whole.reshape(values.shape)[:, : self.shape[1]] * self.row_scale[ids, None]
 
     def unpack(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The arguments of `pack`: codes uint8 (q4) or int8 (q8) `[N, K]`, scales int8 `[N, groups]`, row_scale float32 `[N]`."""
@@ -106,9 +107,9 @@ class QuantizedMatrix:
         """The codes of rows by panel and lane, `[rows, Kp]`, one byte each."""
         panels, blocks, _ = self.codes.shape
         if self.scheme == "q8":
-            return self.codes.reshape(panels, blocks, 8, PANEL, 4)[panel, :, :, lane].reshape(len(panel), -1)
+            return self.codes.reshape(panels, blocks, 8, PANEL, 4)[panel, :, :, lane].reshape(len(panel), blocks * BLOCK)
         packed = self.codes.reshape(panels, blocks, 4, PANEL, 4)[panel, :, :, lane]  # [rows, blocks, 4, 4]
-        return np.stack((packed & 15, packed >> 4), 2).reshape(len(panel), -1)
+        return np.stack((packed & 15, packed >> 4), 2).reshape(len(panel), blocks * BLOCK)
 
 
 # A weight as the kernels take it: quantized, or float32, float16, or bfloat16 as its 16 bits in uint16.

@@ -78,7 +78,8 @@ def rows(packed: Packed, ids: Tensor) -> Tensor:
     else:
         runs = packed.codes.view(count, blocks, 4, PANEL, 4)[panel, :, :, lane]
         values = (packed.codebook.float() - OFFSET)[torch.stack((runs & 15, runs >> 4), 2).int()]
-    scaled = values.reshape(len(flat), -1, packed.group) * packed.scales[panel, :, lane].float().unsqueeze(-1)
+    scales = packed.scales[panel, :, lane].float()
+    scaled = values.reshape(*scales.shape, packed.group) * scales.unsqueeze(-1)
     out = scaled.flatten(1)[:, : packed.shape[1]] * packed.row_scale[flat, None]
     return out.view(*ids.shape, packed.shape[1])
 

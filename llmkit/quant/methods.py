@@ -37,9 +37,12 @@ def round_to_nearest(weight: Tensor, scheme: str = "q4", group: int = 32, import
             raise ValueError(f"row {start + int((~torch.isfinite(part)).any(1).nonzero()[0, 0])} has values that are not finite")
         wide = torch.zeros(len(part), padded)
         wide[:, :columns] = part
+        # A power of two brings each row near 1, where squares neither overflow nor vanish.
+        power = torch.frexp(wide.abs().amax(1)).exponent.clamp_(-126, 126)
+        wide *= torch.ldexp(torch.ones(len(part)), -power).unsqueeze(1)
         choose = _choose_q4 if scheme == "q4" else _choose_q8
         codes, scales, row_scale = choose(wide, group, None if importance is None else counts)
-        parts.append((codes[:, :columns], scales[:, : -(-columns // group)], row_scale))
+        parts.append((codes[:, :columns], scales[:, : -(-columns // group)], torch.ldexp(row_scale, power)))
     all_codes, all_scales, all_row_scales = (torch.cat(found).numpy() for found in zip(*parts, strict=True))
     return pack(all_codes, all_scales, all_row_scales, scheme, group)
 
