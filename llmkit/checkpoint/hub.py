@@ -10,15 +10,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from llmkit.checkpoint.files import CONVERT, GGUF, INDEX, PICKLES, SINGLE, shard_names
 from llmkit.errors import CheckpointError, UsageError
@@ -142,6 +139,10 @@ def _from_cache(name: str, revision: str | None, reason: str, remedy: str) -> Pa
 
 def _unreachable(endpoint: str) -> str | None:
     """Why no connection to the hub can be made, or None. In a thread, because a name look-up has no time limit."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass  # with ssl and http.client, 15 ms that a folder on disk does not wait for
+
     url = urlsplit(endpoint)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     proxy = getproxies().get(url.scheme) or getproxies().get("all")

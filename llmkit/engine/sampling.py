@@ -9,7 +9,7 @@ new array; a removed token is -inf.
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -217,7 +217,7 @@ def uniform(seed: int, sample_index: int, position: int) -> float:
 
 def fresh_seed() -> int:
     """A seed nobody asked for; small enough to be typed again."""
-    return secrets.randbits(32)
+    return int.from_bytes(os.urandom(4), "little")
 
 
 def choose(logits: Logits, draw: float) -> int:
