@@ -15,7 +15,7 @@ class Build(build_ext):
 
     def build_extensions(self) -> None:
         if self.compiler.compiler_type == "msvc":
-            compile_args, link_args = ["/std:c++20", "/O2", "/fp:precise", "/EHsc"], []
+            compile_args, link_args = ["/std:c++20", "/O2", "/fp:precise", "/EHsc", "/wd4068"], []  # 4068: pragmas of other compilers
         else:
             # No contraction: whether a * b + c is rounded once must not depend on how a compiler lays out a loop.
             compile_args = [
