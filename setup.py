@@ -27,7 +27,9 @@ class Build(build_ext):
                 "-g0",
                 "-Wno-unknown-pragmas",
             ]
-            link_args = ["-pthread"] if sys.platform != "darwin" else []
+            link_args = ["-pthread"] if sys.platform != "darwin" else ["-mmacosx-version-min=11.0"]
+            if sys.platform == "darwin":  # the first whose library waits on atomics
+                compile_args += link_args
         extra = os.environ.get("LLMKIT_BUILD_FLAGS", "").split()  # sanitizers, for the tests
         for extension in self.extensions:
             extension.extra_compile_args, extension.extra_link_args = compile_args + extra, link_args + extra
