@@ -15,7 +15,7 @@ class Build(build_ext):
 
     def build_extensions(self) -> None:
         if self.compiler.compiler_type == "msvc":
-            compile_args, link_args = ["/std:c++20", "/O2", "/fp:precise", "/EHsc"], []
+            compile_args, link_args = ["/std:c++20", "/O2", "/fp:precise", "/EHsc", "/wd4068"], []  # 4068: pragmas of other compilers
         else:
             # No contraction: whether a * b + c is rounded once must not depend on how a compiler lays out a loop.
             compile_args = [
@@ -27,7 +27,9 @@ class Build(build_ext):
                 "-g0",
                 "-Wno-unknown-pragmas",
             ]
-            link_args = ["-pthread"] if sys.platform != "darwin" else []
+            link_args = ["-pthread"] if sys.platform != "darwin" else ["-mmacosx-version-min=11.0"]
+            if sys.platform == "darwin":  # the first whose library waits on atomics
+                compile_args += link_args
         extra = os.environ.get("LLMKIT_BUILD_FLAGS", "").split()  # sanitizers, for the tests
         for extension in self.extensions:
             extension.extra_compile_args, extension.extra_link_args = compile_args + extra, link_args + extra

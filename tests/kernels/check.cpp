@@ -212,7 +212,7 @@ class Checker {
       Cache& c = caches[side];
       c.keys.resize(size_t(blocks * kv_heads * dim * BLOCK * bytes)), c.values.resize(size_t(blocks * kv_heads * BLOCK * padded * bytes));
       c.key_scale.resize(size_t(blocks * kv_heads * BLOCK)), c.value_scale.resize(c.key_scale.size());
-      KVStorage storage{kind, kv_heads, dim, padded, c.keys.data(), c.values.data(), c.key_scale.data(), c.value_scale.data()};
+      KVStorage storage{kind, kv_heads, dim, padded, blocks, c.keys.data(), c.values.data(), c.key_scale.data(), c.value_scale.data()};
       for (int64_t p = 0; p < length; ++p) kernels.store_kv(storage, table[size_t(p / BLOCK)], p % BLOCK, k.data() + p * kv_heads * dim, v.data() + p * kv_heads * dim);
       std::vector<float> scratch(kAttendScratch + 64);
       for (int rows : {1, 2, 3, 4, 5, 6, 7, TILE_ROWS})

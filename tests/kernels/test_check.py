@@ -126,10 +126,12 @@ def test_sanitizers_find_nothing(native: dict[str, str], tmp_path: Path, sanitiz
 def test_python_tests_under_sanitizers(sanitized: Path, file: str) -> None:
     """The extension as Python loads it. torch leaks on purpose, and a Python that is not sanitized needs the library first."""
     libraries = [run(["g++", f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
-    run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-o", "timeout=600", f"tests/kernels/{file}"],
-        cwd=sanitized,
+    output = run(
+        # Forks, limits and exits are the system's matter, and would test the sanitizer's own threads and address space.
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not fork and not system and not interpreter", file],
+        cwd=sanitized / "tests" / "kernels",
         LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",
         PYTHONPATH=str(sanitized),
     )
+    assert " passed" in output  # all would be skipped if the extension did not load

@@ -122,7 +122,7 @@ static inline void group_sums(const uint8_t* const* w, int64_t at, const int8_t*
   for (int p = 0; p < Panels; ++p) {
     int32x4_t acc[kPairs][8];
     for (auto& of_pair : acc) for (auto& a : of_pair) a = vdupq_n_s32(0);
-#pragma GCC unroll 4
+#pragma GCC unroll 1
     for (int column = 0; column < Group; column += 8) {
       B first = load_bytes(w[p] + at + 16 * column), second = load_bytes(w[p] + at + 16 * column + 64);
       if (Eight) pair(first, second);  // unpacked codes were paired when they were written
