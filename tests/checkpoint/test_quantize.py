@@ -61,13 +61,20 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "q4"
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model of a variant, made once."""
+    root = tmp_path_factory.mktemp("tiny")
+    return lambda variant: root / variant if (root / variant).exists() else tiny_folder(root / variant, variant)
+
+
 # --- what is written is what is read ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["q4", "q8"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_round_trip(tmp_path: Path, variant: str, scheme: str) -> None:
-    source = tiny_folder(tmp_path / "source", variant)
+def test_round_trip(tmp_path: Path, tiny: Callable[[str], Path], variant: str, scheme: str) -> None:
+    source = tiny(variant)
     report = quantize_folder(source, tmp_path / "out", scheme)
     original = dict(load_model(source).named_parameters())
     config, weights = read_quantized(tmp_path / "out")
@@ -95,9 +102,9 @@ def test_round_trip(tmp_path: Path, variant: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["q4", "q8"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits(tmp_path: Path, variant: str, scheme: str) -> None:
+def test_logits(tmp_path: Path, tiny: Callable[[str], Path], variant: str, scheme: str) -> None:
     """The folder computes what the model quantized in memory computes, with kernels and without."""
-    source = tiny_folder(tmp_path / "source", variant)
+    source = tiny(variant)
     quantize_folder(source, tmp_path / "out", scheme)
     ids = np.random.default_rng(0).integers(0, 97, 40)
     in_memory, mapped = load_model(source), load_model(tmp_path / "out")

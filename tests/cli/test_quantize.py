@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pexpect
 import pytest
 
+from llmkit.cli.main import run
 from tests.tiny import TEXT, write_model
 
 SLOW = """
@@ -20,7 +22,7 @@ from llmkit.checkpoint import quantize
 from llmkit.cli.main import run
 found = quantize.round_to_nearest
 def slow(*arguments):
-    time.sleep(0.25)
+    time.sleep(0.2)
     return found(*arguments)
 quantize.round_to_nearest = slow
 sys.exit(run(sys.argv[1:]))
@@ -31,6 +33,24 @@ def llmkit(*arguments: object, text: str = "") -> subprocess.CompletedProcess[st
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LLMKIT_")}
     command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
     return subprocess.run(command, input=text, capture_output=True, text=True, env=environment | {"LLMKIT_DEVICE": "cpu"})
+
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
+    """The same in this process: (exit code, standard output, standard error)."""
+    for name in [name for name in os.environ if name.startswith("LLMKIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LLMKIT_DEVICE", "cpu")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = run([*map(str, arguments)])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +84,7 @@ def test_a_quantized_folder_is_used_like_any_other(quantized: Path, model: Path)
     assert llmkit("chat", quantized, "-n", "5", "--ignore-eos", text="Hello").returncode == 0
 
 
-def test_errors_of_quantize(model: Path, quantized: Path, tmp_path: Path) -> None:
+def test_errors_of_quantize(said: Said, model: Path, quantized: Path, tmp_path: Path) -> None:
     for arguments, code, message in (
         ([model], 2, "Missing option '-o' / '--output'"),
         ([model, "-o", tmp_path / "x", "--scheme", "q5"], 2, "'q5' is not one of 'q4', 'q8'"),
@@ -76,29 +96,30 @@ def test_errors_of_quantize(model: Path, quantized: Path, tmp_path: Path) -> Non
         ([tmp_path / "nothing", "-o", tmp_path / "x"], 1, "nothing"),
         (["-o", tmp_path / "x"], 2, "Missing argument 'MODEL'"),
     ):
-        done = llmkit("quantize", *arguments)
-        assert (done.returncode, done.stdout) == (code, ""), done.stderr
-        assert done.stderr.startswith("error: ")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+        found, out, err = said("quantize", *arguments)
+        assert (found, out) == (code, ""), err
+        assert err.startswith("error: ")
+        assert message in err
+        assert err.count("\n") == 1
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_progress_bar_of_a_long_run(model: Path, tmp_path: Path, terminal: bool) -> None:
+def test_the_progress_bar_of_a_long_run(model: Path, tmp_path: Path) -> None:
     """On a terminal, after two seconds, and gone at the end; a pipe sees none of it."""
-    command = ["-c", SLOW, "quantize", str(model), "-o", str(tmp_path / "out"), "-t", "1"]
-    if not terminal:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        return
-    child = pexpect.spawn(sys.executable, command, encoding="utf-8", timeout=60, dimensions=(40, 200), env={**os.environ, "TERM": "xterm"})
-    child.expect(r"quantizing .*\d+%")
-    assert "MB" not in child.before
-    child.expect(r"out: q4, .* MB after")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+    command = ["-c", SLOW, "quantize", str(model), "-t", "1", "-o"]
+    with subprocess.Popen([sys.executable, *command, tmp_path / "piped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as piped:
+        environment = {**os.environ, "TERM": "xterm"}
+        arguments = [*command, str(tmp_path / "out")]
+        child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=60, dimensions=(40, 200), env=environment)
+        child.expect(r"quantizing .*\d+%")
+        assert "MB" not in child.before
+        child.expect(r"out: q4, .* MB after")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+        out, err = piped.communicate(timeout=60)
+    assert (piped.returncode, err) == (0, b"")
+    assert out.count(b"\n") == 1
 
 
 def test_convert(model: Path, quantized: Path, tmp_path: Path) -> None:
@@ -117,7 +138,7 @@ def test_convert(model: Path, quantized: Path, tmp_path: Path) -> None:
     assert "F16" in done.stdout
 
 
-def test_errors_of_convert(model: Path, tmp_path: Path) -> None:
+def test_errors_of_convert(said: Said, model: Path, tmp_path: Path) -> None:
     (tmp_path / "there.gguf").write_text("precious")
     for arguments, code, message in (
         ([model], 2, "Missing option '-o' / '--output'"),
@@ -126,16 +147,16 @@ def test_errors_of_convert(model: Path, tmp_path: Path) -> None:
         ([model, "-o", tmp_path], 2, "is a folder"),
         ([tmp_path / "nothing", "-o", tmp_path / "x"], 1, "nothing"),
     ):
-        done = llmkit("convert", *arguments)
-        assert (done.returncode, done.stdout) == (code, ""), done.stderr
-        assert done.stderr.startswith("error: ")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+        found, out, err = said("convert", *arguments)
+        assert (found, out) == (code, ""), err
+        assert err.startswith("error: ")
+        assert message in err
+        assert err.count("\n") == 1
     assert os.listdir(tmp_path) == ["there.gguf"]
     assert (tmp_path / "there.gguf").read_text() == "precious"
 
 
-def test_eval_prints_one_flat_object(model: Path, quantized: Path, text: Path) -> None:
+def test_eval_prints_one_flat_object(said: Said, model: Path, quantized: Path, text: Path) -> None:
     done = llmkit("eval", quantized, "--reference", model, "--text", text, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(done.stdout)
@@ -144,18 +165,18 @@ def test_eval_prints_one_flat_object(model: Path, quantized: Path, text: Path) -
     assert 0 < result["mean_kl"] < result["kl_99"] < 0.1
     assert 0.9 < result["top1_agreement"] <= 1
     assert result["bits_per_byte"] == pytest.approx(result["reference_bits_per_byte"], rel=0.05)
-    alone = json.loads(llmkit("eval", model, "--text", text, "--json", "--separator", "", "-n", "30").stdout)
+    alone = json.loads(said("eval", model, "--text", text, "--json", "--separator", "", "-n", "30")[1])
     assert (alone["documents"], alone["tokens"], alone["mean_kl"]) == (1, 30, None)
 
 
-def test_eval_prints_a_table(model: Path, text: Path) -> None:
-    done = llmkit("eval", model, "--text", text, "--reference", model)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_eval_prints_a_table(said: Said, model: Path, text: Path) -> None:
+    code, out, err = said("eval", model, "--text", text, "--reference", model)
+    assert (code, err) == (0, "")
     for label in ("perplexity", "bits per byte", "mean KL per token", "same likeliest token", "100.00%", "computed by"):
-        assert label in done.stdout
+        assert label in out
 
 
-def test_errors_of_eval(model: Path, quantized: Path, text: Path, tmp_path: Path) -> None:
+def test_errors_of_eval(said: Said, model: Path, quantized: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
     (tmp_path / "bad.jsonl").write_text("{\n")
@@ -173,8 +194,8 @@ def test_errors_of_eval(model: Path, quantized: Path, text: Path, tmp_path: Path
         ([model, "--text", text, "--reference", quantized], 2, "is quantized itself"),
         ([model, "--text", text, "--reference", tmp_path / "nothing"], 1, "nothing"),
     ):
-        done = llmkit("eval", *arguments)
-        assert (done.returncode, done.stdout) == (code, ""), done.stderr
-        assert done.stderr.startswith("error: ")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+        found, out, err = said("eval", *arguments)
+        assert (found, out) == (code, ""), err
+        assert err.startswith("error: ")
+        assert message in err
+        assert err.count("\n") == 1
