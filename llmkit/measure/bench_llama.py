@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ class Batch:
 
 
 def export(folder: Path, into: Path, kind: str) -> Path:
-    """The model as a GGUF file of a type, in the folder `into`; one that was written from the same files is found again."""
+    """The model as a GGUF file of a type, in the folder `into`; one that was written from the same bytes is found again."""
     from llmkit.checkpoint.gguf import write_gguf
 
     into.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,9 @@ def export(folder: Path, into: Path, kind: str) -> Path:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of the names, sizes and dates of a model's files."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return sha256(repr(facts).encode()).hexdigest()[:8]
+    """Of what a model's files hold."""
+    digest = sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        with path.open("rb") as file:
+            digest.update(file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:8]
