@@ -99,6 +99,8 @@ def test_what_is_asked_for() -> None:
     assert deep.seeds == 0  # the next run finds this one's context
     assert many.request["length"] * 256 == 512  # all prompts pass in one step
     assert [len(phase) for phase in figures(replace(plan, prefill=0))] == [1, 1, 1, 1]
+    ((shortest,),) = figures(BenchPlan(Path("m"), prefill=1, decode=0))
+    assert shortest.request["room"] == 7  # the prompt of a start and its token
 
 
 @pytest.mark.parametrize(
