@@ -41,12 +41,12 @@ def test_the_embedded_model_says_the_same_in_llama_cpp(tmp_path: Path) -> None:
     write_gguf(llmkit.embedded_model(), tmp_path / "m.gguf")
     ids = llm.tokenizer.encode(STORY)
     ours, theirs = llm.logits(ids), their_logits(tmp_path / "m.gguf", ids)
-    assert divergence(ours, theirs) < 1e-5  # llama.cpp rounds activations to float16
+    assert divergence(ours, theirs) < 1e-6  # llama.cpp rounds activations to float16
     assert (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean() > 0.95
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("file_type", "limit"), [("f16", 1e-5), ("q8_0", 2e-3), ("q4_0", 0.3)])
+@pytest.mark.parametrize(("file_type", "limit"), [("f16", 1e-5), ("q8_0", 1e-3), ("q4_0", 0.1)])
 def test_a_real_model_says_the_same_in_llama_cpp(file_type: str, limit: float, data_dir: Path, tmp_path: Path) -> None:
     folder = data_dir / "models/stories260K-hf"
     llm = llmkit.load(folder, device="cpu")
@@ -56,11 +56,13 @@ def test_a_real_model_says_the_same_in_llama_cpp(file_type: str, limit: float, d
 
 
 def test_a_quantized_folder_is_dequantized_for_llama_cpp(tmp_path: Path) -> None:
-    quantize_folder(write_model(tmp_path / "model", hidden_size=128, intermediate_size=256), tmp_path / "q4", "q4")
+    """The file says what our 4 bits say but for the 8 bits of our activations, which is far less than what 4 bits changed."""
+    quantize_folder(llmkit.embedded_model(), tmp_path / "q4", "q4")
     write_gguf(tmp_path / "q4", tmp_path / "m.gguf")
-    ids = list(range(5, 45))
-    ours = llmkit.load(tmp_path / "q4", device="cpu").logits(ids)
-    assert divergence(ours, their_logits(tmp_path / "m.gguf", ids)) < 1e-4  # ours has 8-bit activations too
+    dense, ours = (llmkit.load(folder, device="cpu") for folder in (llmkit.embedded_model(), tmp_path / "q4"))
+    ids = dense.tokenizer.encode(STORY)
+    theirs = their_logits(tmp_path / "m.gguf", ids)
+    assert divergence(ours.logits(ids), theirs) < 0.05 * divergence(dense.logits(ids), theirs)
 
 
 def test_decoding_resumes_where_the_context_is_there(tmp_path: Path) -> None:
