@@ -129,17 +129,13 @@ def _table(result: dict[str, Any]) -> None:
         if share is not None:
             row[1] += f" ({share:.0%} of bandwidth)"
         table.add_row(*row, *([f"{result[ratio_key(key)]:.2f}x"] if against else []))
-    table.add_row(
-        "bits per weight", *(f"{result[f'{begin}bits_per_weight']:.2f}" if f"{begin}bits_per_weight" in result else "" for begin in begins)
-    )
+    bits = [result.get(f"{begin}bits_per_weight") for begin in begins]
+    table.add_row("bits per weight", *("" if number is None else f"{number:.2f}" for number in bits))
     console = Console()
     console.print(table)
     notes = [f"llmkit: {result['path']}, no speculation; memory read at {result['bandwidth_bytes_s'] / 1e9:.1f} GB/s"]
     if against:
-        notes.append(
-            f"{against} {result[f'{RIVALS[against]}_version']}"
-            + (f": {result[f'{begins[1]}flags']}" if f"{begins[1]}flags" in result else "")
-        )
+        notes.append(f"{against} {result[f'{RIVALS[against]}_version']}: {result[f'{begins[1]}flags']}")
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
 

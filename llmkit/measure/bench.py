@@ -22,6 +22,7 @@ from llmkit.checkpoint.quantized import quantization
 from llmkit.config import ModelConfig
 from llmkit.errors import UsageError
 from llmkit.measure.bench_process import Worker
+from llmkit.measure.bench_worker import START_PROMPT
 
 DECODE_PROMPT = 16  # tokens before the ones that are timed
 STEP_TOKENS = 512  # of prompts in one step: all sequences of a batch begin in the same one
@@ -112,7 +113,8 @@ def bench(plan: BenchPlan, progress: Callable[[str], None] = lambda _: None) -> 
     phases = figures(plan)
     longest = max(figure.request["room"] for phase in phases for figure in phase)
     with ExitStack() as cleanup:
-        common = {"dtype": plan.dtype, "device": plan.device, "threads": plan.threads, "context": longest}
+        common: dict[str, Any] = {"dtype": plan.dtype, "device": plan.device, "threads": plan.threads}
+        common |= {"context": longest, "start_room": phases[0][0].request["room"]}
         ours = Side("llmkit", "", {**common, "side": "llmkit", "folder": str(plan.folder), "kv_bits": plan.kv_bits})
         cleanup.callback(ours.close)
         rivals: list[Side] = []
@@ -161,7 +163,7 @@ def figures(plan: BenchPlan) -> list[list[Figure]]:
     if plan.decode:
         base.append(Figure("decode_tok_s", plan.decode, _decode(plan, DECODE_PROMPT, 1), seeds=2))
     if base:
-        room = max(plan.prefill, DECODE_PROMPT + plan.decode) + 1
+        room = max(START_PROMPT, plan.prefill, DECODE_PROMPT + plan.decode if plan.decode else 0) + 1
         for figure in base:
             figure.request["room"] = room
     # A run at depth finds the context that the one before has left.

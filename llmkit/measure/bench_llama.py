@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,25 @@ from llmkit.errors import LLMKitError, TokenizerError
 
 BATCH = 512  # tokens in one call: n_batch and n_ubatch, as in our own prefill
 FLASH_ATTENTION = {"on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, "off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED}
+LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 # Made by llama.cpp's own tool from the f16 file, with the types that it chooses for each tensor; the others we write ourselves.
 QUANTIZED = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
+
+
+def _print_errors(level: int, text: bytes, _: Any) -> None:
+    """Errors only: what llama.cpp says of every graph that it plans would take time."""
+    if level == LOG_ERROR:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+
+_log = llama_cpp.llama_log_callback(_print_errors)  # kept: C holds no reference to it
 
 
 class LlamaSide:
     """See `llmkit.measure.bench_worker.Side`. Variants: flash attention "on" and "off". The KV cache is float16."""
 
     def __init__(self, file: str | Path, threads: int) -> None:
+        llama_cpp.llama_log_set(_log, None)
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()  # mapped, and repacked where llama.cpp has a kernel for it
         parameters.n_gpu_layers = 0
@@ -177,7 +189,7 @@ class Batch:
 
 
 def export(folder: Path, into: Path, kind: str) -> Path:
-    """The model as a GGUF file of a type, in the folder `into`; one that was written from the same files is found again."""
+    """The model as a GGUF file of a type, in the folder `into`; one that was written from the same bytes is found again."""
     from llmkit.checkpoint.gguf import write_gguf
 
     into.mkdir(parents=True, exist_ok=True)
@@ -186,6 +198,7 @@ def export(folder: Path, into: Path, kind: str) -> Path:
         return target
     if kind in QUANTIZED:
         source = export(folder, into, "f16")
+        llama_cpp.llama_log_set(_log, None)
         parameters = llama_cpp.llama_model_quantize_default_params()
         parameters.ftype = QUANTIZED[kind]
         partial = target.with_suffix(".partial")
@@ -202,7 +215,9 @@ def export(folder: Path, into: Path, kind: str) -> Path:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of the names, sizes and dates of a model's files."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return sha256(repr(facts).encode()).hexdigest()[:8]
+    """Of what a model's files hold."""
+    digest = sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        with path.open("rb") as file:
+            digest.update(file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:8]

@@ -46,4 +46,6 @@ class TransformersSide:
         return times[-1] - times[0]
 
     def facts(self) -> dict[str, Any]:
-        return {"variants": [""], "version": transformers.__version__, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        flags = f"{dtype} on {self.device}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        return {"variants": [""], "version": transformers.__version__, "dtype": dtype, "flags": flags}

@@ -135,7 +135,7 @@ def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) ->
     start = time.time()
     side = load_side(settings)
     loaded = time.time()
-    side.prefill(prompt(START_PROMPT, side.vocab_size, 0), settings["context"], "")
+    side.prefill(prompt(START_PROMPT, side.vocab_size, 0), settings["start_room"], "")
     answer({"load_s": loaded - start, "first_token_s": time.time() - settings["started"], **side.facts()})
     for line in sys.stdin:
         request = json.loads(line)
