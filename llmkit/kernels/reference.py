@@ -1,10 +1,10 @@
 """The product with quantized weights in PyTorch: the definition, the oracle of the native kernels, and the fallback without a compiler.
 
-The arithmetic, per token: activations are rounded to int8 in groups of 32 with one float32 scale each; codes times activations are
+The arithmetic, per token: activations are rounded to int8 in groups of 32 with a power of two for a scale; codes times activations are
 added as integers, group by group; float32 comes in once per group, in ascending order of the groups:
 
     isum = sum over the group of (codebook[code] - 64) * q                exact
-    acc  = fma(isum, scale * x_scale, acc)                                one rounding of the factor, one of the sum
+    acc  = fma(isum, scale * x_scale, acc)                                one rounding: the factor is exact
     y    = fma(acc, row_scale, bias)
 
 That order depends on K alone, so a token's result does not depend on the tokens beside it.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmkit.kernels.format import BLOCK, OFFSET, PANEL, QuantizedMatrix
 
+LEAST_EXPONENT = -100  # of a group's scale: smaller numbers are 0
 _PRODUCTS = 1 << 22  # group sums held at a time: 16 MiB of float32
 _WEIGHTS = 1 << 20  # weights unpacked at a time
 
@@ -85,12 +86,12 @@ def rows(packed: Packed, ids: Tensor) -> Tensor:
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[tokens, K]` float32 as whole numbers -127..127 (held as float32) `[tokens, Kp / 32, 32]` and scales `[tokens, Kp / 32]`."""
+    """Rows `[tokens, K]` float32 as whole numbers -127..127 (held as float32) `[tokens, Kp / 32, 32]` and their scales, powers of two, `[tokens, Kp / 32]`."""
     padding = -x.shape[-1] % BLOCK
     groups = torch.nn.functional.pad(x, (0, padding)).view(len(x), -1, BLOCK)
-    largest = groups.abs().amax(-1)
-    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
-    return (groups * inverse.unsqueeze(-1)).round(), largest / 127.0  # round: half to even
+    mantissa, exponent = torch.frexp(groups.abs().amax(-1))  # largest = mantissa * 2^exponent, 0.5 <= mantissa < 1
+    exponent = (exponent - 7 + (mantissa > 127 / 128)).clamp_min(LEAST_EXPONENT)  # so that it comes to lie between 64 and 127
+    return torch.ldexp(groups, -exponent.unsqueeze(-1)).round(), torch.ldexp(torch.ones_like(mantissa), exponent)  # round: half to even
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:

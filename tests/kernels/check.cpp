@@ -74,14 +74,14 @@ Matrix matrix(Random& random, Kind kind, int64_t n, int64_t k, int group = 32, b
 
 struct Rounded {
   std::vector<int8_t> q;
-  std::vector<float> scale;
-  std::vector<int32_t> offset, offset32;
+  std::vector<float> start;
+  std::vector<int32_t> exponent, offset, offset32;
   QuantizedRows rows;
   Rounded(const Kernels& kernels, const std::vector<float>& x, int64_t tokens, int64_t k) {
     const int64_t padded = round_up(k, 32);
-    q.resize(size_t(tokens * padded)), scale.resize(size_t(tokens * padded / 32));
+    q.resize(size_t(tokens * padded)), exponent.resize(size_t(tokens * padded / 32)), start.resize(size_t(tokens));
     offset.resize(size_t(tokens * padded / 16)), offset32.resize(size_t(tokens * padded / 32));
-    rows = {padded, q.data(), scale.data(), offset.data(), offset32.data()};
+    rows = {padded, q.data(), exponent.data(), start.data(), offset.data(), offset32.data()};
     for (int64_t t = 0; t < tokens; ++t) kernels.quantize_row(x.data() + t * k, k, rows, t);
   }
 };
@@ -158,7 +158,7 @@ class Checker {
         std::vector<float> x(40, 1);
         x[at] = bad;
         const Rounded rounded(kernels_, x, 1, 40);
-        const bool hidden = !std::isfinite(bad) && !std::isnan(rounded.scale[0]);
+        const bool hidden = !std::isfinite(bad) && !std::isnan(rounded.start[0]);
         same("what is no number", "n", hidden ? "y" : "n", 1);
       }
   }
@@ -169,7 +169,7 @@ class Checker {
       const std::vector<float> x = random.floats(3 * k, 100);
       const Rounded expected(*portable_kernels(), x, 3, k), found(kernels_, x, 3, k);
       same("rounded activations", expected.q.data(), found.q.data(), found.q.size());
-      same("scales of activations", expected.scale.data(), found.scale.data(), found.scale.size() * 4);
+      same("exponents of activations", expected.exponent.data(), found.exponent.data(), found.exponent.size() * 4);
       same("offsets", expected.offset.data(), found.offset.data(), found.offset.size() * 4);
       same("offsets of 32", expected.offset32.data(), found.offset32.data(), found.offset32.size() * 4);
     }

@@ -27,10 +27,11 @@ def linear(rows: int = 40, columns: int = 72, kind: tuple[str, int] = ("q4", 32)
 
 
 def product_by_definition(x: Tensor, module: QuantizedLinear) -> Tensor:
-    """Activations rounded to int8 in groups of 32, the rest in float64."""
+    """Activations rounded to int8 in groups of 32 by the least power of two with which they fit, the rest in float64."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % BLOCK)).view(len(x), -1, BLOCK)
     largest = padded.abs().amax(-1, keepdim=True)
-    rounded = (padded * torch.where(largest > 0, 127.0 / largest, 0.0)).round().double() * (largest / 127.0).double()
+    scale = torch.where(largest > 0, 2.0 ** (largest.double() / 127).log2().ceil(), 1.0)
+    rounded = (padded / scale).round() * scale
     weight = torch.nn.functional.pad(module.dequantize().double(), (0, -x.shape[-1] % BLOCK))
     out = rounded.flatten(1) @ weight.T
     return out if module.bias is None else out + module.bias.double()

@@ -30,12 +30,16 @@ struct Linear {
   bool quantized() const { return kind == Kind::Q4 || kind == Kind::Q8; }
 };
 
-// Rows of activations rounded to int8 in groups of 32; `offset` is -64 times the sum of 16 or 32 integers: with it an
+constexpr int kLeastExponent = -100;  // of a group's scale: smaller numbers are 0
+
+// Rows of activations rounded to int8 in groups of 32: x = q * 2^e. `exponent` is e where a float32 has it, `start` where sums
+// begin: 0, or NaN where a number of the row is infinite or none. `offset` is -64 times the sum of 16 or 32 integers: with it an
 // unsigned dot product over codebook entries comes out as if their zero point, 64, had been subtracted.
 struct QuantizedRows {
   int64_t k_padded = 0;   // multiple of 32
   int8_t* q = nullptr;          // [rows, k_padded]
-  float* scale = nullptr;       // [rows, k_padded / 32]
+  int32_t* exponent = nullptr;  // [rows, k_padded / 32], e * 2^23
+  float* start = nullptr;       // [rows]
   int32_t* offset = nullptr;    // [rows, k_padded / 16]
   int32_t* offset32 = nullptr;  // [rows, k_padded / 32]
 };

@@ -239,6 +239,8 @@ static int64_t tile_rows(const Linear& w) { return w.quantized() ? 16 * kQuantPa
 // Lane r of a register belongs to row r of a panel. One 64-byte load holds four columns of each row; the four int8
 // activations of those columns are broadcast to all lanes, and a dot product of four adds into each lane's int32.
 
+// The scale of a group is the power of two, 2^e, with which its largest number comes to lie between 64 and 127: it then
+// enters a product as an addition to the exponents of the weights' scales, beside the multipliers, not through them.
 static void quantize_row(const float* x, int64_t k, const QuantizedRows& out, int64_t row) {
   int8_t* q = out.q + row * out.k_padded;
   F odd = zero();  // stays so unless a number is infinite or none
@@ -248,22 +250,28 @@ static void quantize_row(const float* x, int64_t k, const QuantizedRows& out, in
     F b = left >= 32 ? load(x + g * 32 + 16) : left > 16 ? load_n(x + g * 32 + 16, int(left - 16)) : zero();
     odd = fma(b, zero(), fma(a, zero(), odd));
     const float largest = hmax(max(abs(a), abs(b)));
-    const F inverse = set1(largest > 0 ? 127.0f / largest : 0.0f);
-    to_i8(q + g * 32, mul(a, inverse));
-    to_i8(q + g * 32 + 16, mul(b, inverse));
+    uint32_t bits;
+    memcpy(&bits, &largest, 4);
+    int32_t e = int32_t((bits + 0x1ffff) >> 23) - 133;  // the least e with largest <= 127 * 2^e
+    e = e < kLeastExponent ? kLeastExponent : e;
+    bits = uint32_t(127 - e) << 23;
+    float inverse;
+    memcpy(&inverse, &bits, 4);
+    to_i8(q + g * 32, mul(a, set1(inverse)));
+    to_i8(q + g * 32 + 16, mul(b, set1(inverse)));
     const int32_t low = -64 * sum_i8(q + g * 32), high = -64 * sum_i8(q + g * 32 + 16);
-    out.scale[row * (out.k_padded / 32) + g] = largest / 127.0f;
+    out.exponent[row * (out.k_padded / 32) + g] = e * (1 << 23);
     out.offset[row * (out.k_padded / 16) + 2 * g] = low;
     out.offset[row * (out.k_padded / 16) + 2 * g + 1] = high;
     out.offset32[row * (out.k_padded / 32) + g] = low + high;
   }
-  if (hsum(odd) != 0) out.scale[row * (out.k_padded / 32)] = NAN;  // integers would hide it
+  out.start[row] = hsum(odd) != 0 ? NAN : 0;  // integers would hide it
 }
 
 static inline int32_t four(const int8_t* q) { int32_t x; memcpy(&x, q, 4); return x; }
 
 // Group after group: integers are exact, so only this float32 chain has an order, and it is that of the groups.
-static inline F finish(F acc, I sums, F weight_scale, float x_scale) { return fma(to_float(sums), mul(weight_scale, set1(x_scale)), acc); }
+static inline F finish(F acc, I sums, Scales scales, int32_t exponent) { return fma(to_float(sums), scaled(scales, exponent), acc); }
 
 #ifndef LLMKIT_I8MM  // simd_neon.h has its own
 // Two neighbouring loads of codes, put into the order in which `group_sums` takes them.
@@ -297,86 +305,118 @@ static void unpack(const uint8_t* codes, int64_t blocks, B table, uint8_t* out) 
     }
 }
 
+constexpr int64_t kAhead = 4096;       // bytes of codes fetched before they are used
+
+// The sums of all groups become `rows` numbers of y.
+static inline void put_panel(const Linear& w, int64_t panel, F acc, int rows, float* y) {
+  const F scale = load(w.row_scale + panel * 16);
+  store_n(y, w.bias ? fma(acc, scale, load_n(w.bias + panel * 16, rows)) : mul(acc, scale), rows);
+}
+
+// Rows [16 panel, 16 (panel + Panels)) of y for `Tokens` tokens, from unpacked codes.
 template <int Tokens, int Panels, int Group, bool Eight>
-static inline void quant_tile(const uint8_t* const* w, const int8_t* const* scales, const QuantizedRows& x, int64_t token, F (*acc)[Panels]) {
+static void quant_tile(const Linear& w, int64_t panel, const uint8_t* const* codes, const QuantizedRows& x, int64_t token, float* y, int64_t ldy) {
+  const int64_t groups = x.k_padded / Group, blocks = x.k_padded / 32;
   const int8_t* q = x.q + token * x.k_padded;
-  const float* xs = x.scale + token * (x.k_padded / 32);
-  const int32_t* off = Group == 32 ? x.offset32 + token * (x.k_padded / 32) : x.offset + token * (x.k_padded / 16);
-  const int64_t groups = x.k_padded / Group, ldoff = groups, ldq = x.k_padded, ldxs = x.k_padded / 32;
-  for (int t = 0; t < Tokens; ++t) for (int p = 0; p < Panels; ++p) acc[t][p] = zero();
+  const int32_t* exponents = x.exponent + token * blocks;
+  const int32_t* offsets = Group == 32 ? x.offset32 + token * blocks : x.offset + token * 2 * blocks;
+  const int8_t* scales[Panels];
+  int rows[Panels];
+  F acc[Tokens][Panels];
+  for (int p = 0; p < Panels; ++p) {
+    scales[p] = w.scales + (panel + p) * groups * 16;
+    rows[p] = int(w.n - (panel + p) * 16 < 16 ? w.n - (panel + p) * 16 : 16);
+    for (int t = 0; t < Tokens; ++t) acc[t][p] = set1(x.start[token + t]);
+  }
   for (int64_t g = 0; g < groups; ++g) {
     I sums[Tokens][Panels];
     for (int t = 0; t < Tokens; ++t)
-      for (int p = 0; p < Panels; ++p) sums[t][p] = Eight ? start_q8(off[t * ldoff + g]) : set1i(kSignedDot ? 0 : off[t * ldoff + g]);
-    group_sums<Tokens, Panels, Group, Eight>(w, g * Group * 16, q + g * Group, ldq, sums);
+      for (int p = 0; p < Panels; ++p) sums[t][p] = Eight ? start_q8(offsets[t * groups + g]) : set1i(kSignedDot ? 0 : offsets[t * groups + g]);
+    group_sums<Tokens, Panels, Group, Eight>(codes, g * Group * 16, q + g * Group, x.k_padded, sums);
     for (int p = 0; p < Panels; ++p) {
-      F scale = from_i8(scales[p] + g * 16);
-      for (int t = 0; t < Tokens; ++t) acc[t][p] = finish(acc[t][p], sums[t][p], scale, xs[t * ldxs + g * Group / 32]);
+      const Scales s = load_scales(scales[p] + g * 16);
+      for (int t = 0; t < Tokens; ++t) acc[t][p] = finish(acc[t][p], sums[t][p], s, exponents[t * blocks + g * Group / 32]);
     }
   }
+  for (int p = 0; p < Panels; ++p)
+    for (int t = 0; t < Tokens; ++t) put_panel(w, panel + p, acc[t][p], rows[p], y + (token + t) * ldy + (panel + p) * 16);
 }
 
+// The tokens [token, token + count), count at most Tokens, in one tile of just that size.
 template <int Tokens, int Panels, int Group, bool Eight>
-static void quant_store(const Linear& w, int64_t panel, const uint8_t* const* codes, const QuantizedRows& x, int64_t token, float* y, int64_t ldy) {
-  const int8_t* scales[Panels];
-  for (int p = 0; p < Panels; ++p) scales[p] = w.scales + (panel + p) * (x.k_padded / Group) * 16;
-  F acc[Tokens][Panels];
-  quant_tile<Tokens, Panels, Group, Eight>(codes, scales, x, token, acc);
-  for (int p = 0; p < Panels; ++p) {
-    const int64_t row = (panel + p) * 16;
-    const int m = int(w.n - row < 16 ? w.n - row : 16);
-    const F scale = load(w.row_scale + row), bias = w.bias ? load_n(w.bias + row, m) : zero();
-    for (int t = 0; t < Tokens; ++t) store_n(y + (token + t) * ldy + row, w.bias ? fma(acc[t][p], scale, bias) : mul(acc[t][p], scale), m);
-  }
-}
-
-// One token: codes are looked up on the way and used once.
-template <int Group>
-static void q4_one(const Linear& w, const QuantizedRows& x, int64_t token, float* y, int64_t ldy, int64_t first_panel, int64_t last_panel) {
-  const B table = table16(w.lookup);
-  const int8_t* q = x.q + token * x.k_padded;
-  const float* xs = x.scale + token * (x.k_padded / 32);
-  const int64_t blocks = x.k_padded / 32;
-  const int32_t* off = Group == 32 ? x.offset32 + token * blocks : x.offset + token * 2 * blocks;
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    const uint8_t* codes = static_cast<const uint8_t*>(w.data) + panel * blocks * 256;
-    const int8_t* scales = w.scales + panel * (x.k_padded / Group) * 16;
-    F acc = zero();
-    for (int64_t b = 0; b < blocks; ++b, codes += 256) {
-      I low = set1i(kSignedDot ? 0 : off[Group == 32 ? b : 2 * b]), high = set1i(kSignedDot || Group == 32 ? 0 : off[2 * b + 1]);
-      const int8_t* four_columns = q + b * 32;
-      for (int j = 0; j < 4; ++j) {
-        prefetch(codes + 64 * j + 3072);
-        B c = load_bytes(codes + 64 * j);
-        low = dot_q4(low, low_codes(table, c), four(four_columns + 4 * j));
-        high = dot_q4(high, high_codes(table, c), four(four_columns + 16 + 4 * j));
-      }
-      if (Group == 32) {
-        acc = finish(acc, addi(low, high), from_i8(scales + b * 16), xs[b]);
-      } else {
-        acc = finish(acc, low, from_i8(scales + 2 * b * 16), xs[b]);
-        acc = finish(acc, high, from_i8(scales + (2 * b + 1) * 16), xs[b]);
-      }
-    }
-    const int m = int(w.n - panel * 16 < 16 ? w.n - panel * 16 : 16);
-    const F scale = load(w.row_scale + panel * 16);
-    store_n(y + token * ldy + panel * 16, w.bias ? fma(acc, scale, load_n(w.bias + panel * 16, m)) : mul(acc, scale), m);
+static void quant_rest(int64_t count, const Linear& w, int64_t panel, const uint8_t* const* codes, const QuantizedRows& x, int64_t token, float* y,
+                       int64_t ldy) {
+  if constexpr (Tokens > 0) {
+    if (count == Tokens) quant_tile<Tokens, Panels, Group, Eight>(w, panel, codes, x, token, y, ldy);
+    else quant_rest<Tokens - 1, Panels, Group, Eight>(count, w, panel, codes, x, token, y, ldy);
   }
 }
 
 template <int Panels, int Group, bool Eight>
 static void quant_tokens(const Linear& w, int64_t panel, const uint8_t* const* codes, const QuantizedRows& x, int64_t tokens, float* y, int64_t ldy) {
   int64_t t = 0;
-  for (; t + kQuantTokens <= tokens; t += kQuantTokens) quant_store<kQuantTokens, Panels, Group, Eight>(w, panel, codes, x, t, y, ldy);
-  for (; t + 2 <= tokens; t += 2) quant_store<2, Panels, Group, Eight>(w, panel, codes, x, t, y, ldy);
-  for (; t < tokens; ++t) quant_store<1, Panels, Group, Eight>(w, panel, codes, x, t, y, ldy);
+  for (; t + kQuantTokens <= tokens; t += kQuantTokens) quant_tile<kQuantTokens, Panels, Group, Eight>(w, panel, codes, x, t, y, ldy);
+  quant_rest<kQuantTokens - 1, Panels, Group, Eight>(tokens - t, w, panel, codes, x, t, y, ldy);
+}
+
+// A few tokens: codes are looked up on the way and used once for each.
+template <int Tokens, int Group>
+static void q4_few(const Linear& w, const QuantizedRows& x, int64_t token, float* y, int64_t ldy, int64_t first_panel, int64_t last_panel) {
+  const B table = table16(w.lookup);
+  const int64_t blocks = x.k_padded / 32, ldo = Group == 32 ? blocks : 2 * blocks;
+  const int8_t* q = x.q + token * x.k_padded;
+  const int32_t* exponents = x.exponent + token * blocks;
+  const int32_t* offsets = Group == 32 ? x.offset32 + token * blocks : x.offset + token * 2 * blocks;
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const uint8_t* codes = static_cast<const uint8_t*>(w.data) + panel * blocks * 256;
+    const int8_t* scales = w.scales + panel * (x.k_padded / Group) * 16;
+    F acc[Tokens];
+    for (int t = 0; t < Tokens; ++t) acc[t] = set1(x.start[token + t]);
+    for (int64_t b = 0; b < blocks; ++b, codes += 256) {
+      I low[Tokens], high[Tokens];
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) {
+        low[t] = set1i(kSignedDot ? 0 : offsets[t * ldo + (Group == 32 ? b : 2 * b)]);
+        high[t] = set1i(kSignedDot || Group == 32 ? 0 : offsets[t * ldo + 2 * b + 1]);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        prefetch(codes + 64 * j + kAhead);
+        const B c = load_bytes(codes + 64 * j), first = low_codes(table, c), second = high_codes(table, c);
+        const int8_t* four_columns = q + b * 32 + 4 * j;
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t) {
+          low[t] = dot_q4(low[t], first, four(four_columns + t * x.k_padded));
+          high[t] = dot_q4(high[t], second, four(four_columns + t * x.k_padded + 16));
+        }
+      }
+      if (Group == 32) {
+        const Scales s = load_scales(scales + b * 16);
+        for (int t = 0; t < Tokens; ++t) acc[t] = finish(acc[t], addi(low[t], high[t]), s, exponents[t * blocks + b]);
+      } else {
+        const Scales one = load_scales(scales + 2 * b * 16), two = load_scales(scales + (2 * b + 1) * 16);
+        for (int t = 0; t < Tokens; ++t)
+          acc[t] = finish(finish(acc[t], low[t], one, exponents[t * blocks + b]), high[t], two, exponents[t * blocks + b]);
+      }
+    }
+    const int rows = int(w.n - panel * 16 < 16 ? w.n - panel * 16 : 16);
+    for (int t = 0; t < Tokens; ++t) put_panel(w, panel, acc[t], rows, y + (token + t) * ldy + panel * 16);
+  }
+}
+
+template <int Tokens, int Group>
+static void q4_of(int64_t tokens, const Linear& w, const QuantizedRows& x, float* y, int64_t ldy, int64_t first_panel, int64_t last_panel) {
+  if constexpr (Tokens > 0) {
+    if (tokens == Tokens) q4_few<Tokens, Group>(w, x, 0, y, ldy, first_panel, last_panel);
+    else q4_of<Tokens - 1, Group>(tokens, w, x, y, ldy, first_panel, last_panel);
+  }
 }
 
 template <int Group, bool Eight>
 static void quantized_of(const Linear& w, const QuantizedRows& x, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, uint8_t* scratch) {
   const int64_t panels = (w.n + 15) / 16, blocks = x.k_padded / 32;
   const int64_t begin = first * kQuantPanels, end = last * kQuantPanels < panels ? last * kQuantPanels : panels;
-  if (!Eight && tokens == 1) return q4_one<Group>(w, x, 0, y, ldy, begin, end);
+  if (!Eight && tokens <= kFewTokens) return q4_of<kFewTokens, Group>(tokens, w, x, y, ldy, begin, end);
   const B table = Eight ? B{} : table16(w.lookup);
   for (int64_t panel = begin; panel < end;) {
     const int count = end - panel >= kQuantPanels ? kQuantPanels : 1;
@@ -491,7 +531,7 @@ static inline void score_blocks(const T* const* keys, int64_t dim, const float* 
 #pragma GCC unroll 8
     for (int b = 0; b < Blocks; ++b) {
       key[b] = load_weights(keys[b] + d * BLOCK);
-      prefetch(keys[b] + (d + Blocks * dim) * BLOCK);  // the blocks of a sequence mostly follow one another
+      prefetch_l2(keys[b] + (d + Blocks * dim) * BLOCK);  // the blocks of a sequence mostly follow one another
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
@@ -518,7 +558,7 @@ static inline void add_values(const T* const* values, int keys, int64_t dim_padd
 #pragma GCC unroll 8
     for (int p = 0; p < Parts; ++p) {
       value[p] = load_weights(from + 16 * p);
-      prefetch(from + 16 * p + 2 * BLOCK * dim_padded);
+      prefetch_l2(from + 16 * p + 2 * BLOCK * dim_padded);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {

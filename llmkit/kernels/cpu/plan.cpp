@@ -265,7 +265,8 @@ void Run::prepare() {
   floats(gate, c.intermediate); floats(up, c.intermediate); floats(rotary, std::max<int64_t>(1, rotary_size));
   const int64_t kp = round_up(widest, 32);
   wants.push_back({reinterpret_cast<void**>(&quantized.q), tokens * kp});
-  wants.push_back({reinterpret_cast<void**>(&quantized.scale), tokens * kp / 32 * 4});
+  wants.push_back({reinterpret_cast<void**>(&quantized.exponent), tokens * kp / 32 * 4});
+  wants.push_back({reinterpret_cast<void**>(&quantized.start), tokens * 4});
   wants.push_back({reinterpret_cast<void**>(&quantized.offset), tokens * kp / 16 * 4});
   wants.push_back({reinterpret_cast<void**>(&quantized.offset32), tokens * kp / 32 * 4});
   wants.push_back({reinterpret_cast<void**>(&low_rank), tokens * kSlots * max_rank * 4});

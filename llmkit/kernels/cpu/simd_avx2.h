@@ -1,7 +1,7 @@
 // Sixteen lanes in two ymm registers; int8 dot products by AVX-VNNI or, before it, by maddubs and madd.
 #pragma once
 constexpr bool kSignedDot = false;
-constexpr int kDenseRows = 3, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 6;
+constexpr int kDenseRows = 3, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 6, kFewTokens = 1;
 
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
@@ -83,6 +83,20 @@ static inline int32_t sum_i8(const int8_t* p) {
   return _mm_cvtsi128_si32(s) + _mm_extract_epi16(s, 4) - 16 * 128;
 }
 
+// Scales of the rows of a panel for one group, times a power of two: its exponent is added to those that are not 0.
+struct Scales { I bits, real; };
+static inline Scales load_scales(const int8_t* p) {
+  const F f = from_i8(p);
+  const __m256i a = _mm256_castps_si256(f.a), b = _mm256_castps_si256(f.b), none = _mm256_setzero_si256();
+  const __m256i all = _mm256_set1_epi32(-1);
+  return {{a, b}, {_mm256_xor_si256(_mm256_cmpeq_epi32(a, none), all), _mm256_xor_si256(_mm256_cmpeq_epi32(b, none), all)}};
+}
+static inline F scaled(const Scales& s, int32_t exponent) {
+  const __m256i e = _mm256_set1_epi32(exponent);
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_add_epi32(s.bits.a, e), s.real.a)),
+          _mm256_castsi256_ps(_mm256_and_si256(_mm256_add_epi32(s.bits.b, e), s.real.b))};
+}
+
 static inline B load_bytes(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
 static inline void store_bytes(uint8_t* p, B x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 32), x.b); }
 static inline B table16(const uint8_t* p) {
@@ -118,6 +132,6 @@ static inline I dot_q8(I acc, B w, int32_t x) {  // |w| * (x with the sign of w)
 }
 static inline I start_q8(int32_t) { return set1i(0); }
 #endif
-// Into the second-level cache: fetches into the first wait for one of its few buffers, and hold back the loads behind them.
-static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+static inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }

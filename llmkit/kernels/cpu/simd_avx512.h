@@ -1,7 +1,7 @@
 // Sixteen lanes in one zmm register; int8 dot products by AVX-512 VNNI.
 #pragma once
 constexpr bool kSignedDot = false;
-constexpr int kDenseRows = 4, kDenseTokens = 6, kGemvRows = 8, kQuantTokens = 6, kQuantPanels = 2, kAccumulators = 16;
+constexpr int kDenseRows = 4, kDenseTokens = 6, kGemvRows = 8, kQuantTokens = 6, kQuantPanels = 2, kAccumulators = 16, kFewTokens = 8;
 
 struct F { __m512 v; };
 struct I { __m512i v; };
@@ -51,6 +51,16 @@ static inline I addi(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 static inline int32_t sum_i8(const int8_t* p) { return _mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 
+// Scales of the rows of a panel for one group, times a power of two: its exponent is added to those that are not 0.
+struct Scales { __m512i bits; __mmask16 real; };
+static inline Scales load_scales(const int8_t* p) {
+  const __m512i bits = _mm512_castps_si512(from_i8(p).v);
+  return {bits, _mm512_test_epi32_mask(bits, bits)};
+}
+static inline F scaled(Scales s, int32_t exponent) {
+  return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(s.real, s.bits, _mm512_set1_epi32(exponent)))};
+}
+
 static inline B load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 static inline void store_bytes(uint8_t* p, B a) { _mm512_storeu_si512(p, a.v); }
 static inline B table16(const uint8_t* p) { return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p))}; }
@@ -64,8 +74,8 @@ static inline I dot_q8(I acc, B w, int32_t x) {
   return {_mm512_dpbusd_epi32(acc.v, _mm512_xor_si512(w.v, _mm512_set1_epi8(char(0x80))), _mm512_set1_epi32(x))};
 }
 static inline I start_q8(int32_t offset) { return set1i(2 * offset); }
-// Into the second-level cache: fetches into the first wait for one of its few buffers, and hold back the loads behind them.
-static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+static inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 // Sixteen horizontal sums at once; each adds its lanes in the order of hsum (i with i+8, then i+4, i+2, i+1).
 static inline void reduce16(const F* a, float* out) {

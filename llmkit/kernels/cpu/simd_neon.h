@@ -1,7 +1,7 @@
 // Sixteen lanes in four q registers; int8 dot products by the dot product extension of ARMv8.2, those of tiles by i8mm.
 #pragma once
 constexpr bool kSignedDot = true;
-constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantPanels = 1, kAccumulators = 6;
+constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantPanels = 1, kAccumulators = 6, kFewTokens = 1;
 #ifdef LLMKIT_I8MM
 constexpr int kQuantTokens = 6;  // 24 accumulators
 #else
@@ -78,6 +78,23 @@ static inline I addi(I x, I y) { LANES x.v[i] = vaddq_s32(x.v[i], y.v[i]); retur
 static inline F to_float(I x) { F r; LANES r.v[i] = vcvtq_f32_s32(x.v[i]); return r; }
 static inline int32_t sum_i8(const int8_t* p) { return vaddlvq_s8(vld1q_s8(p)); }
 
+// Scales of the rows of a panel for one group, times a power of two: its exponent is added to those that are not 0.
+struct Scales { I bits, real; };
+static inline Scales load_scales(const int8_t* p) {
+  const F f = from_i8(p);
+  Scales s;
+  LANES {
+    s.bits.v[i] = vreinterpretq_s32_f32(f.v[i]);
+    s.real.v[i] = vreinterpretq_s32_u32(vtstq_s32(s.bits.v[i], s.bits.v[i]));
+  }
+  return s;
+}
+static inline F scaled(const Scales& s, int32_t exponent) {
+  F r;
+  LANES r.v[i] = vreinterpretq_f32_s32(vandq_s32(vaddq_s32(s.bits.v[i], vdupq_n_s32(exponent)), s.real.v[i]));
+  return r;
+}
+
 static inline B load_bytes(const uint8_t* p) { B r; LANES r.v[i] = vld1q_s8((const int8_t*)p + 16 * i); return r; }
 static inline void store_bytes(uint8_t* p, B x) { LANES vst1q_s8((int8_t*)p + 16 * i, x.v[i]); }
 static inline B table16(const uint8_t* p) { B r; LANES r.v[i] = vld1q_s8((const int8_t*)p); return r; }
@@ -92,8 +109,10 @@ static inline I dot_q8(I acc, B w, int32_t x) { return dot_q4(acc, w, x); }
 static inline I start_q8(int32_t) { return set1i(0); }
 #if defined(_MSC_VER) && !defined(__clang__)
 static inline void prefetch(const void* p) { __prefetch(p); }
+static inline void prefetch_l2(const void* p) { __prefetch2(p, 2); }  // PLDL2KEEP
 #else
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+static inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 #endif
 template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }
 

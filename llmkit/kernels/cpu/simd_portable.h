@@ -5,7 +5,7 @@
 #include <string.h>
 
 constexpr bool kSignedDot = true;   // codes enter the dot product as entry - 64, so no offset is needed
-constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 4;
+constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 4, kFewTokens = 1;
 
 struct F { float v[16]; };
 struct I { int32_t v[16]; };
@@ -68,6 +68,15 @@ static inline I addi(I a, I b) { LANES a.v[i] += b.v[i]; return a; }
 static inline F to_float(I a) { F r; LANES r.v[i] = float(a.v[i]); return r; }
 static inline int32_t sum_i8(const int8_t* p) { int32_t s = 0; LANES s += p[i]; return s; }  // of 16
 
+// Scales of the rows of a panel for one group, times a power of two: its exponent is added to those that are not 0.
+struct Scales { F value; };
+static inline Scales load_scales(const int8_t* p) { return {from_i8(p)}; }
+static inline F scaled(const Scales& s, int32_t exponent) {
+  F r = s.value;
+  LANES if (r.v[i] != 0) { uint32_t bits; memcpy(&bits, &r.v[i], 4); bits += uint32_t(exponent); memcpy(&r.v[i], &bits, 4); }
+  return r;
+}
+
 static inline B load_bytes(const uint8_t* p) { B r; memcpy(r.v, p, 64); return r; }
 static inline void store_bytes(uint8_t* p, B a) { memcpy(p, a.v, 64); }
 static inline B table16(const uint8_t* p) { B r; for (int i = 0; i < 64; ++i) r.v[i] = p[i % 16]; return r; }
@@ -81,6 +90,7 @@ static inline I dot_portable(I acc, B w, int32_t x) {
 static inline I dot_q4(I acc, B w, int32_t x) { return dot_portable(acc, w, x); }
 static inline I dot_q8(I acc, B w, int32_t x) { return dot_portable(acc, w, x); }
 static inline I start_q8(int32_t) { return set1i(0); }
-static inline void prefetch(const void*) {}
+static inline void prefetch(const void*) {}     // into the first-level cache
+static inline void prefetch_l2(const void*) {}  // into the second: the first has few buffers for what is on its way, and loads need them
 template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }
 #undef LANES
