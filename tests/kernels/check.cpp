@@ -186,7 +186,7 @@ class Checker {
   static void multiply(const Kernels& kernels, const Matrix& m, const std::vector<float>& x, int64_t tokens, float* y, int64_t ldy) {
     const Linear w = m.of(kernels);
     const int64_t tiles = (w.n + kernels.tile_rows(w) - 1) / kernels.tile_rows(w);
-    std::vector<float> scratch(static_cast<size_t>(dense_scratch_floats(round_up(w.k, 32))));
+    std::vector<float> scratch(static_cast<size_t>(product_scratch_floats(round_up(w.k, 32))));
     const Rounded rows(*portable_kernels(), x, tokens, w.k);
     for (int64_t part = 0; part < 2; ++part) {  // as two threads share it
       const int64_t first = tiles * part / 2, last = tiles * (part + 1) / 2;

@@ -30,6 +30,7 @@ struct Linear {
   bool quantized() const { return kind == Kind::Q4 || kind == Kind::Q8; }
 };
 
+constexpr int64_t kMaxPanels = 3;    // whose codes are unpacked at a time
 constexpr int kLeastExponent = -100;  // of a group's scale: smaller numbers are 0
 
 // Rows of activations rounded to int8 in groups of 32: x = q * 2^e. `exponent` is e where a float32 has it, `start` where sums
@@ -97,10 +98,14 @@ struct Kernels {
 constexpr size_t kAttendScratch = size_t(TILE_ROWS) * CHUNK + 64;                                       // floats
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// A band of dense weights is at most 2^17 floats (but never less than 8 rows); the scratch of a dense product holds one, and
-// behind it the accumulators of its rows for a tile of at most 8 tokens.
+// A band of dense weights is at most 2^17 floats (but never less than 8 rows).
 inline int64_t dense_band_floats(int64_t k) { return k * 8 > (1 << 17) ? k * 8 : 1 << 17; }
-inline int64_t dense_scratch_floats(int64_t k) { return dense_band_floats(k) + 8 * 16 * ((1 << 17) / 1536 + 8); }
+// The scratch of a product, k a multiple of 32: a band of dense weights and behind it the accumulators of its rows for a tile of at
+// most 8 tokens; or the unpacked codes of some panels.
+inline int64_t product_scratch_floats(int64_t k) {
+  const int64_t dense = dense_band_floats(k) + 8 * 16 * ((1 << 17) / 1536 + 8), codes = kMaxPanels * 16 * k / 4;
+  return dense > codes ? dense : codes;
+}
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();      // null where the compiler or the processor's family does not have it

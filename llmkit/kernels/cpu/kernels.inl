@@ -305,6 +305,8 @@ static void unpack(const uint8_t* codes, int64_t blocks, B table, uint8_t* out) 
     }
 }
 
+static_assert(kQuantPanels <= kMaxPanels);
+constexpr int64_t kFewPasses = 6;
 constexpr int64_t kAhead = 4096;       // bytes of codes fetched before they are used
 
 // The sums of all groups become `rows` numbers of y.
@@ -405,10 +407,10 @@ static void q4_few(const Linear& w, const QuantizedRows& x, int64_t token, float
 }
 
 template <int Tokens, int Group>
-static void q4_of(int64_t tokens, const Linear& w, const QuantizedRows& x, float* y, int64_t ldy, int64_t first_panel, int64_t last_panel) {
+static void q4_rest(int64_t count, const Linear& w, const QuantizedRows& x, int64_t token, float* y, int64_t ldy, int64_t first_panel, int64_t last_panel) {
   if constexpr (Tokens > 0) {
-    if (tokens == Tokens) q4_few<Tokens, Group>(w, x, 0, y, ldy, first_panel, last_panel);
-    else q4_of<Tokens - 1, Group>(tokens, w, x, y, ldy, first_panel, last_panel);
+    if (count == Tokens) q4_few<Tokens, Group>(w, x, token, y, ldy, first_panel, last_panel);
+    else q4_rest<Tokens - 1, Group>(count, w, x, token, y, ldy, first_panel, last_panel);
   }
 }
 
@@ -416,7 +418,15 @@ template <int Group, bool Eight>
 static void quantized_of(const Linear& w, const QuantizedRows& x, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, uint8_t* scratch) {
   const int64_t panels = (w.n + 15) / 16, blocks = x.k_padded / 32;
   const int64_t begin = first * kQuantPanels, end = last * kQuantPanels < panels ? last * kQuantPanels : panels;
-  if (!Eight && tokens <= kFewTokens) return q4_of<kFewTokens, Group>(tokens, w, x, y, ldy, begin, end);
+  if (!Eight && tokens <= kFewTokens) return q4_rest<kFewTokens, Group>(tokens, w, x, 0, y, ldy, begin, end);
+  if (!Eight && tokens <= kFewPasses * kFewTokens) {  // unpacking would cost more than to look the codes up for each
+    for (int64_t panel = begin; panel < end; ++panel) {
+      int64_t t = 0;
+      for (; t + kFewTokens <= tokens; t += kFewTokens) q4_few<kFewTokens, Group>(w, x, t, y, ldy, panel, panel + 1);
+      q4_rest<kFewTokens - 1, Group>(tokens - t, w, x, t, y, ldy, panel, panel + 1);
+    }
+    return;
+  }
   const B table = Eight ? B{} : table16(w.lookup);
   for (int64_t panel = begin; panel < end;) {
     const int count = end - panel >= kQuantPanels ? kQuantPanels : 1;

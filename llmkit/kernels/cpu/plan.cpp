@@ -272,7 +272,7 @@ void Run::prepare() {
   wants.push_back({reinterpret_cast<void**>(&low_rank), tokens * kSlots * max_rank * 4});
   // Per thread: unpacked weights, or attention over one tile.
   const int64_t tile_rows = std::max<int64_t>(TILE_ROWS, group);
-  scratch_size = round_up(std::max(dense_scratch_floats(kp), int64_t(kAttendScratch) + 2 * tile_rows * (padded + 4)), 64);
+  scratch_size = round_up(std::max(product_scratch_floats(kp), int64_t(kAttendScratch) + 2 * tile_rows * (padded + 4)), 64);
   wants.push_back({reinterpret_cast<void**>(&scratch), threads * scratch_size * 4});
   wants.push_back({reinterpret_cast<void**>(&partials), partial_rows * int64_t(sizeof(Partial))});
   wants.push_back({reinterpret_cast<void**>(&partial_out), partial_rows * padded * 4});
