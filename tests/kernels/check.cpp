@@ -203,16 +203,21 @@ class Checker {
     std::vector<int32_t> table(static_cast<size_t>(blocks));
     for (int64_t b = 0; b < blocks; ++b) table[size_t(b)] = int32_t(b * 7 % blocks);
     const std::string what = "attention, cache " + std::to_string(int(kind)) + ", dim " + std::to_string(dim) + ", window " + std::to_string(window);
-    struct Cache { std::vector<uint8_t> keys, values; std::vector<float> key_scale, value_scale; };
-    Cache caches[2];
+    constexpr int64_t segments = (blocks + SEGMENT - 1) / SEGMENT, heads = SEGMENT * kv_heads * BLOCK;
+    const int64_t size = heads * ((dim + padded) * bytes + 2 * 4);
+    std::vector<uint8_t> caches[2];
     std::vector<float> outs[2];
     const Kernels* both[2] = {portable_kernels(), &kernels_};
     for (int side = 0; side < 2; ++side) {
       const Kernels& kernels = *both[side];
-      Cache& c = caches[side];
-      c.keys.resize(size_t(blocks * kv_heads * dim * BLOCK * bytes)), c.values.resize(size_t(blocks * kv_heads * BLOCK * padded * bytes));
-      c.key_scale.resize(size_t(blocks * kv_heads * BLOCK)), c.value_scale.resize(c.key_scale.size());
-      KVStorage storage{kind, kv_heads, dim, padded, blocks, c.keys.data(), c.values.data(), c.key_scale.data(), c.value_scale.data()};
+      caches[side].resize(size_t(segments * size));
+      uint8_t* pointers[segments];
+      for (int64_t s = 0; s < segments; ++s) pointers[s] = caches[side].data() + s * size;
+      KVStorage storage;
+      storage.kind = kind, storage.kv_heads = kv_heads, storage.dim = dim, storage.dim_padded = padded, storage.segments = pointers;
+      storage.values = heads * dim * bytes;
+      storage.key_scales = storage.values + heads * padded * bytes;
+      storage.value_scales = storage.key_scales + heads * 4;
       for (int64_t p = 0; p < length; ++p) kernels.store_kv(storage, table[size_t(p / BLOCK)], p % BLOCK, k.data() + p * kv_heads * dim, v.data() + p * kv_heads * dim);
       std::vector<float> scratch(kAttendScratch + 64);
       for (int rows : {1, 2, 3, 4, 5, 6, 7, TILE_ROWS})
@@ -231,10 +236,7 @@ class Checker {
           for (const Partial& p : total) outs[side].push_back(p.maximum), outs[side].push_back(p.sum);
         }
     }
-    same(what + ": keys", caches[0].keys.data(), caches[1].keys.data(), caches[0].keys.size());
-    same(what + ": values", caches[0].values.data(), caches[1].values.data(), caches[0].values.size());
-    same(what + ": scales of keys", caches[0].key_scale.data(), caches[1].key_scale.data(), caches[0].key_scale.size() * 4);
-    same(what + ": scales of values", caches[0].value_scale.data(), caches[1].value_scale.data(), caches[0].value_scale.size() * 4);
+    same(what + ": cache", caches[0].data(), caches[1].data(), caches[0].size());
     same(what, outs[0].data(), outs[1].data(), outs[0].size() * 4);
   }
 

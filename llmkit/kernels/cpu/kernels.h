@@ -45,15 +45,29 @@ struct QuantizedRows {
   int32_t* offset32 = nullptr;  // [rows, k_padded / 32]
 };
 
-// Keys and values of one layer in blocks of 16 positions, of which a sequence mostly has a run: then a head is one stream.
-//   keys   [kv_head][block][head_dim][16]        position fastest: 16 scores at a time
-//   values [kv_head][block][16][head_dim_padded]
-// kind: F32, F16 or Q8 (int8 with one float32 scale per position and head).
+// Keys and values of one layer in blocks of 16 positions. Blocks lie in segments of SEGMENT, which are never moved; within one, a head
+// is a stream, and a sequence mostly has a run of blocks:
+//   keys   [kv_head][block of the segment][head_dim][16]        position fastest: 16 scores at a time
+//   values [kv_head][block of the segment][16][head_dim_padded]
+// kind: F32, F16 or Q8 (int8 with one float32 scale per position and head, [kv_head][block of the segment][16]).
+constexpr int BLOCK = 16;       // positions per cache block
+constexpr int SEGMENT = 16;     // blocks
+
 struct KVStorage {
   Kind kind = Kind::F32;
-  int64_t kv_heads = 0, dim = 0, dim_padded = 0, capacity = 0;  // capacity: blocks there is room for
-  uint8_t *keys = nullptr, *values = nullptr;
-  float *key_scale = nullptr, *value_scale = nullptr;  // [kv_head][block][16]
+  int64_t kv_heads = 0, dim = 0, dim_padded = 0;
+  uint8_t* const* segments = nullptr;  // each holds all layers of a cache group
+  int64_t keys = 0, values = 0, key_scales = 0, value_scales = 0;  // byte of a segment at which those of this layer begin
+
+  template <class T> T* keys_of(int64_t head, int64_t block) const { return at<T>(keys, dim * BLOCK, head, block); }
+  template <class T> T* values_of(int64_t head, int64_t block) const { return at<T>(values, BLOCK * dim_padded, head, block); }
+  float* key_scales_of(int64_t head, int64_t block) const { return at<float>(key_scales, BLOCK, head, block); }
+  float* value_scales_of(int64_t head, int64_t block) const { return at<float>(value_scales, BLOCK, head, block); }
+
+ private:
+  template <class T> T* at(int64_t begin, int64_t count, int64_t head, int64_t block) const {
+    return reinterpret_cast<T*>(segments[block / SEGMENT] + begin) + (head * SEGMENT + block % SEGMENT) * count;
+  }
 };
 
 struct AttentionArgs {
@@ -64,7 +78,6 @@ struct AttentionArgs {
   int64_t window;          // 0: none
 };
 
-constexpr int BLOCK = 16;       // positions per cache block
 constexpr int CHUNK = 128;      // keys between two corrections of the running maximum
 constexpr int SPLIT = 512;      // keys that one thread takes of a long context; fixed, so results do not depend on the threads
 constexpr int TILE_ROWS = 8;    // query rows that share one pass over the keys

@@ -514,12 +514,11 @@ template <class T>
 static void store_heads(const KVStorage& c, int64_t block, int64_t slot, const float* k, const float* v) {
   T one[kMaxHeadDim];
   for (int64_t h = 0; h < c.kv_heads; ++h, k += c.dim, v += c.dim) {
-    const int64_t head = h * c.capacity + block;
-    T* keys = reinterpret_cast<T*>(c.keys) + head * c.dim * BLOCK + slot;
+    T* keys = c.keys_of<T>(h, block) + slot;
     const float key_scale = narrow(c.kind, k, c.dim, one);
     for (int64_t d = 0; d < c.dim; ++d) keys[d * BLOCK] = one[d];
-    const float value_scale = narrow(c.kind, v, c.dim, reinterpret_cast<T*>(c.values) + (head * BLOCK + slot) * c.dim_padded);
-    if (c.kind == Kind::Q8) c.key_scale[head * BLOCK + slot] = key_scale, c.value_scale[head * BLOCK + slot] = value_scale;
+    const float value_scale = narrow(c.kind, v, c.dim, c.values_of<T>(h, block) + slot * c.dim_padded);
+    if (c.kind == Kind::Q8) c.key_scales_of(h, block)[slot] = key_scale, c.value_scales_of(h, block)[slot] = value_scale;
   }
 }
 static void store_kv(const KVStorage& c, int64_t block, int64_t slot, const float* k, const float* v) {
@@ -590,8 +589,6 @@ template <class T, int Rows>
 static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int64_t split, Partial* state,
                         float* out, int64_t ldo, float* scratch) {
   const KVStorage& c = *a.cache;
-  const T* keys = reinterpret_cast<const T*>(c.keys);
-  const T* values = reinterpret_cast<const T*>(c.values);
   constexpr int kBlocks = Rows * 4 <= kAccumulators ? 4 : Rows * 2 <= kAccumulators ? 2 : 1;  // also runs of 16 columns of the values
   float* weights = scratch;  // [Rows, CHUNK]
   int64_t newest = positions[0], oldest = positions[0];
@@ -612,10 +609,10 @@ static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* co
     const T *key_blocks[CHUNK / BLOCK], *value_blocks[CHUNK / BLOCK];
     F factors[CHUNK / BLOCK];
     for (int b = skipped; b < stop; ++b) {
-      const int64_t head = kv_head * c.capacity + a.table[chunk / BLOCK + b];
-      key_blocks[b] = keys + head * c.dim * BLOCK;
-      value_blocks[b] = values + head * BLOCK * c.dim_padded;
-      factors[b] = c.kind == Kind::Q8 ? mul(set1(a.scale), load(c.key_scale + head * BLOCK)) : set1(a.scale);
+      const int32_t block = a.table[chunk / BLOCK + b];
+      key_blocks[b] = c.keys_of<T>(kv_head, block);
+      value_blocks[b] = c.values_of<T>(kv_head, block);
+      factors[b] = c.kind == Kind::Q8 ? mul(set1(a.scale), load(c.key_scales_of(kv_head, block))) : set1(a.scale);
     }
     for (int b = 0; b < skipped; ++b)
       for (int r = 0; r < Rows; ++r) store(weights + r * CHUNK + b * BLOCK, set1(-INFINITY));
@@ -652,7 +649,7 @@ static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* co
         F e = exp(sub(load(w + b * BLOCK), set1(now)));
         sums[r] = add(sums[r], e);
         if (c.kind == Kind::Q8 && b >= skipped) {
-          e = mul(e, load(c.value_scale + (kv_head * c.capacity + a.table[chunk / BLOCK + b]) * BLOCK));
+          e = mul(e, load(c.value_scales_of(kv_head, a.table[chunk / BLOCK + b])));
         }
         store(w + b * BLOCK, e);
       }

@@ -91,6 +91,17 @@ void Plan::finish() {
     s.dim_padded = round_up(config.head_dim, 16);
   }
   caches_.resize(config.windows.size());
+  std::vector<int64_t> end(config.windows.size());
+  for (size_t l = 0; l < layers.size(); ++l) {
+    KVStorage& s = storage_[l];
+    const int64_t heads = SEGMENT * s.kv_heads * BLOCK, bytes = element_bytes(s.kind), scales = s.kind == Kind::Q8 ? heads * 4 : 0;
+    int64_t& at = end[size_t(layers[l].group)];  // every part is a multiple of 64 bytes
+    s.keys = at;
+    s.values = s.keys + heads * s.dim * bytes;
+    s.key_scales = s.values + heads * s.dim_padded * bytes;
+    s.value_scales = s.key_scales + scales;
+    at = s.value_scales + scales;
+  }
 }
 
 int64_t Plan::block_bytes(int group) const {
@@ -103,32 +114,24 @@ int64_t Plan::block_bytes(int group) const {
 
 int64_t Plan::cache_bytes() const {
   int64_t total = 0;
-  for (size_t g = 0; g < caches_.size(); ++g) total += caches_[g].blocks * block_bytes(int(g));
+  for (const Cache& cache : caches_)
+    for (const auto& segment : cache.segments) total += segment ? int64_t(segment->bytes) : 0;
   return total;
 }
 
-void Plan::reserve(int group, int64_t blocks) {
+// Makes room for a block of a group's cache.
+void Plan::reserve(int group, int64_t block) {
   Cache& cache = caches_[size_t(group)];
-  if (blocks <= cache.blocks) return;
-  const int64_t want = std::max(blocks, std::max<int64_t>(2 * cache.blocks, 8));
-  auto grown = std::make_unique<Memory>(size_t(want * block_bytes(group) + int64_t(layers.size()) * 4 * 64));
-  uint8_t* at = grown->data;
-  for (size_t l = 0; l < layers.size(); ++l) {
-    if (layers[l].group != group) continue;
-    KVStorage& s = storage_[l];
-    auto move = [&](auto*& array, int64_t bytes) {  // of one head in one block
-      for (int64_t head = 0; head < s.kv_heads && cache.blocks; ++head)
-        std::memcpy(at + head * want * bytes, reinterpret_cast<uint8_t*>(array) + head * cache.blocks * bytes, size_t(cache.blocks * bytes));
-      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(at);
-      at += round_up(s.kv_heads * want * bytes, 64);
-    };
-    move(s.keys, BLOCK * s.dim * element_bytes(s.kind));
-    move(s.values, BLOCK * s.dim_padded * element_bytes(s.kind));
-    if (s.kind == Kind::Q8) move(s.key_scale, BLOCK * 4), move(s.value_scale, BLOCK * 4);
-    s.capacity = want;
+  const size_t index = size_t(block / SEGMENT);
+  if (index < cache.pointers.size() && cache.pointers[index]) return;
+  if (index >= cache.pointers.size()) {
+    cache.segments.resize(index + 1);
+    cache.pointers.resize(index + 1);
+    for (size_t l = 0; l < layers.size(); ++l)
+      if (layers[l].group == group) storage_[l].segments = cache.pointers.data();
   }
-  cache.memory = std::move(grown);
-  cache.blocks = want;
+  cache.segments[index] = std::make_unique<Memory>(size_t(SEGMENT * block_bytes(group)));
+  cache.pointers[index] = cache.segments[index]->data;
 }
 
 // -- one step ---------------------------------------------------------------------------------------------------------
@@ -210,7 +213,6 @@ void Run::prepare() {
   }
   need(step.tables.size() == c.windows.size(), "the step has the wrong number of block tables");
   for (size_t g = 0; g < c.windows.size(); ++g) {
-    int64_t largest = -1;
     for (const Span& span : spans) {
       const int64_t first = step.positions[span.first], last = step.positions[span.last - 1];
       const int64_t oldest = c.windows[g] ? std::max<int64_t>(0, first - c.windows[g] + 1) : 0;
@@ -218,10 +220,9 @@ void Run::prepare() {
       for (int64_t b = oldest / BLOCK; b <= last / BLOCK; ++b) {
         const int32_t id = step.tables[g][span.sequence * step.widths[g] + b];
         need(id >= 0 && id < (1 << 28), "block " + std::to_string(b) + " of a sequence is not there");
-        largest = std::max<int64_t>(largest, id);
+        plan.reserve(int(g), id);
       }
     }
-    plan.reserve(int(g), largest + 1);
   }
   int64_t rotary_size = 0;
   for (const Rotary& r : step.rotary) {

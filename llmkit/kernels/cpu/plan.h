@@ -90,11 +90,11 @@ class Plan {
 
  private:
   friend struct Run;
-  void reserve(int group, int64_t blocks);
+  void reserve(int group, int64_t block);
   const Kernels* kernels_;
   const int threads_;
   std::vector<KVStorage> storage_;                     // per layer
-  struct Cache { int64_t blocks = 0; std::unique_ptr<Memory> memory; };  // all layers of a group in one piece
+  struct Cache { std::vector<std::unique_ptr<Memory>> segments; std::vector<uint8_t*> pointers; };  // null: not yet used
   std::vector<Cache> caches_;                          // per group
   std::deque<std::array<uint8_t, 16>> signed_codebooks_;  // one per linear
   std::unique_ptr<Memory> scratch_;

@@ -188,12 +188,25 @@ Memory::Memory(size_t size) : bytes(size) {
   data = static_cast<uint8_t*>(VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
   if (!data) throw std::bad_alloc();
 #else
-  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  data = static_cast<uint8_t*>(p);
+  auto map = [](size_t wanted) {
+    void* p = mmap(nullptr, wanted, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<uint8_t*>(p);
+  };
 #if defined(MADV_HUGEPAGE)
-  if (size >= (size_t(4) << 20)) madvise(p, size, MADV_HUGEPAGE);
+  constexpr size_t kHuge = size_t(2) << 20;
+  if (size >= 2 * kHuge) {  // whole large pages: a fault for each, not for each 4 KiB
+    bytes = (size + kHuge - 1) / kHuge * kHuge;
+    uint8_t* p = map(bytes + kHuge);
+    const size_t before = (kHuge - reinterpret_cast<uintptr_t>(p) % kHuge) % kHuge;
+    data = p + before;
+    if (before) munmap(p, before);
+    munmap(data + bytes, kHuge - before);
+    madvise(data, bytes, MADV_HUGEPAGE);
+    return;
+  }
 #endif
+  data = map(size);
 #endif
 }
 
