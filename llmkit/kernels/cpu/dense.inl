@@ -1,0 +1,161 @@
+// Dense products: weights as the checkpoint stores them, float32 arithmetic.
+//
+// Lane i of an accumulator adds the products of columns i, i + 16, i + 32, ... and the lanes are added at the end, so every
+// product has one order of additions, whatever the tile. A tile reads each weight and each activation once:
+//
+//              w row 0   w row 1   w row 2   w row 3
+//   x row 0    acc       acc       acc       acc
+//   x row 1    acc       acc       acc       acc      ... kDenseTokens x kDenseRows accumulators
+//
+// The activations of a tile stay in the first-level cache while a band of weights streams from the second:
+//
+//   for a band of weight rows (half of the second-level cache; 16-bit weights are widened here, once for all tokens)
+//     for a tile of tokens
+//       for a stretch of columns (accumulators wait in `scratch` between stretches)
+//         for each tile of rows in the band
+
+template <class T> static inline F load_weights(const T* p);
+template <> inline F load_weights(const float* p) { return load(p); }
+struct Half { uint16_t bits; };
+struct BFloat { uint16_t bits; };
+template <> inline F load_weights(const Half* p) { return from_f16(&p->bits); }
+template <> inline F load_weights(const BFloat* p) { return from_bf16(&p->bits); }
+template <class T> static inline F load_tail(const T* p, int n) {
+  T part[16] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return load_weights(part);
+}
+
+// Threads share a product by tiles of this many weight rows.
+constexpr int kTile = 2 * kGemvRows;
+constexpr int64_t kStretch = 1536;     // columns
+constexpr int64_t kBand = 1 << 17;     // weights
+constexpr int64_t kBrief = 3 << 13;    // bytes of the rows of a tile that leave room in the first-level cache for the next
+
+// Adds columns [0, k) to the accumulators of a tile; `saved` holds them before and after, or null: begin with zeros, end with sums.
+template <class T, int Tokens, int Rows>
+static inline void dense_tile(const T* w, int64_t ldw, int64_t k, const float* x, int64_t ldx, bool begin, bool end, float* saved, float* sums) {
+  F acc[Tokens * Rows];
+  if (begin) {
+#pragma GCC unroll 32
+    for (int i = 0; i < Tokens * Rows; ++i) acc[i] = zero();
+  } else {
+#pragma GCC unroll 32
+    for (int i = 0; i < Tokens * Rows; ++i) acc[i] = load(saved + 16 * i);
+  }
+  const int64_t whole = k & ~int64_t(15);
+  const bool brief = Rows * k * int64_t(sizeof(T)) < kBrief;
+  for (int64_t i = 0; i < whole; i += 16) {
+    F weights[Rows];
+    const T* row = w + i;  // moves from row to row: more pointers than there are registers would be loaded again each time
+#pragma GCC unroll 32
+    for (int r = 0; r < Rows; ++r, row += ldw) {
+      weights[r] = load_weights(row);
+      if (Tokens == 1 && !brief) prefetch(row + 256);
+    }
+    if (Tokens == 1 && brief)  // the next rows, one after the other
+#pragma GCC unroll 32
+      for (int b = 0; b < Rows * 16 * int(sizeof(T)); b += 64) prefetch(reinterpret_cast<const char*>(w + Rows * ldw + i * Rows) + b);
+#pragma GCC unroll 32
+    for (int t = 0; t < Tokens; ++t) {
+      F v = load(x + t * ldx + i);
+#pragma GCC unroll 32
+      for (int r = 0; r < Rows; ++r) acc[t * Rows + r] = fma(v, weights[r], acc[t * Rows + r]);
+    }
+  }
+  if (whole < k) {
+    const int n = int(k - whole);
+    F weights[Rows];
+#pragma GCC unroll 32
+    for (int r = 0; r < Rows; ++r) weights[r] = load_tail(w + r * ldw + whole, n);
+#pragma GCC unroll 32
+    for (int t = 0; t < Tokens; ++t) {
+      F v = load_n(x + t * ldx + whole, n);
+#pragma GCC unroll 32
+      for (int r = 0; r < Rows; ++r) acc[t * Rows + r] = fma(v, weights[r], acc[t * Rows + r]);
+    }
+  }
+  if (end) {
+    reduce<Tokens * Rows>(acc, sums);
+  } else {
+#pragma GCC unroll 32
+    for (int i = 0; i < Tokens * Rows; ++i) store(saved + 16 * i, acc[i]);
+  }
+}
+
+template <int Tokens, int Rows>
+static inline void put(const Linear& w, const float* sums, int64_t row, float* y, int64_t ldy) {
+  for (int t = 0; t < Tokens; ++t)
+    for (int r = 0; r < Rows; ++r) y[t * ldy + row + r] = w.bias ? sums[t * Rows + r] + w.bias[row + r] : sums[t * Rows + r];
+}
+
+// A tile of tokens and the rows [first, last) of a band that begins at row `first` of w.
+template <class T, int Tokens>
+static void dense_band(const Linear& w, const T* band, int64_t first, int64_t last, const float* x, int64_t ldx, float* y, int64_t ldy, float* saved) {
+  float sums[Tokens * kDenseRows];
+  for (int64_t k = 0; k < w.k; k += kStretch) {
+    const bool begin = k == 0, end = k + kStretch >= w.k;
+    const int64_t columns = end ? w.k - k : kStretch;
+    const T* rows = band + k;
+    float* waiting = saved;
+    int64_t row = first;
+    for (; row + kDenseRows <= last; row += kDenseRows, rows += kDenseRows * w.k, waiting += Tokens * kDenseRows * 16) {
+      dense_tile<T, Tokens, kDenseRows>(rows, w.k, columns, x + k, ldx, begin, end, waiting, sums);
+      if (end) put<Tokens, kDenseRows>(w, sums, row, y, ldy);
+    }
+    for (; row < last; ++row, rows += w.k, waiting += Tokens * 16) {
+      dense_tile<T, Tokens, 1>(rows, w.k, columns, x + k, ldx, begin, end, waiting, sums);
+      if (end) put<Tokens, 1>(w, sums, row, y, ldy);
+    }
+  }
+}
+
+template <class T>
+static void dense_tokens(const Linear& w, const T* band, int64_t first, int64_t last, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy,
+                         float* saved) {
+  int64_t t = 0;
+  for (; t + kDenseTokens <= tokens; t += kDenseTokens) dense_band<T, kDenseTokens>(w, band, first, last, x + t * ldx, ldx, y + t * ldy, ldy, saved);
+  for (; t + 2 <= tokens; t += 2) dense_band<T, 2>(w, band, first, last, x + t * ldx, ldx, y + t * ldy, ldy, saved);
+  for (; t < tokens; ++t) dense_band<T, 1>(w, band, first, last, x + t * ldx, ldx, y + t * ldy, ldy, saved);
+}
+
+template <class T>
+static void dense_of(const Linear& w, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, float* scratch) {
+  const T* data = static_cast<const T*>(w.data);
+  const int64_t begin = first * kTile, end = last * kTile < w.n ? last * kTile : w.n;
+  int64_t row = begin;
+  if (tokens == 1) {
+    float sums[kGemvRows];
+    for (; row + kGemvRows <= end; row += kGemvRows) {
+      dense_tile<T, 1, kGemvRows>(data + row * w.k, w.k, w.k, x, ldx, true, true, nullptr, sums);
+      put<1, kGemvRows>(w, sums, row, y, ldy);
+    }
+    for (; row < end; ++row) {
+      dense_tile<T, 1, 1>(data + row * w.k, w.k, w.k, x, ldx, true, true, nullptr, sums);
+      put<1, 1>(w, sums, row, y, ldy);
+    }
+    return;
+  }
+  const int64_t rows = kBand / w.k / kDenseRows * kDenseRows > kDenseRows ? kBand / w.k / kDenseRows * kDenseRows : kDenseRows;
+  float* saved = scratch + dense_band_floats(w.k);
+  for (; row < end; row += rows) {
+    const int64_t stop = row + rows < end ? row + rows : end;
+    const T* band = data + row * w.k;
+    if (sizeof(T) < 4 && tokens >= kDenseTokens) {
+      each((stop - row) * w.k, [&](int64_t i, int m) { store_n(scratch + i, m == 16 ? load_weights(band + i) : load_tail(band + i, m), m); });
+      dense_tokens<float>(w, scratch, row, stop, x, ldx, tokens, y, ldy, saved);
+    } else {
+      dense_tokens<T>(w, band, row, stop, x, ldx, tokens, y, ldy, saved);
+    }
+  }
+}
+
+static void dense(const Linear& w, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, float* scratch) {
+  switch (w.kind) {
+    case Kind::F16: return dense_of<Half>(w, x, ldx, tokens, y, ldy, first, last, scratch);
+    case Kind::BF16: return dense_of<BFloat>(w, x, ldx, tokens, y, ldy, first, last, scratch);
+    default: return dense_of<float>(w, x, ldx, tokens, y, ldy, first, last, scratch);
+  }
+}
+
+static int64_t tile_rows(const Linear& w) { return w.quantized() ? 16 * kQuantPanels : kTile; }

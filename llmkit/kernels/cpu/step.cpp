@@ -1,0 +1,474 @@
+// One step of a plan: many threads, one phase after another.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "plan.h"
+
+namespace llmkit {
+namespace {
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+struct Range { int64_t first, last; };
+Range share(int64_t total, int thread, int threads) { return {total * thread / threads, total * (thread + 1) / threads}; }
+
+}  // namespace
+
+// Tokens of one sequence: rows [first, last) of the step.
+struct Span { int64_t first, last; int32_t sequence; };
+
+struct Item { const Span* span; int64_t token, tokens, kv_head; int64_t first_split, last_split; int64_t partial; };
+
+struct Buffer { float* data; int64_t ld; float* row(int64_t i) const { return data + i * ld; } };
+
+// What the threads of one step share. They run `work` together; a phase ends at a barrier, and between two barriers no
+// thread writes what another reads.
+struct Run {
+  Plan& plan;
+  const Step& step;
+  Pool& pool;
+  bool (*interrupted)(void*);
+  void* context;
+  const Kernels& kernels;
+  const Config& c;
+  const int threads;
+
+  std::vector<Span> spans;
+  std::vector<Item> items;
+  bool split = false;
+  std::atomic<int64_t> next{0};
+  bool stopped = false;
+
+  Buffer x, h, delta, q, k, v, attended, gate, up, rotary;
+  QuantizedRows quantized;
+  float* low_rank = nullptr;  // [tokens, kSlots, rank]
+  int64_t max_rank = 0;
+  float *scratch = nullptr, *partial_out = nullptr;
+  Partial* partials = nullptr;
+  int64_t scratch_size = 0;
+
+  Run(Plan& p, const Step& s, Pool& pl, bool (*i)(void*), void* ctx)
+      : plan(p), step(s), pool(pl), interrupted(i), context(ctx), kernels(*p.kernels_), c(p.config), threads(pl.threads()) {}
+
+  void prepare();
+  void work(int thread);
+
+ private:
+  void barrier() { pool.barrier().wait(); }
+  void settle(int thread, const Norm* after, const Norm* before, bool add, const Layer* layer, std::initializer_list<int> slots);
+  void normalise(const Norm& norm, const float* in, float* out, int64_t n) const {
+    if (norm.layer) kernels.layer_norm(in, norm.weight.data(), norm.bias.data(), c.eps, n, out);
+    else kernels.rms_norm(in, norm.weight.data(), c.eps, n, out);
+  }
+  const Adapter* adapter(int64_t token) const {
+    const int32_t index = step.adapters ? step.adapters[step.sequence_of[token]] : -1;
+    return index < 0 ? nullptr : &plan.adapters[size_t(index)];
+  }
+  void ready(int64_t token, const float* row, const Layer& layer, std::initializer_list<int> slots);
+  void product(int thread, const Linear& w, const Buffer& in, int64_t tokens, float* out, int64_t ld);
+  void product(int thread, const Layer& layer, int slot, const Buffer& in, const Buffer& out);
+  void rotate(int64_t token, const Layer& layer);
+  void attend(int thread, const Layer& layer, size_t index);
+  void attend_item(const Item& item, const Layer& layer, size_t index, int64_t first, int64_t last, Partial* state, float* out, float* mine);
+  void write_attended(const Item& item, const Partial* state, const float* out);
+};
+
+void Run::prepare() {
+  const int64_t tokens = step.tokens;
+  auto need = [](bool ok, const std::string& what) { if (!ok) refuse(what); };
+  need(tokens > 0 && step.sequences > 0, "the step is empty");
+  need(step.rows >= 0 && step.rows <= tokens, "more rows are asked for than there are tokens");
+  for (int64_t i = 0; i < step.rows; ++i) need(step.wanted[i] >= 0 && step.wanted[i] < tokens, "row " + std::to_string(step.wanted[i]) + " is not in the step");
+  for (int64_t t = 0; t < tokens; ++t) {
+    need(step.ids[t] >= 0 && step.ids[t] < c.vocab, "token id " + std::to_string(step.ids[t]) + " is not in the vocabulary");
+    need(step.positions[t] >= 0 && step.positions[t] < INT32_MAX && (plan.positions_table.empty() || step.positions[t] < c.max_positions), "position " + std::to_string(step.positions[t]) + " is out of range");
+    const int32_t s = step.sequence_of[t];
+    need(s >= 0 && s < step.sequences, "sequence " + std::to_string(s) + " has no block table");
+    if (t && step.sequence_of[t - 1] == s) need(step.positions[t] == step.positions[t - 1] + 1, "the positions of a sequence have a gap");
+    if (t == 0 || step.sequence_of[t - 1] != s) spans.push_back({t, t + 1, s});
+    else spans.back().last = t + 1;
+    if (step.adapters) need(step.adapters[s] >= -1 && step.adapters[s] < int64_t(plan.adapters.size()), "adapter " + std::to_string(step.adapters[s]) + " does not exist");
+  }
+  need(step.tables.size() == c.windows.size(), "the step has the wrong number of block tables");
+  for (size_t g = 0; g < c.windows.size(); ++g) {
+    for (const Span& span : spans) {
+      const int64_t first = step.positions[span.first], last = step.positions[span.last - 1];
+      const int64_t oldest = c.windows[g] ? std::max<int64_t>(0, first - c.windows[g] + 1) : 0;
+      need(last / BLOCK < step.widths[g], "position " + std::to_string(last) + " is beyond its block table");
+      for (int64_t b = oldest / BLOCK; b <= last / BLOCK; ++b) {
+        const int32_t id = step.tables[g][span.sequence * step.widths[g] + b];
+        need(id >= 0 && id < (1 << 28), "block " + std::to_string(b) + " of a sequence is not there");
+        plan.reserve(int(g), id);
+      }
+    }
+  }
+  int64_t rotary_size = 0;
+  for (const Rotary& r : step.rotary) {
+    need(2 * r.half <= c.head_dim && r.half > 0, "the rotary frequencies do not fit the heads");
+    for (int64_t s = 0; s < step.sequences; ++s) need(r.of_sequence[s] >= 0 && r.of_sequence[s] < r.count, "a set of rotary frequencies is missing");
+    rotary_size += 2 * r.half;
+  }
+  for (const Layer& layer : plan.layers) need(layer.rope < int(step.rotary.size()), "the rotary frequencies of a layer are missing");
+
+  // Attention work: a tile of tokens of one sequence and one kv head; split along the keys only where there are too few tiles.
+  const int64_t group = c.heads / c.kv_heads, tile = std::max<int64_t>(1, TILE_ROWS / group);
+  int64_t longest = 0;
+  for (const Span& span : spans) {
+    longest = std::max<int64_t>(longest, step.positions[span.last - 1] + 1);
+    for (int64_t t = span.last; t > span.first;) {  // the longest first
+      const int64_t begin = std::max(span.first, t - tile);
+      for (int64_t head = 0; head < c.kv_heads; ++head) items.push_back({&span, begin, t - begin, head, 0, step.positions[t - 1] / SPLIT + 1, 0});
+      t = begin;
+    }
+  }
+  split = threads > 1 && longest > SPLIT && int64_t(items.size()) < 4 * threads;
+  int64_t partial_rows = 0;
+  if (split)
+    for (Item& item : items) {
+      item.partial = partial_rows;
+      partial_rows += item.last_split * item.tokens * group;
+    }
+
+  for (const Adapter& a : plan.adapters)
+    for (const LowRank& l : a.linears) max_rank = std::max(max_rank, l.rank);
+
+  // One allocation holds all that the step needs.
+  const int64_t widest = std::max({c.hidden, c.heads * c.head_dim, c.intermediate}), padded = round_up(c.head_dim, 16);
+  std::vector<std::pair<void**, int64_t>> wants;
+  auto floats = [&](Buffer& b, int64_t columns) {
+    b.ld = round_up(columns, 16);
+    wants.push_back({reinterpret_cast<void**>(&b.data), tokens * b.ld * 4});
+  };
+  floats(x, c.hidden); floats(h, c.hidden); floats(delta, c.hidden);
+  floats(q, c.heads * c.head_dim); floats(k, c.kv_heads * c.head_dim); floats(v, c.kv_heads * c.head_dim); floats(attended, c.heads * c.head_dim);
+  floats(gate, c.intermediate); floats(up, c.intermediate); floats(rotary, std::max<int64_t>(1, rotary_size));
+  const int64_t kp = round_up(widest, 32);
+  wants.push_back({reinterpret_cast<void**>(&quantized.q), tokens * kp});
+  wants.push_back({reinterpret_cast<void**>(&quantized.exponent), tokens * kp / 32 * 4});
+  wants.push_back({reinterpret_cast<void**>(&quantized.start), tokens * 4});
+  wants.push_back({reinterpret_cast<void**>(&quantized.offset), tokens * kp / 16 * 4});
+  wants.push_back({reinterpret_cast<void**>(&quantized.offset32), tokens * kp / 32 * 4});
+  wants.push_back({reinterpret_cast<void**>(&low_rank), tokens * kSlots * max_rank * 4});
+  // Per thread: unpacked weights, or attention over one tile.
+  const int64_t tile_rows = std::max<int64_t>(TILE_ROWS, group);
+  scratch_size = round_up(std::max(product_scratch_floats(kp), int64_t(kAttendScratch) + 2 * tile_rows * (padded + 4)), 64);
+  wants.push_back({reinterpret_cast<void**>(&scratch), threads * scratch_size * 4});
+  wants.push_back({reinterpret_cast<void**>(&partials), partial_rows * int64_t(sizeof(Partial))});
+  wants.push_back({reinterpret_cast<void**>(&partial_out), partial_rows * padded * 4});
+  int64_t total = 0;
+  for (auto& want : wants) total += round_up(want.second, 64);
+  if (!plan.scratch_ || int64_t(plan.scratch_->bytes) < total) {
+    plan.scratch_.reset();
+    plan.scratch_ = std::make_unique<Memory>(size_t(total));
+  }
+  uint8_t* at = plan.scratch_->data;
+  for (auto& want : wants) {
+    *want.first = at;
+    at += round_up(want.second, 64);
+  }
+}
+
+// The token's row is complete: round it for the quantized linears that read it, and take it through the adapters' A.
+void Run::ready(int64_t token, const float* row, const Layer& layer, std::initializer_list<int> slots) {
+  bool any = false;
+  int64_t columns = 0;
+  for (int slot : slots) any |= layer.linears[slot].quantized(), columns = std::max(columns, layer.linears[slot].k);
+  if (any) {
+    QuantizedRows rows = quantized;
+    rows.k_padded = round_up(columns, 32);
+    kernels.quantize_row(row, columns, rows, token);
+  }
+  if (const Adapter* a = adapter(token)) {
+    const size_t base = size_t(&layer - plan.layers.data()) * kSlots;
+    for (int slot : slots) {
+      const LowRank& low = a->linears[base + size_t(slot)];
+      if (!low.rank) continue;
+      Linear down;
+      down.n = low.rank, down.k = columns, down.data = low.a.data();
+      kernels.dense(down, row, columns, 1, low_rank + (token * kSlots + slot) * max_rank, max_rank, 0, (low.rank + kernels.tile_rows(down) - 1) / kernels.tile_rows(down), nullptr);
+    }
+  }
+}
+
+// Adds what a sublayer gave to the residual stream, then normalises for the next one.
+void Run::settle(int thread, const Norm* after, const Norm* before, bool add, const Layer* layer, std::initializer_list<int> slots) {
+  const Range mine = share(step.tokens, thread, threads);
+  for (int64_t t = mine.first; t < mine.last; ++t) {
+    if (add) {
+      if (after && after->present) normalise(*after, delta.row(t), delta.row(t), c.hidden);
+      kernels.add_scaled(x.row(t), delta.row(t), c.residual_multiplier, c.hidden);
+    }
+    if (!layer) continue;
+    if (before->present) normalise(*before, x.row(t), h.row(t), c.hidden);
+    else std::memcpy(h.row(t), x.row(t), size_t(c.hidden) * 4);
+    ready(t, h.row(t), *layer, slots);
+  }
+}
+
+void Run::product(int thread, const Linear& w, const Buffer& in, int64_t tokens, float* out, int64_t ld) {
+  const int64_t rows = kernels.tile_rows(w);
+  const Range mine = share((w.n + rows - 1) / rows, thread, threads);
+  if (mine.first == mine.last) return;
+  float* own = scratch + thread * scratch_size;
+  if (w.quantized()) {
+    QuantizedRows rounded = quantized;
+    rounded.k_padded = round_up(w.k, 32);
+    kernels.quantized(w, rounded, tokens, out, ld, mine.first, mine.last, reinterpret_cast<uint8_t*>(own));
+  } else {
+    kernels.dense(w, in.data, in.ld, tokens, out, ld, mine.first, mine.last, own);
+  }
+}
+
+void Run::product(int thread, const Layer& layer, int slot, const Buffer& in, const Buffer& out) {
+  const Linear& w = layer.linears[slot];
+  if (!w.present()) return;
+  product(thread, w, in, step.tokens, out.data, out.ld);
+  if (!step.adapters) return;
+  const int64_t tile = kernels.tile_rows(w);
+  const Range mine = share((w.n + tile - 1) / tile, thread, threads);
+  for (int64_t t = 0; t < step.tokens; ++t) {
+    const Adapter* a = adapter(t);
+    if (!a) continue;
+    const LowRank& low = a->linears[size_t(&layer - plan.layers.data()) * kSlots + size_t(slot)];
+    const float* reduced = low_rank + (t * kSlots + slot) * max_rank;
+    for (int64_t n = mine.first * tile; low.rank && n < std::min(w.n, mine.last * tile); ++n) {
+      float sum = 0;
+      for (int64_t r = 0; r < low.rank; ++r) sum = std::fma(low.b[size_t(n * low.rank + r)], reduced[r], sum);
+      out.row(t)[n] += sum;
+    }
+  }
+}
+
+// Normalises the heads of q and k, rotates them and puts key and value into the cache.
+void Run::rotate(int64_t t, const Layer& layer) {
+  auto heads = [&](const Norm& norm, float* row, int64_t count) {
+    if (norm.present && c.norm_before_heads) normalise(norm, row, row, count * c.head_dim);
+    const float* table = nullptr;
+    int64_t half = 0;
+    if (layer.rope >= 0) {
+      table = rotary.row(t);
+      for (int r = 0; r < layer.rope; ++r) table += 2 * step.rotary[size_t(r)].half;
+      half = step.rotary[size_t(layer.rope)].half;
+    }
+    for (int64_t i = 0; i < count; ++i, row += c.head_dim) {
+      if (norm.present && !c.norm_before_heads) normalise(norm, row, row, c.head_dim);
+      for (int64_t d = 0; d < half; ++d) {
+        const float a = row[d], b = row[d + half], cosine = table[d], sine = table[half + d];
+        row[d] = a * cosine - b * sine;
+        row[d + half] = b * cosine + a * sine;
+      }
+    }
+  };
+  heads(layer.q_norm, q.row(t), c.heads);
+  heads(layer.k_norm, k.row(t), c.kv_heads);
+  const int64_t position = step.positions[t];
+  const size_t g = size_t(layer.group);
+  const int32_t block = step.tables[g][step.sequence_of[t] * step.widths[g] + position / BLOCK];
+  kernels.store_kv(plan.storage_[size_t(&layer - plan.layers.data())], block, position % BLOCK, k.row(t), v.row(t));
+}
+
+// All query rows of an item over its splits [first, last); state and out hold a row each.
+void Run::attend_item(const Item& item, const Layer& layer, size_t index, int64_t first, int64_t last, Partial* state, float* out, float* mine) {
+  const int64_t group = c.heads / c.kv_heads, padded = round_up(c.head_dim, 16), rows = item.tokens * group;
+  const size_t g = size_t(layer.group);
+  AttentionArgs args{&plan.storage_[index], step.tables[g] + item.span->sequence * step.widths[g], c.heads, layer.attention_scale, c.attention_softcap, layer.window};
+  Partial part[TILE_ROWS];
+  float* part_out = mine + kAttendScratch;
+  for (int64_t begin = 0; begin < rows; begin += TILE_ROWS) {
+    const int count = int(std::min<int64_t>(TILE_ROWS, rows - begin));
+    const float* queries[TILE_ROWS];
+    int32_t positions[TILE_ROWS];
+    for (int r = 0; r < count; ++r) {
+      const int64_t token = item.token + (begin + r) / group;
+      queries[r] = q.row(token) + (item.kv_head * group + (begin + r) % group) * c.head_dim;
+      positions[r] = step.positions[token];
+      state[begin + r] = {-INFINITY, 0};
+    }
+    for (int64_t s = first; s < last; ++s) {
+      kernels.attend(args, item.kv_head, queries, positions, count, s, part, part_out, padded, mine);
+      for (int r = 0; r < count; ++r) kernels.merge(&state[begin + r], out + (begin + r) * padded, &part[r], part_out + r * padded, padded);
+    }
+  }
+}
+
+void Run::write_attended(const Item& item, const Partial* state, const float* out) {
+  const int64_t group = c.heads / c.kv_heads, padded = round_up(c.head_dim, 16);
+  for (int64_t r = 0; r < item.tokens * group; ++r) {
+    float* to = attended.row(item.token + r / group) + (item.kv_head * group + r % group) * c.head_dim;
+    const float inverse = 1.0f / state[r].sum;
+    for (int64_t d = 0; d < c.head_dim; ++d) to[d] = out[r * padded + d] * inverse;
+  }
+}
+
+void Run::attend(int thread, const Layer& layer, size_t index) {
+  const int64_t group = c.heads / c.kv_heads, padded = round_up(c.head_dim, 16);
+  float* mine = scratch + thread * scratch_size;
+  const int64_t tile_rows = std::max<int64_t>(TILE_ROWS, group);
+  float* out = mine + kAttendScratch + TILE_ROWS * padded;
+  Partial* state = reinterpret_cast<Partial*>(out + tile_rows * padded);
+  if (!split) {
+    for (int64_t i; (i = next.fetch_add(1)) < int64_t(items.size());) {
+      const Item& item = items[size_t(i)];
+      const int64_t oldest = layer.window ? std::max<int64_t>(0, step.positions[item.token] - layer.window + 1) : 0;
+      attend_item(item, layer, index, oldest / SPLIT, item.last_split, state, out, mine);
+      write_attended(item, state, out);
+    }
+    barrier();
+    return;
+  }
+  int64_t total = 0;
+  for (const Item& item : items) total += item.last_split;
+  for (int64_t i; (i = next.fetch_add(1)) < total;) {
+    size_t which = 0;
+    int64_t s = i;
+    while (s >= items[which].last_split) s -= items[which++].last_split;
+    const Item& item = items[which];
+    const int64_t at = item.partial + s * item.tokens * group;
+    const int64_t oldest = layer.window ? std::max<int64_t>(0, step.positions[item.token] - layer.window + 1) : 0;
+    if ((s + 1) * SPLIT <= oldest) for (int64_t r = 0; r < item.tokens * group; ++r) partials[at + r] = {-INFINITY, 0};
+    else attend_item(item, layer, index, s, s + 1, partials + at, partial_out + at * padded, mine);
+  }
+  barrier();
+  const Range part = share(int64_t(items.size()), thread, threads);
+  for (int64_t i = part.first; i < part.last; ++i) {
+    const Item& item = items[size_t(i)];
+    const int64_t rows = item.tokens * group;
+    for (int64_t r = 0; r < rows; ++r) {
+      state[r] = {-INFINITY, 0};
+      for (int64_t s = 0; s < item.last_split; ++s) {
+        const int64_t at = item.partial + s * rows + r;
+        kernels.merge(&state[r], out + r * padded, &partials[at], partial_out + at * padded, padded);
+      }
+    }
+    write_attended(item, state, out);
+  }
+  barrier();
+}
+
+void Run::work(int thread) {
+  const Range mine = share(step.tokens, thread, threads);
+  for (int64_t t = mine.first; t < mine.last; ++t) {
+    kernels.embed_row(plan.embedding, step.ids[t], x.row(t));
+    if (c.embedding_multiplier != 1)
+      for (int64_t i = 0; i < c.hidden; ++i) x.row(t)[i] *= c.embedding_multiplier;
+    if (!plan.positions_table.empty()) kernels.add_scaled(x.row(t), plan.positions_table.data() + step.positions[t] * c.hidden, 1, c.hidden);
+    float* table = rotary.row(t);
+    for (const Rotary& r : step.rotary) {
+      const float* set = r.sets + r.of_sequence[step.sequence_of[t]] * (r.half + 1);
+      for (int64_t d = 0; d < r.half; ++d) {
+        const float angle = float(step.positions[t]) * set[d];
+        table[d] = std::cos(angle) * set[r.half];
+        table[r.half + d] = std::sin(angle) * set[r.half];
+      }
+      table += 2 * r.half;
+    }
+  }
+  const Norm* after = nullptr;  // of the sublayer whose result still waits in `delta`
+  for (size_t index = 0; index < plan.layers.size(); ++index) {
+    const Layer& layer = plan.layers[index];
+    settle(thread, after, &layer.before_attention, index > 0, &layer, {kQ, kK, kV});
+    if (thread == 0) {
+      next = 0;
+      stopped = interrupted && interrupted(context);
+    }
+    barrier();
+    if (stopped) return;
+    product(thread, layer, kQ, h, q);
+    product(thread, layer, kK, h, k);
+    product(thread, layer, kV, h, v);
+    barrier();
+    for (int64_t t = mine.first; t < mine.last; ++t) rotate(t, layer);
+    barrier();
+    attend(thread, layer, index);
+    for (int64_t t = mine.first; t < mine.last; ++t) ready(t, attended.row(t), layer, {kO});
+    barrier();
+    product(thread, layer, kO, attended, delta);
+    barrier();
+    const bool gated = layer.linears[kGate].present();
+    if (gated) settle(thread, &layer.after_attention, &layer.before_mlp, true, &layer, {kGate, kUp});
+    else settle(thread, &layer.after_attention, &layer.before_mlp, true, &layer, {kUp});
+    barrier();
+    product(thread, layer, kGate, h, gate);
+    product(thread, layer, kUp, h, up);
+    barrier();
+    const Buffer& inner = gated ? gate : up;
+    for (int64_t t = mine.first; t < mine.last; ++t) {
+      kernels.activate(c.activation, inner.row(t), gated ? up.row(t) : nullptr, c.intermediate);
+      ready(t, inner.row(t), layer, {kDown});
+    }
+    barrier();
+    product(thread, layer, kDown, inner, delta);
+    barrier();
+    after = &layer.after_mlp;
+  }
+  settle(thread, after, nullptr, true, nullptr, {});
+  barrier();
+  // Only the rows that are asked for go through the head.
+  const Linear& head = plan.head.present() ? plan.head : plan.embedding;
+  const Range rows = share(step.rows, thread, threads);
+  for (int64_t r = rows.first; r < rows.last; ++r) {
+    float* to = step.hidden_only ? step.out + r * c.hidden : h.row(r);
+    normalise(plan.final_norm, x.row(step.wanted[r]), to, c.hidden);
+    if (!step.hidden_only && head.quantized()) {
+      QuantizedRows rounded = quantized;
+      rounded.k_padded = round_up(c.hidden, 32);
+      kernels.quantize_row(to, c.hidden, rounded, r);
+    }
+  }
+  if (step.hidden_only || !step.rows) return;
+  barrier();
+  product(thread, head, h, step.rows, step.out, c.vocab);
+  if (c.logits_scaling == 1 && c.final_softcap == 0) return;
+  const int64_t tile = kernels.tile_rows(head);
+  const Range columns = share((c.vocab + tile - 1) / tile, thread, threads);
+  const int64_t begin = columns.first * tile, count = std::min(c.vocab, columns.last * tile) - begin;
+  for (int64_t r = 0; r < step.rows && count > 0; ++r) {
+    float* row = step.out + r * c.vocab + begin;
+    if (c.logits_scaling != 1)
+      for (int64_t i = 0; i < count; ++i) row[i] /= c.logits_scaling;
+    if (c.final_softcap != 0) kernels.softcap(row, c.final_softcap, count);
+  }
+}
+
+namespace {
+
+struct Stepping {
+  std::atomic<int64_t>& process;
+  explicit Stepping(std::atomic<int64_t>& p) : process(p) { process = process_id(); }
+  ~Stepping() { process = 0; }
+};
+
+}  // namespace
+
+int64_t Plan::add(Adapter adapter) {
+  std::lock_guard<std::mutex> lock(stepping_);
+  adapters.push_back(std::move(adapter));
+  try {
+    check();
+  } catch (...) {
+    adapters.pop_back();
+    throw;
+  }
+  return int64_t(adapters.size()) - 1;
+}
+
+bool Plan::step(const Step& step, bool (*interrupted)(void*), void* context) {
+  // After a fork in the middle of a step the lock is held by a thread that stayed behind, and the cache may be half grown.
+  const int64_t process = stepping_process_;
+  if (process && process != process_id()) throw std::runtime_error("The process was forked while this model computed. Load it again in the new process");
+  std::lock_guard<std::mutex> lock(stepping_);
+  const Stepping stepping(stepping_process_);
+  if (process_ != process_id()) {
+    pool_.reset();
+    pool_ = pool_of(threads_);
+    process_ = process_id();
+  }
+  Run run(*this, step, *pool_, interrupted, context);
+  run.prepare();
+  pool_->run([](void* self, int thread) { static_cast<Run*>(self)->work(thread); }, &run);
+  return !run.stopped;
+}
+
+}  // namespace llmkit
