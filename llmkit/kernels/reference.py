@@ -86,7 +86,10 @@ def rows(packed: Packed, ids: Tensor) -> Tensor:
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[tokens, K]` float32 as whole numbers -127..127 (held as float32) `[tokens, Kp / 32, 32]` and their scales, powers of two, `[tokens, Kp / 32]`."""
+    """Rows `[tokens, K]` float32 as whole numbers -127..127 times powers of two.
+
+    Returns the numbers, held as float32, `[tokens, Kp / 32, 32]`, and the powers `[tokens, Kp / 32]`.
+    """
     padding = -x.shape[-1] % BLOCK
     groups = torch.nn.functional.pad(x, (0, padding)).view(len(x), -1, BLOCK)
     mantissa, exponent = torch.frexp(groups.abs().amax(-1))  # largest = mantissa * 2^exponent, 0.5 <= mantissa < 1
