@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -269,20 +269,21 @@ class LLM:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = _token_ids(prompt)
-            for token in ids:
-                if not 0 <= token < self.config.vocab_size:
-                    raise UsageError(
-                        f"token id {token} is outside the vocabulary of {self.config.vocab_size}. Take ids from this model's own tokenizer."
-                    )
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         if not ids:
             if self.folder.bos_id is None:
                 raise UsageError("the prompt is empty and this model has no BOS token to start from. Give at least one token.")
             ids = [self.folder.bos_id]
+        self.check_ids(ids)
         return ids
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """UsageError for a token id that the model has no embedding of: one typed, or of a tokenizer with more tokens than the model."""
+        wrong = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
+        if wrong is not None:
+            raise UsageError(
+                f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}. Use the tokenizer that belongs to this model."
+            )
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, *, continues: bool) -> list[Any]:
         """Reply to all prompts in one batch: a Completion for each, or a list of n."""

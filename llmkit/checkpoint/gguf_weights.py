@@ -27,6 +27,7 @@ FILE_TYPES: dict[str, tuple[Type, LlamaFileType]] = {
     "q4_0": (Type.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 NUMPY = {Type.F32: np.float32, Type.F16: np.float16}
+LARGEST = {Type.F16: 65504.0, Type.Q8_0: 127 * 65504.0, Type.Q4_0: 8 * 65504.0}  # the scale of a block is a float16
 CHUNK = 1 << 24  # weights converted at a time
 
 Rows = Callable[[int, int], np.ndarray]  # float32, some rows of a weight
@@ -89,11 +90,11 @@ class TensorPlan:
     def _encoded(self, values: np.ndarray, name: str) -> np.ndarray:
         if not np.isfinite(values).all():
             raise CheckpointError(f"{name} has values that are not finite. Download or copy the model again.")
-        if self.type not in NUMPY:
-            return gguf.quantize(values, self.type)
-        if self.type == Type.F16 and np.abs(values).max() > 65504:
-            raise CheckpointError(f"{name} has values up to {np.abs(values).max():.3g}, which float16 cannot hold. Use q8_0.")
-        return values.astype(self.stored_dtype)
+        largest = float(np.abs(values).max())
+        if largest > LARGEST.get(self.type, math.inf):
+            remedy = "Use q8_0." if largest <= LARGEST[Type.Q8_0] else "Keep the model in safetensors."
+            raise CheckpointError(f"{name} has values up to {largest:.3g}, which {self.type.name} cannot hold. {remedy}")
+        return values.astype(self.stored_dtype) if self.type in NUMPY else gguf.quantize(values, self.type)
 
 
 def weights_of(model: Transformer) -> dict[str, Weight]:

@@ -68,7 +68,8 @@ def quantize_folder(
     source = Path(source)
     # os.path, because pathlib raises where there is no such ~user, where links go round in a circle, or a name is too long.
     folder = Path(os.path.realpath(os.path.expanduser(target)))
-    if os.path.realpath(source) == str(folder):
+    real = Path(os.path.realpath(source))
+    if folder in (real, *real.parents):  # replacing a folder removes what is in it
         raise UsageError(f"{source} would be replaced while it is read. Choose another output folder.")
     check_target(folder, overwrite)
     config = load_config(source)

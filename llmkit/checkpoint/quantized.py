@@ -26,6 +26,7 @@ from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError
 from llmkit.families import family
 from llmkit.kernels.format import QuantizedMatrix, Weight, check_codebook, stored_shapes
+from llmkit.quant.schemes import quantizable
 
 METHOD = "llmkit"
 VERSION = 1
@@ -126,6 +127,7 @@ def _read(folder: Path, config: ModelConfig, record: Quantization) -> dict[str, 
     shapes = parameter_shapes(config)
     checkpoint = dict(open_checkpoint(folder))
     problems = [f"surplus: {name!r} in quantization_config" for name in record.tensors if name not in shapes]
+    problems += [f"never quantized: {name!r} in quantization_config" for name in record.tensors if name in shapes and not quantizable(name)]
     out: dict[str, Weight] = {}
     for name, shape in shapes.items():
         entry = record.tensors.get(name)

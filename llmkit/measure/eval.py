@@ -96,7 +96,7 @@ def evaluate(
     """Scores texts with a model, and against a reference with the same tokenizer, which is taken as it was loaded.
 
     ctx_size: tokens of a window; by default CONTEXT, or the model's context where that is shorter. max_tokens: score no more.
-    Raises UsageError for a reference that does not belong to the model, LLMKitError where a model's logits are no numbers.
+    Raises UsageError for a reference or a tokenizer that does not belong to the model, LLMKitError where a model's logits are no numbers.
     """
     models = [llm] if reference is None else [llm, reference]
     limit = min(model.ctx_size for model in models)
@@ -151,6 +151,7 @@ def _documents(llm: LLM, texts: Iterable[str], size: int, max_tokens: int | None
     left = max_tokens
     for text in texts:
         ids = llm.tokenizer.encode(text, bos=False)
+        llm.check_ids([*head, *ids])
         windows, end, unscored = [], 0, 0
         while len(ids) - end > first and left != 0:
             part = ids[end : end + size - len(head)]

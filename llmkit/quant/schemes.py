@@ -47,7 +47,12 @@ def check_scheme(scheme: str) -> None:
         raise UsageError(f"scheme {scheme!r:.80} is unknown. Use one of {', '.join(SCHEMES)}.")
 
 
+def quantizable(name: str) -> bool:
+    """Whether a parameter is one of the matrices that are stored in codes; norms, biases, routers and learned positions are not."""
+    return name in EMBEDDINGS or name.endswith(PROJECTIONS)
+
+
 def choose(scheme: str, name: str, shape: tuple[int, ...]) -> Choice | None:
-    """How a parameter is stored; None: as it is (norms, biases, routers, learned positions)."""
+    """How a parameter is stored; None: as it is."""
     check_scheme(scheme)
-    return SCHEMES[scheme](name, shape) if name in EMBEDDINGS or name.endswith(PROJECTIONS) else None
+    return SCHEMES[scheme](name, shape) if quantizable(name) else None

@@ -366,17 +366,22 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["m.gguf", "model"]
 
 
-def test_values_that_cannot_be_stored(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("value", "file_type", "message"),
+    [
+        (1e6, "f16", r"1e\+06, which F16 cannot hold. Use q8_0"),
+        (1e6, "q4_0", r"1e\+06, which Q4_0 cannot hold. Use q8_0"),
+        (-1e7, "q8_0", r"1e\+07, which Q8_0 cannot hold. Keep the model in safetensors"),
+        (np.nan, "q8_0", "not finite"),
+    ],
+)
+def test_values_that_cannot_be_stored(tmp_path: Path, value: float, file_type: str, message: str) -> None:
+    folder = tiny_folder(tmp_path / "model", hidden_size=96)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"][1, 1] = 1e6
+    weights["model.layers.2.mlp.up_proj.weight"][1, 1] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj.*float16"):
-        write_gguf(folder, tmp_path / "m.gguf")
-    weights["model.layers.2.mlp.up_proj.weight"][1, 1] = np.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="not finite"):
-        write_gguf(folder, tmp_path / "m.gguf", "q8_0")
+    with pytest.raises(CheckpointError, match=rf"layers\.2\.mlp\.up_proj.*{message}"):
+        write_gguf(folder, tmp_path / "m.gguf", file_type)
     assert os.listdir(tmp_path) == ["model"]
 
 

@@ -259,6 +259,15 @@ def test_the_source_is_not_replaced(tmp_path: Path, alias: str) -> None:
     assert stored(source) == before
 
 
+def test_a_folder_around_the_source_is_not_replaced(tmp_path: Path) -> None:
+    """It would be renamed away and removed, and the source with it."""
+    source = tiny_folder(tmp_path / "model" / "original")
+    shutil.copy(source / "config.json", tmp_path / "model")
+    with pytest.raises(UsageError, match="would be replaced while it is read"):
+        quantize_folder(source, tmp_path / "model", overwrite=True)
+    assert names(tmp_path / "model") == ["config.json", "original"]
+
+
 def test_what_is_quantized_is_not_quantized_again(tmp_path: Path, quantized: Path) -> None:
     with pytest.raises(CheckpointError, match="is quantized already, and quantizing again only loses more"):
         quantize_folder(quantized, tmp_path / "again")
@@ -394,6 +403,19 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 def test_damaged_records(folder: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
     change_record(folder, change)
     both_refuse(folder, message)
+
+
+def test_learned_positions_in_codes(tmp_path: Path) -> None:
+    """No scheme stores them so, and nothing could run them."""
+    quantize_folder(tiny_folder(tmp_path / "source", "gpt2"), tmp_path / "q8", "q8")
+    tensors, name = stored(tmp_path / "q8"), "model.embed_positions.weight"
+    shape = tensors.pop(name)[1]
+    matrix = round_to_nearest(torch.ones(shape), "q8")
+    codes, scales = (("I8", list(array.shape), array.tobytes()) for array in (matrix.codes, matrix.scales))
+    row_scale = raw.floats(list(matrix.row_scale.shape), 1.0)
+    raw.write(tmp_path / "q8" / FILE, tensors | {f"{name}.codes": codes, f"{name}.scales": scales, f"{name}.row_scale": row_scale})
+    change_record(tmp_path / "q8", lambda r: r["tensors"].update({name: {"scheme": "q8", "group": 32, "shape": shape}}))
+    both_refuse(tmp_path / "q8", f"never quantized: '{name}'")
 
 
 def test_everything_that_is_wrong_is_named_at_once(folder: Path) -> None:

@@ -192,3 +192,13 @@ def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LLMKitError, match="not finite"):
         evaluate(llmkit.load(folder, device="cpu"), TEXTS)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
+    beyond = max(llmkit.load(write_model(tmp_path / "whole"), device="cpu").tokenizer.encode(TEXT))
+    small = llmkit.load(write_model(tmp_path / "small", vocab_size=beyond), device="cpu")
+    with pytest.raises(UsageError, match=f"token id {beyond} is outside the vocabulary of {beyond}"):
+        evaluate(small, [TEXT])
+    for judge in (small.logits, small.score):
+        with pytest.raises(UsageError, match=f"token id {beyond} is outside the vocabulary of {beyond}"):
+            judge(TEXT)

@@ -341,7 +341,6 @@ PyObject* plan_block_bytes(PyObject* self, PyObject* group) {
 }
 PyObject* plan_kernels(PyObject* self, void*) { return PyUnicode_FromString(reinterpret_cast<PlanObject*>(self)->plan->kernels().name); }
 PyObject* plan_threads(PyObject* self, void*) { return PyLong_FromLong(reinterpret_cast<PlanObject*>(self)->plan->threads()); }
-PyObject* plan_cache_bytes(PyObject* self, void*) { return PyLong_FromLongLong(reinterpret_cast<PlanObject*>(self)->plan->cache_bytes()); }
 
 PyMethodDef plan_methods[] = {
     {"step", plan_step, METH_VARARGS, nullptr},
@@ -352,7 +351,6 @@ PyMethodDef plan_methods[] = {
 PyGetSetDef plan_attributes[] = {
     {"kernels", plan_kernels, nullptr, nullptr, nullptr},
     {"threads", plan_threads, nullptr, nullptr, nullptr},
-    {"cache_bytes", plan_cache_bytes, nullptr, nullptr, nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 PyType_Slot plan_slots[] = {

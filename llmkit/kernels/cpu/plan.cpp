@@ -108,13 +108,6 @@ int64_t Plan::block_bytes(int group) const {
   return of_group * config.kv_heads * per_head;
 }
 
-int64_t Plan::cache_bytes() const {
-  int64_t total = 0;
-  for (const Cache& cache : caches_)
-    for (const auto& segment : cache.segments) total += segment ? int64_t(segment->bytes) : 0;
-  return total;
-}
-
 // Makes room for a block of a group's cache.
 void Plan::reserve(int group, int64_t block) {
   Cache& cache = caches_[size_t(group)];

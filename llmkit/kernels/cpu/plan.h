@@ -85,7 +85,6 @@ class Plan {
   bool busy() const { return stepping_process_ != 0; }
   const Kernels& kernels() const { return *kernels_; }
   int threads() const { return threads_; }
-  int64_t cache_bytes() const;
   int64_t block_bytes(int group) const;
 
  private:
