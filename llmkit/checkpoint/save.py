@@ -96,7 +96,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     except OSError as error:
         raise UsageError(f"{target} cannot be listed ({error.strerror}). Check its permissions, or choose another folder.") from error
     if not overwrite:
-        raise UsageError(f"{target} exists and is not empty. Choose another folder, or overwrite it (overwrite=True).")
+        raise UsageError(f"{target} exists and is not empty. Choose another folder, or replace it (overwrite, --overwrite).")
     if not (target / "config.json").is_file():
         # Replacing means deleting all that is in it; a home folder given by mistake must survive that.
         raise UsageError(f"{target} is not a model folder (it has no config.json), so it is not overwritten. Choose another folder.")

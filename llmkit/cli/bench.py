@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from llmkit.cli.options import model_name, model_options, option
+from llmkit.cli.options import AtLeast, model_name, model_options, option
 
 
 class Counts(click.ParamType):
@@ -31,8 +31,8 @@ class Counts(click.ParamType):
 
 @click.command(short_help="Measure speed, start-up time and memory.")
 @model_options
-@option("--prefill", type=click.IntRange(min=0), default=512, show_default=True, metavar="N", help="Tokens of the prompt; 0: none.")
-@option("--decode", type=click.IntRange(min=0), default=128, show_default=True, metavar="N", help="Tokens of the reply; 0: none.")
+@option("--prefill", type=AtLeast(0), default=512, show_default=True, metavar="N", help="Tokens of the prompt; 0: none.")
+@option("--decode", type=AtLeast(0), default=128, show_default=True, metavar="N", help="Tokens of the reply; 0: none.")
 @option("--depth", "depths", type=Counts(1 << 24), default=(), help="Decode after N tokens of context too.")
 @option("--batch", "batches", type=Counts(256), default=(), help="Decode N sequences at once too: total tokens per second.")
 @option(
@@ -41,8 +41,8 @@ class Counts(click.ParamType):
     callback=lambda _ctx, _param, value: value and int(value),
     help="Of each number in our KV cache [default: 32 for float32 weights, else 16].",
 )
-@option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Runs of which the median is taken.")
-@option("--starts", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Process starts of each side.")
+@option("--repeat", type=AtLeast(1), default=3, show_default=True, metavar="N", help="Runs of which the median is taken.")
+@option("--starts", type=AtLeast(1), default=3, show_default=True, metavar="N", help="Process starts of each side.")
 @option("--against", type=click.Choice(["transformers", "llama.cpp"]), help="Measure this beside it, taking turns.")
 @option(
     "--rival-files", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Keep the files for llama.cpp, or find them."

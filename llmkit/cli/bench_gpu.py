@@ -8,16 +8,16 @@ from typing import Any
 
 import click
 
-from llmkit.cli.options import model_name, option
+from llmkit.cli.options import AtLeast, model_name, option
 
 
 @click.command(short_help="Measure 4 bits against bfloat16 and NF4 on a GPU.")
 @click.argument("model", required=False, default=None)
 @option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL: a folder, a hub id or HUB_ID@REV.")
 @option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
-@option("--prefill", type=click.IntRange(min=1), default=512, show_default=True, metavar="N", help="Tokens of the prompt.")
-@option("--decode", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="Tokens of the reply.")
-@option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Runs of which the median is taken.")
+@option("--prefill", type=AtLeast(1), default=512, show_default=True, metavar="N", help="Tokens of the prompt.")
+@option("--decode", type=AtLeast(1), default=128, show_default=True, metavar="N", help="Tokens of the reply.")
+@option("--repeat", type=AtLeast(1), default=5, show_default=True, metavar="N", help="Runs of which the median is taken.")
 @option("--json", "as_json", is_flag=True, envvar="LLMKIT_JSON", help="Print one flat JSON object and nothing else.")
 def bench_gpu(revision: str | None, prefill: int, decode: int, repeat: int, as_json: bool, **_: object) -> int:
     """Quantize MODEL (a dense checkpoint in 16 or 32 bits) and measure it on the GPU: prefill and decode of one sequence, the share of

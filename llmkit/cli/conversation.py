@@ -108,8 +108,11 @@ class Conversation:
         shown = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"]
         names = [name for name in SETTINGS if name in shown or name in self.sampling]
         off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": None}
+        cuts = ("top_p", "top_k", "min_p") if params.temperature == 0 else ()  # without effect: the likeliest token is taken
         parts = []
         for name in names:
+            if name in cuts and name not in self.sampling:
+                continue
             value = getattr(params, name)
             if name in self.sampling or name == "temperature" or value != off.get(name):
                 parts.append(f"{name} {value}{'*' if name in self.sampling else ''}")
@@ -136,7 +139,8 @@ class Conversation:
             if not all(isinstance(turn["role"], str) and "content" in turn for turn in turns):
                 raise KeyError("role")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{file} cannot be read: {error}. {remedy}") from error
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UsageError(f"{file} cannot be read ({why}). {remedy}") from error
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UsageError(f"the last row of {file} is not a chat. {remedy}") from error
         has_system = bool(turns) and turns[0]["role"] == "system"

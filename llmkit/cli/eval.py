@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llmkit.cli.options import context_options, load_arguments, model_name, model_options, option
+from llmkit.cli.options import AtLeast, context_options, load_arguments, model_name, model_options, option
 from llmkit.cli.progress import Bar
 
 
@@ -17,7 +17,7 @@ from llmkit.cli.progress import Bar
 @option("--text", required=True, type=click.Path(exists=True), metavar="FILE", help='Text, or JSONL with a "text" in each row.')
 @option("--reference", metavar="ORIGINAL", help="The checkpoint MODEL was made from: compare with its float32 predictions.")
 @option("--separator", default="<|endoftext|>", show_default=True, metavar="TEXT", help="What parts the documents of a text file.")
-@option("-n", "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Score so many tokens [default: all].")
+@option("-n", "--max-tokens", type=AtLeast(1), metavar="N", help="Score so many tokens [default: all].")
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(text: str, reference: str | None, separator: str, max_tokens: int | None, as_json: bool, **_: object) -> int:
     """Score a text with MODEL: perplexity and bits per byte. With --reference also the KL divergence from the original's predictions

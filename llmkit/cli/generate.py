@@ -9,6 +9,7 @@ import sys
 import click
 
 from llmkit.cli.options import (
+    AtLeast,
     context_options,
     load_arguments,
     model_name,
@@ -30,7 +31,7 @@ from llmkit.cli.terminal import finish, read_input, write_stream
 @option("--chat", is_flag=True, help="Send the prompt as a user message through the chat template.")
 @option("-s", "--system", metavar="TEXT", help="System message (with --chat).")
 @option("--chat-template", metavar="FILE|NAME", help="A Jinja template in place of the model's (with --chat).")
-@option("--logprobs", type=click.IntRange(min=0), metavar="K", help="Log probabilities, with the K most likely alternatives (with --json).")
+@option("--logprobs", type=AtLeast(0), metavar="K", help="Log probabilities, with the K most likely alternatives (with --json).")
 @option("--json", "as_json", is_flag=True, envvar="LLMKIT_JSON", help="Print one JSON object when the reply is complete.")
 @option("-v", "--verbose", is_flag=True, help="Speed, time to first token, cached tokens and skipped tensors on standard error.")
 @speculation_options

@@ -15,11 +15,28 @@ F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
 
 
+class MirroredOption(click.Option):
+    """An option whose error names the environment variable where the value came from there."""
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        mirrored = ctx is not None and ctx.get_parameter_source(str(self.name)) is ParameterSource.ENVIRONMENT
+        return str(self.envvar) if mirrored else super().get_error_hint(ctx)
+
+
+class AtLeast(click.IntRange):
+    """A whole number that is not below `min`."""
+
+    name = "integer"
+
+    def __init__(self, least: int) -> None:
+        super().__init__(min=least)
+
+
 def option(*names: str, **settings: Any) -> Callable[[F], F]:
     """A click option with its mirror in the environment: `--max-tokens` is also `LLMKIT_MAX_TOKENS`."""
     long = next(name for name in names if name.startswith("--")).split("/")[0]
     settings.setdefault("envvar", "LLMKIT_" + long[2:].upper().replace("-", "_"))
-    return click.option(*names, **settings)
+    return click.option(*names, cls=MirroredOption, **settings)
 
 
 def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -65,14 +82,14 @@ def model_options(function: F) -> F:
         option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
         option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights [default: the checkpoint's]."),
         option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps [default: cuda or mps where there is one]."),
-        option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads [default: physical cores]."),
+        option("-t", "--threads", type=AtLeast(1), help="CPU threads [default: physical cores]."),
     )(function)
 
 
 def context_options(function: F) -> F:
     """How long prompt and reply may be, and what remembering them takes; `load_arguments` reads it too."""
     return _stack(
-        option("-c", "--ctx-size", type=click.IntRange(min=1), metavar="N", help="Longest prompt plus reply [default: the model's]."),
+        option("-c", "--ctx-size", type=AtLeast(1), metavar="N", help="Longest prompt plus reply [default: the model's]."),
         option(
             "--kv-bits",
             type=click.Choice(["32", "16", "8"]),

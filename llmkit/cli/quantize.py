@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from llmkit.cli.options import model_name, option
+from llmkit.cli.options import AtLeast, model_name, option
 from llmkit.cli.progress import Bar
 
 SCHEMES = ("q4", "q8")
@@ -18,7 +18,7 @@ SCHEMES = ("q4", "q8")
 @option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="The folder to write.")
 @option("--scheme", type=click.Choice(SCHEMES), default="q4", show_default=True, help="About 4.5 or 8.3 bits for each weight.")
-@option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's choice].")
+@option("-t", "--threads", type=AtLeast(1), help="CPU threads [default: torch's choice].")
 @option("--overwrite", is_flag=True, help="Replace a model folder that is there.")
 def quantize(revision: str | None, output: Path, scheme: str, threads: int | None, overwrite: bool, **_: object) -> int:
     """Write MODEL as a folder with quantized weights, which chat, generate and the Python API open like any other.

@@ -207,6 +207,8 @@ class Repl:
         self._history()
 
     def _history(self) -> None:
+        if not self.conversation.messages:
+            self._say("(nothing was said yet)")
         for message in self.conversation.messages:
             self._say(f"{message['role']}:")
             self.console.print(str(message["content"]), markup=False, highlight=False)

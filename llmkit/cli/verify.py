@@ -6,7 +6,7 @@ import json
 
 import click
 
-from llmkit.cli.options import model_name, option
+from llmkit.cli.options import AtLeast, model_name, option
 
 EXIT_DIFFERS = 3
 
@@ -14,14 +14,16 @@ EXIT_DIFFERS = 3
 @click.command(short_help="Check a model against transformers and against itself.")
 @click.argument("model", required=False)
 @option("-m", "--model", "model_option", metavar="MODEL", help="The same as the argument MODEL: a folder or a hub id.")
-@option("--length", type=click.IntRange(min=2), metavar="N", help="Tokens of the test prompt [default: past the sliding window].")
+@option("--length", type=AtLeast(2), metavar="N", help="Tokens of the test prompt [default: past the sliding window].")
 @option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random test prompt.")
 @option("--device", metavar="DEVICE", help="cpu, cuda, mps [default: cpu; transformers always runs on the cpu].")
-@option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads.")
+@option("-t", "--threads", type=AtLeast(1), help="CPU threads [default: physical cores].")
 @option("--json", "as_json", is_flag=True, envvar="LLMKIT_JSON", help="Print one JSON object.")
 def verify(length: int | None, seed: int, device: str | None, threads: int | None, as_json: bool, **_: object) -> int:
     """Check MODEL in float32: our logits and greedy tokens against transformers', cached against uncached, chunked against
     whole prefill, batch against single. Exit code 3 where something differs.
+
+    A quantized MODEL is checked in its own arithmetic; transformers cannot read it, so llmkit eval --reference compares it.
     """
     from llmkit.measure import verify as measure
 

@@ -83,7 +83,9 @@ def test_a_conversation(terminal: Terminal, tmp_path: Path) -> None:
 
     assert "system: Be a cat." in terminal.answer("/system Be a cat.")
     assert saved(terminal, tmp_path / "system.jsonl") == [{"role": "system", "content": "Be a cat."}, *first]
-    assert "temperature 0.0*" in terminal.answer("/set temperature 0")
+    greedy = terminal.answer("/set temperature 0")
+    assert "temperature 0.0*" in greedy
+    assert "top_k" not in greedy  # it has no effect there
     assert "temperature 0.7," in terminal.answer("/set temperature default")
     assert "error: temperature" in terminal.answer("/set temperature -3")
     assert "Did you mean 'temperature'?" in terminal.answer("/set temprature 1")
@@ -96,6 +98,8 @@ def test_a_conversation(terminal: Terminal, tmp_path: Path) -> None:
     assert "tok/s" in terminal.answer("a ball")
     terminal.answer("/clear")
     assert "assistant:" not in terminal.answer("/history")
+    terminal.answer("/system none")
+    assert "nothing was said" in terminal.answer("/history")
     assert "/retry" in terminal.answer("/help")
 
     terminal.child.sendintr()

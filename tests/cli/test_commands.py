@@ -186,6 +186,17 @@ def test_environment_mirrors_the_flags(said: Said, tiny_model_dir: Path, monkeyp
     assert said("generate", "-p", "Once", str(tiny_model_dir))[0] == 0  # an argument wins over the environment
 
 
+@pytest.mark.parametrize("value", ["many", "0"])
+def test_an_error_says_where_the_value_came_from(said: Said, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    typed = said("generate", str(tiny_model_dir), "-p", "Once", "-t", value)
+    monkeypatch.setenv("LLMKIT_THREADS", value)
+    mirrored = said("generate", str(tiny_model_dir), "-p", "Once")
+    assert typed[0] == mirrored[0] == 2
+    assert "'--threads': " in typed[2]
+    assert "LLMKIT_THREADS: " in mirrored[2]
+    assert "range" not in typed[2] or value == "0"
+
+
 def test_stop_strings_from_the_environment_keep_their_spaces(said: Said, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = said("generate", str(tiny_model_dir), "-p", "Once", "--seed", "1", "-n", "40", "--ignore-eos")[1]
     at = free.index(" ", 5)

@@ -90,7 +90,7 @@ def test_errors_of_quantize(said: Said, model: Path, quantized: Path, tmp_path: 
         ([model, "-o", tmp_path / "x", "--scheme", "q5"], 2, "'q5' is not one of 'q4', 'q8'"),
         ([model, "-o", tmp_path / "x", "--shceme", "q4"], 2, "Did you mean '--scheme'?"),
         ([model, "-o", tmp_path / "x", "-t", "0"], 2, "0 is not in the range"),
-        ([model, "-o", quantized], 2, "exists and is not empty. Choose another folder, or overwrite it"),
+        ([model, "-o", quantized], 2, "exists and is not empty. Choose another folder, or replace it"),
         ([model, "-o", model, "--overwrite"], 2, "would be replaced while it is read"),
         ([quantized, "-o", tmp_path / "x"], 1, "is quantized already"),
         ([tmp_path / "nothing", "-o", tmp_path / "x"], 1, "nothing"),

@@ -45,8 +45,8 @@ void relax() {
 constexpr int kSpins = 3000;  // about 100 microseconds
 
 template <class Done>
-bool spin(Done done) {
-  for (int i = 0; i < kSpins; ++i) {
+bool spin(int spins, Done done) {
+  for (int i = 0; i < spins; ++i) {
     if (done()) return true;
     relax();
   }
@@ -54,6 +54,9 @@ bool spin(Done done) {
 }
 
 }  // namespace
+
+// With more threads than processors whoever spins keeps the one it waits for from running.
+Barrier::Barrier(int count) : count_(count), spins_(unsigned(count) <= std::thread::hardware_concurrency() ? kSpins : 0) {}
 
 void Barrier::wait() {
   if (count_ == 1) return;
@@ -65,7 +68,7 @@ void Barrier::wait() {
     return;
   }
   auto passed = [&] { return generation_.load(std::memory_order_acquire) != generation; };
-  if (!spin(passed))
+  if (!spin(spins_, passed))
     while (!passed()) generation_.wait(generation, std::memory_order_acquire);
 }
 
@@ -94,7 +97,7 @@ void Pool::serve(int thread) {
   uint32_t seen = 0;
   for (;;) {
     auto called = [&] { return job_.load(std::memory_order_acquire) != seen; };
-    if (!spin(called))
+    if (!spin(barrier_.spins(), called))
       while (!called()) job_.wait(seen, std::memory_order_acquire);
     ++seen;
     if (ending_) return;

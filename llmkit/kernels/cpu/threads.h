@@ -13,11 +13,12 @@ namespace llmkit {
 // laptop stays idle, and where another program holds a core nobody burns the other.
 class Barrier {
  public:
-  explicit Barrier(int count) : count_(count) {}
+  explicit Barrier(int count);
   void wait();
+  int spins() const { return spins_; }
 
  private:
-  const int count_;
+  const int count_, spins_;
   std::atomic<int> arrived_{0};
   std::atomic<uint32_t> generation_{0};
 };
