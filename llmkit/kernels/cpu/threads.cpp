@@ -42,7 +42,8 @@ void relax() {
 #endif
 }
 
-constexpr int kSpins = 3000;  // about 100 microseconds
+constexpr int kSpins = 3000;     // about 100 microseconds
+constexpr int kPatience = 1000;  // waits without spinning after one that spun in vain
 
 template <class Done>
 bool spin(int spins, Done done) {
@@ -58,6 +59,13 @@ bool spin(int spins, Done done) {
 // With more threads than processors whoever spins keeps the one it waits for from running.
 Barrier::Barrier(int count) : count_(count), spins_(unsigned(count) <= std::thread::hardware_concurrency() ? kSpins : 0) {}
 
+int Barrier::spins() {
+  const int left = impatient_.load(std::memory_order_relaxed);
+  if (left <= 0) return spins_;
+  impatient_.store(left - 1, std::memory_order_relaxed);
+  return 0;
+}
+
 void Barrier::wait() {
   if (count_ == 1) return;
   const uint32_t generation = generation_.load(std::memory_order_acquire);
@@ -68,8 +76,13 @@ void Barrier::wait() {
     return;
   }
   auto passed = [&] { return generation_.load(std::memory_order_acquire) != generation; };
-  if (!spin(spins_, passed))
+  const int spins = this->spins();
+  if (!spin(spins, passed)) {
+    // Another program holds the core of whoever is late. A thread that spins is the next to be taken off its own; one that sleeps is
+    // woken at once.
+    if (spins) impatient_.store(kPatience, std::memory_order_relaxed);
     while (!passed()) generation_.wait(generation, std::memory_order_acquire);
+  }
 }
 
 Pool::Pool(int threads) : threads_(threads), process_(process_id()), barrier_(threads) {

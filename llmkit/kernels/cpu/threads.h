@@ -15,11 +15,12 @@ class Barrier {
  public:
   explicit Barrier(int count);
   void wait();
-  int spins() const { return spins_; }
+  int spins();
 
  private:
   const int count_, spins_;
   std::atomic<int> arrived_{0};
+  std::atomic<int> impatient_{0};  // so many waits to come do not spin
   std::atomic<uint32_t> generation_{0};
 };
 
