@@ -72,9 +72,8 @@ def load(
         else 16. In PyTorch it is what the device computes in, and any other is an error.
     chat_template: a Jinja template, or a file that holds one, in place of the model's own.
     draft_model: a smaller model with the same vocabulary that guesses tokens ahead; loaded, or to be loaded in the same way.
-    speculate: "ngram" guesses what followed earlier in the text, "off" nothing; "auto" is "ngram" where a token does not depend
-        in its last bits on how many are computed at once, else "off". Guesses are checked: they change the speed, not
-        the reply (where a token does depend on that: not what replies are likely).
+    speculate: "ngram" guesses what followed earlier in the text, "off" nothing; "auto" is "ngram" on the native step, else
+        "off". Guesses are checked: on the native step replies stay the same, in PyTorch they follow the same distribution.
 
     Raises LLMKitError (see llmkit.errors) for everything that is wrong with the model or an argument.
     """
