@@ -221,13 +221,18 @@ void plan_dealloc(PyObject* self) {
   Py_DECREF(type);
 }
 
-// Looks for Ctrl-C while a long step runs; the caller of `step` is thread 0 and has given the GIL away.
+unsigned long main_thread = 0;
+
+// Looks for Ctrl-C while a long step runs; the caller of `step` is thread 0 and has given the GIL away. Only Python's main thread hears
+// signals, and another one must not ask: where the interpreter is ending, taking the GIL ends the thread, in the middle of the step.
 struct Watch {
   PyThreadState* thread = nullptr;
+  const bool hears = PyThread_get_thread_ident() == main_thread;
   bool failed = false;
   std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
   static bool look(void* self) {
     Watch& w = *static_cast<Watch*>(self);
+    if (!w.hears) return false;
     const auto now = std::chrono::steady_clock::now();
     if (now - w.last < std::chrono::milliseconds(50)) return false;
     w.last = now;
@@ -386,6 +391,14 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, functio
 }  // namespace
 
 PyMODINIT_FUNC PyInit__native() {
+  PyObject* threading = PyImport_ImportModule("threading");
+  PyObject* main = threading ? PyObject_CallMethod(threading, "main_thread", nullptr) : nullptr;
+  PyObject* identity = main ? PyObject_GetAttrString(main, "ident") : nullptr;
+  if (identity) main_thread = PyLong_AsUnsignedLong(identity);
+  Py_XDECREF(identity);
+  Py_XDECREF(main);
+  Py_XDECREF(threading);
+  if (PyErr_Occurred()) return nullptr;
   PyObject* module = PyModule_Create(&definition);
   if (!module) return nullptr;
   PyObject* type = PyType_FromSpec(&plan_spec);
