@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,19 @@ def bench(
         against=against,
         rival_files=rival_files,
     )
-    result = measure(plan, _progress if sys.stderr.isatty() else lambda _: None)
-    if sys.stderr.isatty():
+    return show(lambda progress: measure(plan, progress), _table, as_json)
+
+
+def show(measure: Callable[[Callable[[str], None]], dict[str, Any]], table: Callable[[dict[str, Any]], None], as_json: bool) -> int:
+    """Measures, saying on a terminal what is being measured, and prints the figures as a table or as one JSON object."""
+    terminal = sys.stderr.isatty()
+    result = measure(_progress if terminal else lambda _: None)
+    if terminal:
         _progress("")
     if as_json:
         print(json.dumps(result))
     else:
-        _table(result)
+        table(result)
     return 0
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import click
 
+from llmkit.cli.bench import show
 from llmkit.cli.options import AtLeast, model_name, option
 
 
@@ -28,18 +27,7 @@ def bench_gpu(revision: str | None, prefill: int, decode: int, repeat: int, as_j
     from llmkit.measure.bench_gpu import bench_gpu as measure
 
     plan = GpuBenchPlan(resolve(str(model_name()), revision), prefill=prefill, decode=decode, repeat=repeat)
-    result = measure(plan, _progress if sys.stderr.isatty() else lambda _: None)
-    if sys.stderr.isatty():
-        _progress("")
-    if as_json:
-        print(json.dumps(result))
-    else:
-        table(result)
-    return 0
-
-
-def _progress(what: str) -> None:
-    print(f"\r\x1b[2K{what}", end="", file=sys.stderr, flush=True)
+    return show(lambda progress: measure(plan, progress), table, as_json)
 
 
 def table(result: dict[str, Any]) -> None:
