@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.config import ModelConfig
-from llmkit.model.layers import Linear, make_norm, project
+from llmkit.model.layers import Linear, Products, make_norm
 from llmkit.model.rope import rotate
 
 # How a layer's queries meet keys and values: (layer, q [b, t, heads, d], k [b, t, kv_heads, d], v) -> [b, t, heads, d].
@@ -136,6 +136,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
+        self.products = Products()
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_size, config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, config.qkv_bias)
@@ -150,7 +151,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
         """x `[batch, seq, hidden]`; rotary None: this layer does not rotate."""
-        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.products.project(x, (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None and self.norm_before_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from llmkit.config import ModelConfig, MoEConfig
 from llmkit.errors import ConfigError
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
@@ -85,10 +88,27 @@ class Embedding(nn.Embedding):
         """Final hidden states `[..., embedding_dim]` times the transposed table."""
         return linear(x, self.weight)
 
+    def dequantize(self) -> Tensor:
+        """The table `[num_embeddings, embedding_dim]`; quantized embeddings compute it."""
+        return self.weight
+
 
 def project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """Several linears on one input: query, key and value, or gate and up. The seam at which they can be fused."""
+    """Several linears on one input: query, key and value, or gate and up."""
     return tuple([proj(x) for proj in linears])
+
+
+def feed(act: Activation, gate: Tensor | None, up: Tensor, down: nn.Module) -> Tensor:
+    """`down(act(gate) * up)`, or `down(act(up))` where nothing gates."""
+    return down(act(up) if gate is None else act(gate) * up)
+
+
+@dataclass(frozen=True)
+class Products:
+    """How a block's linears meet their inputs: the seam at which they are fused from outside (`lora/fused.py`)."""
+
+    project: Callable[[Tensor, Sequence[nn.Module]], tuple[Tensor, ...]] = project
+    feed: Callable[[Activation, Tensor | None, Tensor, nn.Module], Tensor] = feed
 
 
 class RMSNorm(nn.Module):
@@ -123,16 +143,19 @@ class MLP(nn.Module):
         if config.hidden_act not in ACTIVATIONS:
             raise ConfigError(f"hidden_act {config.hidden_act!r} is unknown; known are {', '.join(ACTIVATIONS)}.")
         self.act = ACTIVATIONS[config.hidden_act]
+        self.products = Products()
         hidden, bias = config.hidden_size, config.mlp_bias
         self.gate_proj = Linear(hidden, intermediate_size, bias) if config.gated_mlp else None
         self.up_proj = Linear(hidden, intermediate_size, bias)
         self.down_proj = Linear(intermediate_size, hidden, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        gate: Tensor | None = None
         if self.gate_proj is None:
-            return self.down_proj(self.act(project(x, (self.up_proj,))[0]))
-        gate, up = project(x, (self.gate_proj, self.up_proj))
-        return self.down_proj(self.act(gate) * up)
+            (up,) = self.products.project(x, (self.up_proj,))
+        else:
+            gate, up = self.products.project(x, (self.gate_proj, self.up_proj))
+        return self.products.feed(self.act, gate, up, self.down_proj)
 
 
 class MixtureOfExperts(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,11 @@ class Transformer(nn.Module):
         if rows is not None:
             x = x.flatten(0, 1)[rows]
         return x if hidden else self.logits(x)
+
+    @property
+    def head(self) -> Any:
+        """The matrix that makes logits: a linear, or the embedding where both are one; `dequantize()` gives it `[vocab, hidden]`."""
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
 
     def logits(self, x: Tensor) -> Tensor:
         """The head on final hidden states `[..., hidden]`."""

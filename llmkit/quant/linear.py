@@ -36,6 +36,11 @@ class _Quantized(nn.Module):
     def packed(self) -> Packed:
         return Packed(self.group, self.shape, self.codes, self.scales, self.row_scale, self.codebook)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, under the name by which PEFT asks a quantized linear where it is."""
+        return self.codes
+
     def dequantize(self) -> Tensor:
         """The weight, float32 `[out_features, in_features]`."""
         return reference.dequantize(self.packed)

@@ -150,6 +150,16 @@ PyObject* guarded(Function function) {
   return nullptr;
 }
 
+const Kernels& chosen_kernels(const char* wanted) {
+  const char* problem = nullptr;
+  const Kernels* kernels = choose_kernels(wanted, &problem);
+  if (!kernels) throw std::invalid_argument(std::string("kernels '") + (wanted ? wanted : "") + "' are " + problem);
+  return *kernels;
+}
+void check_threads(int threads) {
+  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be between 1 and 1024");
+}
+
 // Plan(kernels, threads, config, layers)
 PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
   return guarded([&]() -> PyObject* {
@@ -157,11 +167,9 @@ PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
     int threads = 0;
     PyObject *config, *layers;
     if (!PyArg_ParseTuple(args, "ziO!O!", &wanted, &threads, &PyDict_Type, &config, &PyList_Type, &layers)) throw PythonError();
-    const char* problem = nullptr;
-    const Kernels* kernels = choose_kernels(wanted, &problem);
-    if (!kernels) throw std::invalid_argument(std::string("kernels '") + (wanted ? wanted : "") + "' are " + problem);
-    if (threads < 1 || threads > 1024) throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be between 1 and 1024");
-    auto plan = std::make_unique<Plan>(kernels, threads);
+    const Kernels& kernels = chosen_kernels(wanted);
+    check_threads(threads);
+    auto plan = std::make_unique<Plan>(&kernels, threads);
     auto views = std::make_unique<std::vector<View>>();
     Config& c = plan->config;
     auto whole = [&](const char* name) { return integer(entry(config, name)); };
@@ -381,7 +389,38 @@ PyObject* available(PyObject*, PyObject*) {
 }
 PyObject* cores(PyObject*, PyObject*) { return PyLong_FromLong(physical_cores()); }
 
+// product(kernels, threads, linear, x, out)
+PyObject* one_product(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    const char* wanted = nullptr;
+    int threads = 0;
+    PyObject *weight, *x, *out;
+    if (!PyArg_ParseTuple(args, "ziOOO", &wanted, &threads, &weight, &x, &out)) throw PythonError();
+    const Kernels& kernels = chosen_kernels(wanted);
+    check_threads(threads);
+    std::vector<View> views;
+    const Linear w = linear(weight, views, "the weight");
+    if (!w.present()) throw std::invalid_argument("there is no weight");
+    View from(x), to(out, true);
+    const int64_t tokens = from.count<float>() / w.k;
+    const float* rows = from.as<float>(tokens * w.k, "x");
+    float* result = to.as<float>(tokens * w.n, "the result");
+    if (!tokens) Py_RETURN_NONE;
+    std::exception_ptr problem;
+    PyThreadState* thread = PyEval_SaveThread();
+    try {
+      product(kernels, threads, w, rows, tokens, result);
+    } catch (const std::exception&) {
+      problem = std::current_exception();
+    }
+    PyEval_RestoreThread(thread);
+    if (problem) std::rethrow_exception(problem);
+    Py_RETURN_NONE;
+  });
+}
+
 PyMethodDef functions[] = {
+    {"product", one_product, METH_VARARGS, nullptr},
     {"available", available, METH_NOARGS, nullptr},
     {"physical_cores", cores, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -1,0 +1,184 @@
+"""LoRA (arXiv:2106.09685) for training: `y = x W^T + b + s (x A^T) B^T` with a frozen W, in few products and with few saved tensors.
+
+Linears with one input go through one function. It saves x, once; its gradient is one product, and W has none. W may be stored in any
+form: it is asked for as a matrix, forwards and backwards, and not kept between the two.
+
+    in float32      U = W + s B A, of all the linears below each other: making it costs what `rank` more tokens would
+                    y = x U^T      dx = dy U      dB = s dy^T (x A^T)      dA = s (dy B)^T x
+    in 16 bits      U would round B A away, so its part is computed beside W:
+                    y = x W^T + s (x A^T) B^T                              dx = dy W + s (dy B) A
+    in integers     y as in 16 bits, x W^T by the native kernels as in generating; gradients as in float32
+
+The last product of an MLP takes `act(gate) * up` apart: gate and up are saved, their product is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmkit.model.layers import Activation, feed
+
+
+class Frozen(Protocol):
+    """What is asked of a linear that is not trained itself; see `model.layers.Linear` and `quant.linear.QuantizedLinear`."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    def dequantize(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A frozen linear and what is learned beside it.
+
+    base: the linear. a: `[rank, in]`, b: `[out, rank]`, both None where this linear has no adapter; scale: s.
+    integer: `x W^T + b` by the kernels that generate, float32 `[tokens, in]` to `[tokens, out]`, where they are to run forwards.
+    """
+
+    base: Frozen
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    integer: Callable[[Tensor], Tensor] | None = None
+
+
+def project_fused(x: Tensor, parts: Sequence[LowRank]) -> tuple[Tensor, ...]:
+    """Several linears on `x [..., in]`."""
+    out: tuple[Tensor, ...] = _Project.apply(x, tuple(parts), *_factors(parts))  # type: ignore[no-untyped-call]
+    return out
+
+
+def feed_fused(act: Activation, gate: Tensor | None, up: Tensor, part: LowRank) -> Tensor:
+    """`down(act(gate) * up)`, or `down(act(up))` without a gate."""
+    out: Tensor = _Feed.apply(gate, up, act, part, *_factors((part,)))  # type: ignore[no-untyped-call]
+    return out
+
+
+def _factors(parts: Sequence[LowRank]) -> list[Tensor | None]:
+    return [factor for part in parts for factor in (part.a, part.b)]
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What products are computed in: autocast's dtype where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _pairs(factors: Sequence[Tensor | None], dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
+    """A and B of each part, None where it has none."""
+    pairs = zip(factors[::2], factors[1::2], strict=True)
+    return [None if a is None or b is None else (a.detach().to(dtype), b.detach().to(dtype)) for a, b in pairs]
+
+
+def _weight(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype) -> Tensor:
+    """The matrices of all parts below each other, `[sum of out, in]`; in float32 with their B A in them."""
+    merge = dtype == torch.float32
+    if len(parts) == 1 and not (merge and pairs[0]):
+        return parts[0].base.dequantize().detach().to(dtype)
+    rows = [part.base.out_features for part in parts]
+    whole: Tensor | None = None
+    start = 0
+    for part, pair, count in zip(parts, pairs, rows, strict=True):
+        stored = part.base.dequantize().detach()
+        if whole is None:
+            whole = torch.empty(sum(rows), part.base.in_features, dtype=dtype, device=stored.device)
+        own = whole[start : start + count].copy_(stored)
+        if merge and pair is not None:
+            own.addmm_(pair[1], pair[0], alpha=part.scale)
+        start += count
+    assert whole is not None
+    return whole
+
+
+def _forward(x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | None]) -> list[Tensor]:
+    """What each part makes of x `[tokens, in]`."""
+    pairs = _pairs(factors, x.dtype)
+    if all(part.integer is not None for part in parts) and x.dtype == torch.float32:
+        out = [part.integer(x) for part in parts]  # type: ignore[misc]
+    else:
+        out = list((x @ _weight(parts, pairs, x.dtype).T).split([part.base.out_features for part in parts], 1))
+        for part, y in zip(parts, out, strict=True):
+            if part.base.bias is not None:
+                y += part.base.bias.detach()
+        if x.dtype == torch.float32:
+            return out
+    for part, pair, y in zip(parts, pairs, out, strict=True):
+        if pair is not None:
+            y.addmm_(x @ pair[0].T, pair[1].T, alpha=part.scale)
+    return out
+
+
+def _backward(
+    x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of x `[tokens, in]` (None unless wanted), and of every A and B; grads are those of the outputs `[tokens, out]`."""
+    dtype = x.dtype
+    pairs = _pairs(factors, dtype)
+    dx: Tensor | None = None
+    if wanted:
+        whole = grads[0] if len(grads) == 1 else torch.cat(list(grads), 1)
+        dx = whole @ _weight(parts, pairs, dtype)
+    present = [(part, pair, grad) for part, pair, grad in zip(parts, pairs, grads, strict=True) if pair is not None]
+    if not present:
+        return dx, [None] * len(factors)
+    a = torch.cat([pair[0] for _, pair, _ in present])  # [sum of ranks, in]
+    ranks = [len(pair[0]) for _, pair, _ in present]
+    xas = (x @ a.T).split(ranks, 1)
+    dxa = torch.cat([(grad @ pair[1]).mul_(part.scale) for part, pair, grad in present], 1)
+    if dx is not None and dtype != torch.float32:
+        dx.addmm_(dxa, a)
+    das = iter((dxa.T @ x).split(ranks))
+    dbs = iter([(grad.T @ xa).mul_(part.scale) for (part, _, grad), xa in zip(present, xas, strict=True)])
+    found: list[Tensor | None] = []
+    for pair, own_a, own_b in zip(pairs, factors[::2], factors[1::2], strict=True):
+        if pair is None or own_a is None or own_b is None:
+            found += [None, None]
+        else:
+            found += [next(das).to(own_a.dtype), next(dbs).to(own_b.dtype)]
+    return dx, found
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: tuple[LowRank, ...], *factors: Tensor | None) -> tuple[Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1]).to(_dtype(x))
+        ctx.parts, ctx.shape, ctx.dtype = parts, x.shape, x.dtype
+        ctx.save_for_backward(flat, *factors)
+        return tuple([y.view(*x.shape[:-1], -1) for y in _forward(flat, parts, factors)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, *factors = ctx.saved_tensors
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        dx, found = _backward(x, ctx.parts, factors, flat, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, *found
+
+
+class _Feed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor | None, up: Tensor, act: Activation, part: LowRank, a: Tensor | None, b: Tensor | None) -> Tensor:
+        h = (act(up) if gate is None else act(gate) * up).to(_dtype(up))
+        (y,) = _forward(h.reshape(-1, h.shape[-1]), (part,), (a, b))
+        ctx.act, ctx.part = act, part
+        ctx.save_for_backward(gate, up, a, b)
+        return y.view(*up.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate, up, a, b = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (gate, up) if t is not None]
+            h = feed(ctx.act, None if gate is None else inputs[0], inputs[-1], nn.Identity())
+        flat = h.detach().reshape(-1, h.shape[-1]).to(grad.dtype)
+        dh, found = _backward(flat, (ctx.part,), (a, b), [grad], True)
+        assert dh is not None
+        found_inputs = torch.autograd.grad(h, inputs, dh.view_as(h).to(h.dtype))
+        return None if gate is None else found_inputs[0], found_inputs[-1], None, None, *found

@@ -1,0 +1,215 @@
+"""Adapters onto a model, to be trained: PEFT finds the linears and makes the factors, `fused.py` computes with them."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from llmkit.errors import UsageError
+from llmkit.lora.fused import LowRank, feed_fused, project_fused
+from llmkit.model.attention import Attention
+from llmkit.model.layers import MLP, Activation, Products, feed, project
+from llmkit.model.transformer import Transformer
+
+NAME = "default"  # PEFT's name for the only adapter
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What an adapter is made of, by PEFT's names (`r`, `lora_alpha`, ...).
+
+    target_modules: "all-linear" (every linear of the blocks), or names: `q_proj`, or the end of a path, `layers.0.mlp.up_proj`.
+    init_lora_weights: True (A as nn.Linear, B zero) or "gaussian". modules_to_save: modules trained whole beside the adapter.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
+    modules_to_save: tuple[str, ...] = ()
+
+
+class LoraLinear(nn.Module, LoraLayer):
+    """A frozen linear of any storage with one adapter beside it."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        layer: Any = self  # nn.Module's attributes have types that PEFT's do not fit
+        layer.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        # PEFT gives the factors the dtype of the base; they are trained, and so float32.
+        self.get_submodule("lora_A").float()
+        self.get_submodule("lora_B").float()
+        layer.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self.scale = float(layer.scaling[adapter_name])
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else None
+        self.active = True  # False: the base alone
+        self.integer: Callable[[Tensor], Tensor] | None = None  # see `fused.LowRank`
+        self.magnitude: nn.Parameter | None = None
+        if config.use_dora:
+            self.magnitude = nn.Parameter(self.row_norms().detach().clone())
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {(): None, ("use_dora",): None}  # DoRA is ours: PEFT's wants a dense weight
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A `[rank, in]` and B `[out, rank]`, float32."""
+        return self.get_parameter(f"lora_A.{NAME}.weight"), self.get_parameter(f"lora_B.{NAME}.weight")
+
+    @property
+    def low_rank(self) -> LowRank:
+        base: Any = self.base_layer
+        return LowRank(base, *self.factors, self.scale, self.integer) if self.active else LowRank(base, integer=self.integer)
+
+    @property
+    def fusible(self) -> bool:
+        """Whether `x W^T + s (x A^T) B^T` is all there is to it: no dropout in between, no magnitude (DoRA)."""
+        return not self.active or (self.magnitude is None and not (self.training and self.dropout is not None))
+
+    def row_norms(self) -> Tensor:
+        """The norm of each row of `W + s B A`, float32 `[out]`, without making that matrix."""
+        base: Any = self.base_layer
+        weight: Tensor = base.dequantize().float()
+        a, b = self.factors
+        cross = ((weight @ a.T) * b).sum(1)
+        own = ((b @ (a @ a.T)) * b).sum(1)
+        return (weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fusible:
+            return project_fused(x, (self.low_rank,))[0]
+        base: Any = self.base_layer
+        a, b = self.factors
+        dropped = x if self.dropout is None else self.dropout(x)
+        (y,) = project_fused(x, (LowRank(base),))
+        added = F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype)) * self.scale
+        if self.magnitude is None:
+            return y + added
+        # DoRA (arXiv:2402.09353, 4.3): the norm is a constant for the gradient. As in PEFT, what is rescaled passes dropout too.
+        factor = (self.magnitude / self.row_norms().detach()).to(y.dtype)
+        (again,) = (y,) if dropped is x else project_fused(dropped, (LowRank(base),))
+        without_bias = again if base.bias is None else again - base.bias.to(y.dtype)
+        return y + (factor - 1) * without_bias + factor * added
+
+
+def _project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    if not all(linear.fusible for linear in linears if isinstance(linear, LoraLinear)):
+        return project(x, linears)
+    return project_fused(x, [linear.low_rank if isinstance(linear, LoraLinear) else LowRank(linear) for linear in linears])  # type: ignore[arg-type]
+
+
+def _feed(act: Activation, gate: Tensor | None, up: Tensor, down: nn.Module) -> Tensor:
+    if isinstance(down, LoraLinear) and not down.fusible:
+        return feed(act, gate, up, down)
+    return feed_fused(act, gate, up, down.low_rank if isinstance(down, LoraLinear) else LowRank(down))  # type: ignore[arg-type]
+
+
+def inject(model: Transformer, settings: LoraSettings) -> None:
+    """Freezes the model and puts a new adapter beside its linears; random numbers come from torch's generator.
+
+    Raises UsageError where a target or a module to save is not there, or cannot be trained.
+    """
+    model.requires_grad_(False)
+    linears = [name for name, module in model.named_modules() if _is_linear(module)]
+    targets = find_targets(settings.target_modules, linears)
+    saved = _modules_to_save(model, settings.modules_to_save)
+    both = sorted(set(targets) & set(saved))
+    if both:
+        raise UsageError(f"{both[0]} is among lora.target_modules and lora.modules_to_save. Take it out of one of them.")
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=settings.init_lora_weights,
+    )
+    config._register_custom_module({type(model.get_submodule(name)): LoraLinear for name in targets})  # PEFT's door for other linears
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft speaks of checkpoints it saves itself
+        inject_adapter_in_model(config, model, adapter_name=NAME)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.endswith(".magnitude"))
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, (Attention, MLP)):
+            module.products = Products(_project, _feed)
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """The linears with an adapter, by our path: `model.layers.0.self_attn.q_proj`."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model, while this lasts."""
+    linears = [module for _, module in adapted(model)]
+    for linear in linears:
+        linear.active = False
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.active = True
+
+
+def find_targets(wanted: str | Sequence[str], linears: Sequence[str]) -> list[str]:
+    """The paths among `linears` that are meant: "all-linear" is every one but the head; a name is the end of a path.
+
+    Raises UsageError for a name that matches nothing.
+    """
+    if wanted == "all-linear":
+        return [name for name in linears if name != HEAD]
+    if not wanted:
+        raise UsageError('lora.target_modules names nothing, so nothing would be trained. Leave it out for "all-linear".')
+    found: dict[str, None] = {}
+    for target in (wanted,) if isinstance(wanted, str) else wanted:
+        hits = [name for name in linears if name == target or name.endswith("." + target)]
+        if not hits:
+            known = sorted({name.rpartition(".")[2] for name in linears})
+            near = difflib.get_close_matches(target, known, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else f"This model has {', '.join(known)}."
+            raise UsageError(f"lora.target_modules names {target!r}, which matches no linear. {remedy}")
+        found.update(dict.fromkeys(hits))
+    return list(found)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Decision D of the house: anything with these is a linear."""
+    return isinstance(getattr(module, "in_features", None), int) and callable(getattr(module, "dequantize", None))
+
+
+def _modules_to_save(model: Transformer, wanted: Sequence[str]) -> list[str]:
+    found = []
+    for target in wanted:
+        hits = [name for name, module in model.named_modules() if name and (name == target or name.endswith("." + target))]
+        if not hits:
+            raise UsageError(f"lora.modules_to_save names {target!r}, which this model does not have. A head that is not tied is lm_head.")
+        for name in hits:
+            parameters = list(model.get_submodule(name).parameters())
+            if not parameters or any(not parameter.is_floating_point() for parameter in parameters):
+                raise UsageError(f"lora.modules_to_save names {name}, whose weights are quantized and cannot be trained. Leave it out.")
+        found += hits
+    return found

@@ -1,0 +1,208 @@
+"""Adapters in training: PEFT puts them in, our functions compute with them; PEFT on the transformers model is the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmkit.checkpoint.load import load_model
+from llmkit.errors import UsageError
+from llmkit.lora.fused import LowRank, feed_fused, project_fused
+from llmkit.lora.inject import NAME, LoraSettings, adapted, adapters_off, inject
+from llmkit.model.layers import Linear
+from llmkit.model.transformer import Transformer
+from llmkit.quant.apply import quantize_model
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    target = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(target)
+    return target
+
+
+def perturb(parameters: Any) -> None:
+    """Without this B is zero and the adapter does nothing."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in parameters:
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def target_gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    logits.float().logsumexp(-1).mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": ("q_proj", "down_proj")}])
+def test_logits_and_gradients_are_pefts(folder: Path, keys: dict[str, Any]) -> None:
+    ours = load_model(folder)
+    inject(ours, LoraSettings(r=4, lora_alpha=8, **keys))
+    theirs = LlamaForCausalLM.from_pretrained(folder)
+    targets = list(keys.get("target_modules", ())) or "all-linear"
+    config = LoraConfig(r=4, lora_alpha=8, **{**keys, "target_modules": targets}, task_type="CAUSAL_LM")
+    peft = get_peft_model(theirs, config)
+    perturb(p for name, p in ours.named_parameters() if "lora_" in name)
+    own = dict(ours.named_parameters())
+    pairs = {}
+    for name, parameter in peft.named_parameters():
+        mine = name.removeprefix("base_model.model.").replace(f"lora_magnitude_vector.{NAME}.weight", "magnitude")
+        if parameter.requires_grad:
+            assert own[mine].requires_grad
+            if mine.endswith("magnitude"):
+                parameter.data.mul_(1.1)
+                own[mine].data.copy_(parameter.data)
+            parameter.data.copy_(own[mine].data)
+            pairs[name] = mine
+    assert set(pairs.values()) == {name for name, p in own.items() if p.requires_grad}
+    logits, expected = ours(IDS), peft(IDS).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    gradients, wanted = target_gradients(ours, logits), target_gradients(peft, expected)
+    for name, mine in pairs.items():
+        torch.testing.assert_close(gradients[mine], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["q4", "q8"])
+def test_a_quantized_base_is_its_dequantized_weights(folder: Path, scheme: str) -> None:
+    model = load_model(folder)
+    quantize_model(model, scheme)
+    dense = load_model(folder)
+    for name, module in dense.named_modules():
+        if isinstance(module, (Linear, nn.Embedding)):
+            module.weight.data = model.get_submodule(name).dequantize()  # type: ignore[operator, union-attr]
+    found = []
+    for one in (model, dense):
+        torch.manual_seed(3)
+        inject(one, LoraSettings(r=4))
+        perturb(p for name, p in one.named_parameters() if "lora_" in name)
+        logits = one(IDS)
+        found.append((logits, target_gradients(one, logits)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_adapter_is_trained_and_can_be_left_out(folder: Path) -> None:
+    model = load_model(folder)
+    base = model(IDS)
+    inject(model, LoraSettings(r=4, modules_to_save=("lm_head",)))
+    torch.testing.assert_close(model(IDS), base)  # B is zero
+    perturb(p for name, p in model.named_parameters() if "lora_" in name)
+    assert not torch.allclose(model(IDS), base, atol=1e-3)
+    with adapters_off(model):
+        torch.testing.assert_close(model(IDS), base)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name == "lm_head.weight" for name in trained)
+    assert len(list(adapted(model))) == 14
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_dropout_changes_training_only(folder: Path) -> None:
+    model = load_model(folder)
+    inject(model, LoraSettings(r=4, lora_dropout=0.5))
+    perturb(p for name, p in model.named_parameters() if "lora_" in name)
+    model.eval()
+    still = model(IDS)
+    torch.testing.assert_close(model(IDS), still, rtol=0, atol=0)
+    model.train()
+    assert not torch.allclose(model(IDS), model(IDS))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"target_modules": ("q_prj",)}, "Did you mean q_proj"),
+        ({"target_modules": ()}, "names nothing"),
+        ({"modules_to_save": ("score",)}, "does not have"),
+        ({"modules_to_save": ("q_proj",)}, "both|Take it out"),
+    ],
+)
+def test_what_is_not_there_is_refused(folder: Path, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        inject(load_model(folder), LoraSettings(**keys))
+
+
+def test_quantized_weights_are_not_trained_whole(folder: Path) -> None:
+    model = load_model(folder)
+    quantize_model(model)
+    with pytest.raises(UsageError, match="quantized"):
+        inject(model, LoraSettings(modules_to_save=("lm_head",)))
+
+
+def linear(out: int, inside: int, bias: bool, dtype: torch.dtype) -> Linear:
+    return Linear(inside, out, bias).to(dtype).requires_grad_(False)
+
+
+def plain(x: Tensor, part: LowRank) -> Tensor:
+    y = x @ part.base.dequantize().to(x.dtype).T
+    if part.base.bias is not None:
+        y = y + part.base.bias
+    return y if part.a is None or part.b is None else y + x @ part.a.T @ part.b.T * part.scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradients_are_those_of_autograd(gated: bool, dtype: torch.dtype) -> None:
+    """The fused functions against the same formula in plain PyTorch, in float64 where autograd is exact enough to compare."""
+    torch.manual_seed(0)
+
+    def part(out: int, inside: int, rank: int) -> LowRank:
+        base = linear(out, inside, out == 5, dtype)
+        if not rank:
+            return LowRank(base)
+        return LowRank(base, torch.randn(rank, inside, requires_grad=True), torch.randn(out, rank, requires_grad=True), 0.7)
+
+    parts, down = [part(6, 8, 2), part(6, 8, 0), part(5, 8, 3)], part(8, 6, 2)
+    leaves = [t for p in [*parts, down] for t in (p.a, p.b) if t is not None]
+    act: Callable[[Tensor], Tensor] = torch.nn.functional.silu
+    x = torch.randn(3, 4, 8, requires_grad=True)
+
+    def run(fused: bool) -> list[Tensor]:
+        q, k, v = project_fused(x, parts) if fused else tuple(plain(x, p) for p in parts)
+        gate = q if gated else None
+        y = feed_fused(act, gate, k, down) if fused else plain(act(k) if gate is None else act(gate) * k, down)
+        return [*torch.autograd.grad(y.square().sum() + v.sin().sum() + q.cos().sum(), [x, *leaves]), y]
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_products_keep_the_adapter() -> None:
+    """B A is far below the rounding of W in 16 bits, so there the two are not added before they meet x."""
+    base = linear(16, 16, False, torch.bfloat16)
+    base.weight.data.fill_(1.0)
+    a, b = torch.full((1, 16), 0.01), torch.full((16, 1), 0.01)
+    x = torch.randn(4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with_adapter = project_fused(x - x.mean(1, keepdim=True), [LowRank(base, a, b)])[0].float()
+    assert with_adapter.isfinite().all()
+    small = torch.full((4, 16), 1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        difference = project_fused(small * 0 + 1, [LowRank(base, 100 * a, b)])[0].float() - 16
+    torch.testing.assert_close(difference, torch.full((4, 16), 0.16), rtol=0.5, atol=0.1)
+
+
+def test_a_model_without_adapters_is_untouched(folder: Path) -> None:
+    model = load_model(folder)
+    assert isinstance(model, Transformer)
+    assert not list(adapted(model))
