@@ -87,7 +87,7 @@ def test_a_quantized_folder_is_used_like_any_other(quantized: Path, model: Path)
 def test_errors_of_quantize(said: Said, model: Path, quantized: Path, tmp_path: Path) -> None:
     for arguments, code, message in (
         ([model], 2, "Missing option '-o' / '--output'"),
-        ([model, "-o", tmp_path / "x", "--scheme", "q5"], 2, "'q5' is not one of 'q4', 'q8'"),
+        ([model, "-o", tmp_path / "x", "--scheme", "q5"], 2, "'q5' is not one of 'q4', 'q8', 'nf4'"),
         ([model, "-o", tmp_path / "x", "--shceme", "q4"], 2, "Did you mean '--scheme'?"),
         ([model, "-o", tmp_path / "x", "-t", "0"], 2, "0 is not in the range"),
         ([model, "-o", quantized], 2, "exists and is not empty. Choose another folder, or replace it"),
