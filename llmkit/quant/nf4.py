@@ -10,6 +10,7 @@ double quantization the scales are 8-bit codes themselves, in blocks of 256 with
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -90,6 +91,18 @@ def _scales(matrix: Nf4Matrix) -> Tensor:
     return scales.add_(nested.offset)
 
 
+def _bitsandbytes() -> Any:
+    """bitsandbytes, without what it says of kernels that are not used here."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    finally:
+        logger.setLevel(level)
+    return bitsandbytes
+
+
 class Quantizer:
     """Quantizes the rows of a matrix as they come; all but the last part must be whole blocks."""
 
@@ -99,22 +112,18 @@ class Quantizer:
 
     def add(self, rows: Tensor) -> None:
         """rows: `[rows, K]`, float32, float16 or bfloat16. ValueError for numbers that are not finite."""
-        import bitsandbytes.functional as bnb
-
         if not bool(torch.isfinite(rows).all()):
             raise ValueError("it has values that are not finite")
-        codes, state = bnb.quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4")
+        codes, state = _bitsandbytes().functional.quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4")
         self.codes.append(codes.view(-1))
         self.absmax.append(state.absmax)
         self.values = state.code
 
     def matrix(self, shape: tuple[int, int]) -> Nf4Matrix:
         """The matrix, with double quantization over all of it."""
-        import bitsandbytes.functional as bnb
-
         absmax = torch.cat(self.absmax)
         offset = absmax.mean()
-        codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        codes, state = _bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         return Nf4Matrix(shape, torch.cat(self.codes), codes, self.values, Nested(state.code, state.absmax, offset))
 
 
@@ -193,17 +202,13 @@ def product(x: Tensor, matrix: Nf4Matrix) -> Tensor:
 
 def bitsandbytes_product(x: Tensor, matrix: Nf4Matrix) -> Tensor:
     """The same by bitsandbytes' kernels, which know no part of a block."""
-    import bitsandbytes
-
     with torch.no_grad():
-        out: Tensor = bitsandbytes.matmul_4bit(x, matrix.codes.view(-1, 1), quant_state=_state(matrix, x.dtype))
+        out: Tensor = _bitsandbytes().matmul_4bit(x, matrix.codes.view(-1, 1), quant_state=_state(matrix, x.dtype))
     return out
 
 
 def bitsandbytes_dense(matrix: Nf4Matrix, dtype: torch.dtype) -> Tensor:
-    import bitsandbytes.functional as bnb
-
-    weight: Tensor = bnb.dequantize_4bit(matrix.codes.view(-1, 1), _state(matrix, dtype))
+    weight: Tensor = _bitsandbytes().functional.dequantize_4bit(matrix.codes.view(-1, 1), _state(matrix, dtype))
     return weight
 
 
@@ -214,13 +219,12 @@ def _dense(matrix: Nf4Matrix, dtype: torch.dtype) -> Tensor:
 
 
 def _state(matrix: Nf4Matrix, dtype: torch.dtype) -> Any:
-    from bitsandbytes.functional import QuantState
-
+    state = _bitsandbytes().functional.QuantState
     nested, more = matrix.nested, {}
     if nested is not None:
-        state2 = QuantState(absmax=nested.absmax, blocksize=NESTED_BLOCK, code=nested.map, dtype=torch.float32)
+        state2 = state(absmax=nested.absmax, blocksize=NESTED_BLOCK, code=nested.map, dtype=torch.float32)
         more = {"offset": nested.offset, "state2": state2}
-    return QuantState(matrix.absmax, torch.Size(matrix.shape), matrix.values, matrix.block, matrix.kind, dtype, **more)
+    return state(matrix.absmax, torch.Size(matrix.shape), matrix.values, matrix.block, matrix.kind, dtype, **more)
 
 
 class _Product(torch.autograd.Function):
