@@ -22,7 +22,7 @@ import numpy as np
 
 from llmkit.checkpoint.arrays import DTYPES, converted, dtype_name
 from llmkit.checkpoint.files import AUTO_MAP
-from llmkit.checkpoint.quantized import read_quantized
+from llmkit.checkpoint.quantized import is_bitsandbytes, read_quantized
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import Backend
 from llmkit.errors import DoesNotFit, UsageError, out_of_memory
@@ -95,7 +95,7 @@ def prepare(model: ModelFolder, options: Options) -> Runner:
     on_cpu = re.fullmatch(r"cpu(:\d+)?", device) is not None
     if on_cpu and _is_quantized(model) and options.dtype is not None:
         raise UsageError(f"dtype {options.dtype!r} has no effect on a CPU where the weights are quantized, as in {folder}. Leave it out.")
-    problem = native_problem(config) if on_cpu else None
+    problem = (native_problem(config) or _layout_problem(config)) if on_cpu else None
     try:
         if on_cpu and problem is None:
             return _native(folder, config, options)
@@ -108,6 +108,11 @@ def prepare(model: ModelFolder, options: Options) -> Runner:
 
 def _is_quantized(model: ModelFolder) -> bool:
     return bool(model.config.hf.get("quantization_config"))
+
+
+def _layout_problem(config: ModelConfig) -> str | None:
+    """Why the native kernels cannot run the weights as they are stored."""
+    return "they do not run bitsandbytes' 4 bits; a folder of `llmkit quantize --scheme q4` is faster" if is_bitsandbytes(config) else None
 
 
 def _native(folder: Path, config: ModelConfig, options: Options) -> Runner:

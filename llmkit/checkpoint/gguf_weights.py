@@ -20,6 +20,7 @@ from llmkit.frequencies import inverse_frequencies
 from llmkit.kernels import reference
 from llmkit.model.transformer import Transformer
 from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
+from llmkit.quant.nf4 import Nf4Linear
 
 FILE_TYPES: dict[str, tuple[Type, LlamaFileType]] = {
     "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
@@ -106,11 +107,16 @@ def weights_of(model: Transformer) -> dict[str, Weight]:
     def quantized(module: QuantizedLinear | QuantizedEmbedding) -> Rows:
         return lambda begin, end: reference.rows(module.packed, torch.arange(begin, end)).numpy()
 
+    def nf4(module: Nf4Linear) -> Rows:
+        return lambda begin, end: module.matrix.rows(begin, end).dequantize().numpy()
+
     found = {name: Weight(name, tuple(p.shape), dense(p.detach())) for name, p in model.named_parameters()}
     modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
     for path, module in modules:
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             found[f"{path}.weight"] = Weight(f"{path}.weight", module.shape, quantized(module))
+        elif isinstance(module, Nf4Linear):
+            found[f"{path}.weight"] = Weight(f"{path}.weight", module.shape, nf4(module))
     return found
 
 

@@ -7,6 +7,8 @@ be trained): loading then takes almost no memory of its own, and the pages are s
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from llmkit.checkpoint.arrays import check_assignment, dtype_name, log_skipped
 from llmkit.checkpoint.files import AUTO_MAP, Checkpoint, TensorFile, load_config, open_checkpoint
-from llmkit.checkpoint.quantized import quantization, read_quantized
+from llmkit.checkpoint.nf4 import open_nf4
+from llmkit.checkpoint.quantized import is_bitsandbytes, quantization, read_quantized
 from llmkit.checkpoint.weights import Piece, assign
 from llmkit.config import ModelConfig
 from llmkit.errors import ConfigError, UsageError
@@ -81,6 +84,8 @@ def load_model_with_report(
     wanted, place = None if dtype is None else parse_dtype(dtype), _device(device)
     config = load_config(folder)
     notes = (AUTO_MAP,) if "auto_map" in config.hf else ()
+    if is_bitsandbytes(config):
+        return _load_nf4(folder, config, wanted, place, notes)
     record = quantization(folder, config)
     if record is not None:
         return _load_quantized(folder, wanted, place, notes)
@@ -93,13 +98,7 @@ def load_model_with_report(
     if wanted is None:
         wanted = _checkpoint_dtype(config, checkpoint)
 
-    state, mapped, copied = {}, 0, 0
-    for name, piece in assignment.pieces.items():
-        state[name], in_place = _realise(piece, wanted, place)
-        if in_place:
-            mapped += state[name].nbytes
-        else:
-            copied += state[name].nbytes
+    state, mapped, copied = _realise_all(assignment.pieces, wanted, place)
     model.load_state_dict(state, strict=True, assign=True)
     count = sum(tensor.numel() for tensor in state.values())
     report = LoadReport(str(wanted).removeprefix("torch."), str(place), count, mapped, copied, tuple(assignment.skipped), notes)
@@ -127,6 +126,28 @@ def _load_quantized(
     count = sum(tensor.numel() for tensor in state.values()) + sum(rows * columns for rows, columns in (m.shape for m in matrices.values()))
     schemes = ", ".join(sorted({matrix.scheme for matrix in matrices.values()}))
     return model, LoadReport(f"{schemes} and {str(dtype).removeprefix('torch.')}", str(device), count, mapped, copied, (), notes)
+
+
+def _load_nf4(
+    folder: Path, config: ModelConfig, dtype: torch.dtype | None, device: torch.device, notes: tuple[str, ...]
+) -> tuple[Transformer, LoadReport]:
+    """A folder in the Hugging Face 4-bit layout: codes and scales stay as they are, everything else has the dtype.
+
+    By default that is the dtype of the checkpoint, as for one that is not quantized.
+    """
+    dtype = parse_dtype(config.dtype) if dtype is None else dtype
+    assignment, matrices = open_nf4(folder, config)
+    model = empty_model(config)
+    install(model, matrices)
+    state, mapped, copied = _realise_all(assignment.pieces, dtype, device)
+    model.load_state_dict(state, strict=False, assign=True)  # the buffers of quantized modules are there already
+    model.to(device)
+    packed = sum(matrix.nbytes for matrix in matrices.values())
+    mapped, copied = (mapped + packed, copied) if device.type == "cpu" else (mapped, copied + packed)
+    count = sum(tensor.numel() for tensor in state.values()) + sum(math.prod(matrix.shape) for matrix in matrices.values())
+    kinds = " and ".join(sorted({matrix.kind for matrix in matrices.values()}))
+    said = f"{kinds} and {str(dtype).removeprefix('torch.')}"
+    return model, LoadReport(said, str(device), count, mapped, copied, tuple(assignment.skipped), notes)
 
 
 def _float_tensor(array: np.ndarray) -> Tensor:
@@ -157,6 +178,18 @@ def as_tensor(stored: TensorFile) -> Tensor:
         return torch.empty(stored.shape, dtype=dtype)
     data = stored.data if stored.offset % dtype.itemsize == 0 else bytearray(stored.data)
     return torch.frombuffer(data, dtype=dtype).view(stored.shape)
+
+
+def _realise_all(pieces: Mapping[str, Piece], dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], int, int]:
+    """All dense parameters, the bytes of them that are the mapped file, and the others."""
+    state, mapped, copied = {}, 0, 0
+    for name, piece in pieces.items():
+        state[name], in_place = _realise(piece, dtype, device)
+        if in_place:
+            mapped += state[name].nbytes
+        else:
+            copied += state[name].nbytes
+    return state, mapped, copied
 
 
 def _realise(piece: Piece, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:

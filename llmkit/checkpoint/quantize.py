@@ -11,19 +11,22 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from llmkit.checkpoint.arrays import parameter_array, release
 from llmkit.checkpoint.files import SINGLE, load_config
-from llmkit.checkpoint.quantized import METHOD, NUMPY_NAMES, PADDING, VERSION, open_parameters, quantization
+from llmkit.checkpoint.quantize_nf4 import record as nf4_record
+from llmkit.checkpoint.quantize_nf4 import write_nf4
+from llmkit.checkpoint.quantized import METHOD, NUMPY_NAMES, PADDING, VERSION, is_bitsandbytes, open_parameters, quantization
 from llmkit.checkpoint.save import check_target, copy_side_files, replacing, sync, write_json
 from llmkit.checkpoint.weights import Piece
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels.format import CODEBOOK, PANEL, QuantizedMatrix, stored_shapes, widen
 from llmkit.quant.methods import round_to_nearest
-from llmkit.quant.schemes import DEFAULT, Choice, check_scheme, choose
+from llmkit.quant.schemes import DEFAULT, NF4, Choice, check_scheme, choose
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 _BLOCK = 1 << 21  # weights that one thread quantizes at a time
@@ -57,9 +60,10 @@ def quantize_folder(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Writes the model of a folder as a quantized folder, which `load_model` and the native backend map.
+    """Writes the model of a folder as a quantized folder, which `load_model` and, but for nf4, the native backend map.
 
-    scheme: q4 or q8 (see `quant/schemes.py`). threads: torch's choice by default; the result is the same for any number.
+    scheme: q4 or q8 (see `quant/schemes.py`), or nf4 in the Hugging Face layout (see `checkpoint/nf4.py`).
+    threads: torch's choice by default; the result is the same for any number.
     Raises UsageError for a target that may not be replaced or an unknown scheme, CheckpointError for a source that is damaged or
     quantized already, or where writing fails (nothing is left behind).
     """
@@ -73,25 +77,34 @@ def quantize_folder(
         raise UsageError(f"{source} would be replaced while it is read. Choose another output folder.")
     check_target(folder, overwrite)
     config = load_config(source)
-    if quantization(source, config) is not None:
+    if is_bitsandbytes(config) or quantization(source, config) is not None:
         raise CheckpointError(f"{source} is quantized already, and quantizing again only loses more. Use the checkpoint it was made from.")
     pieces = open_parameters(source, config)
     choices = {name: choose(scheme, name, piece.shape) for name, piece in pieces.items()}
+    # The code that auto_map points to is not part of what we read, and so not of what we write.
+    hf = {name: value for name, value in config.hf.items() if name != "auto_map"}
+    with replacing(folder) as partial:
+        copy_side_files(source, partial)
+        if scheme == NF4:
+            record = nf4_record(config.dtype)
+            size = write_nf4(partial / SINGLE, config, pieces, choices, threads, progress)
+        else:
+            record = _record(pieces, choices)
+            size = _write(partial / SINGLE, pieces, choices, threads, progress)
+        write_json(partial / "config.json", {**hf, "quantization_config": record})
+    before = {(piece.tensor.file, piece.tensor.name): piece.tensor.nbytes for piece in pieces.values()}
+    weights = sum(math.prod(piece.shape) for piece in pieces.values())
+    return QuantizeReport(folder, scheme, weights, sum(before.values()), size, time.perf_counter() - began)
+
+
+def _record(pieces: Mapping[str, Piece], choices: Mapping[str, Choice | None]) -> dict[str, Any]:
+    """The quantization_config of our own layout."""
     tensors = {
         name: {"scheme": choice.scheme, "group": choice.group, "shape": list(pieces[name].shape)}
         for name, choice in choices.items()
         if choice is not None
     }
-    record = {"quant_method": METHOD, "version": VERSION, "codebook": list(CODEBOOK), "tensors": tensors}
-    # The code that auto_map points to is not part of what we read, and so not of what we write.
-    hf = {name: value for name, value in config.hf.items() if name != "auto_map"}
-    with replacing(folder) as partial:
-        write_json(partial / "config.json", {**hf, "quantization_config": record})
-        copy_side_files(source, partial)
-        size = _write(partial / SINGLE, pieces, choices, threads, progress)
-    before = {(piece.tensor.file, piece.tensor.name): piece.tensor.nbytes for piece in pieces.values()}
-    weights = sum(math.prod(piece.shape) for piece in pieces.values())
-    return QuantizeReport(folder, scheme, weights, sum(before.values()), size, time.perf_counter() - began)
+    return {"quant_method": METHOD, "version": VERSION, "codebook": list(CODEBOOK), "tensors": tensors}
 
 
 @dataclass(frozen=True)

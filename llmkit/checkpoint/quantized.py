@@ -29,6 +29,7 @@ from llmkit.kernels.format import QuantizedMatrix, Weight, check_codebook, store
 from llmkit.quant.schemes import quantizable
 
 METHOD = "llmkit"
+BITSANDBYTES = "bitsandbytes"  # read by `checkpoint/nf4.py`
 VERSION = 1
 PADDING = "padding."
 NUMPY_NAMES = {"uint8": "U8", "int8": "I8", "float32": "F32"}  # numpy dtype -> safetensors dtype
@@ -52,6 +53,12 @@ class Quantization:
     tensors: Mapping[str, Stored]
 
 
+def is_bitsandbytes(config: ModelConfig) -> bool:
+    """Whether a folder is in bitsandbytes' layout, which PyTorch runs and the native kernels do not."""
+    said = config.hf.get("quantization_config")
+    return isinstance(said, Mapping) and said.get("quant_method") == BITSANDBYTES
+
+
 def quantization(folder: Path, config: ModelConfig) -> Quantization | None:
     """How a folder is quantized; None: not at all.
 
@@ -60,6 +67,8 @@ def quantization(folder: Path, config: ModelConfig) -> Quantization | None:
     said = config.hf.get("quantization_config")
     if not said:
         return None
+    if is_bitsandbytes(config):
+        raise CheckpointError(f"{folder} is in bitsandbytes' layout, which this does not read. Use the checkpoint it was made from.")
     method = said.get("quant_method") if isinstance(said, dict) else said
     if not isinstance(said, dict) or method != METHOD:
         raise CheckpointError(f"{folder} is quantized ({method!r:.80}), which llmkit does not read. Use the checkpoint it was made from.")

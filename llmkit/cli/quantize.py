@@ -9,7 +9,7 @@ import click
 from llmkit.cli.options import AtLeast, model_name, option
 from llmkit.cli.progress import Bar
 
-SCHEMES = ("q4", "q8")
+SCHEMES = ("q4", "q8", "nf4")
 
 
 @click.command(short_help="Write a model in 4 or 8 bits.")
@@ -17,7 +17,13 @@ SCHEMES = ("q4", "q8")
 @option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL: a folder, a hub id or HUB_ID@REV.")
 @option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="The folder to write.")
-@option("--scheme", type=click.Choice(SCHEMES), default="q4", show_default=True, help="About 4.5 or 8.3 bits for each weight.")
+@option(
+    "--scheme",
+    type=click.Choice(SCHEMES),
+    default="q4",
+    show_default=True,
+    help="About 4.5 or 8.3 bits for each weight; nf4: bitsandbytes' 4 bits, for transformers and QLoRA.",
+)
 @option("-t", "--threads", type=AtLeast(1), help="CPU threads [default: torch's choice].")
 @option("--overwrite", is_flag=True, help="Replace a model folder that is there.")
 def quantize(revision: str | None, output: Path, scheme: str, threads: int | None, overwrite: bool, **_: object) -> int:

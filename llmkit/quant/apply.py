@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from llmkit.kernels.format import QuantizedMatrix
+from llmkit.quant import nf4
 from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.methods import round_to_nearest
-from llmkit.quant.schemes import DEFAULT, choose
+from llmkit.quant.nf4 import Nf4Linear, Nf4Matrix
+from llmkit.quant.schemes import DEFAULT, NF4, choose
 
 
-def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix], dtype: torch.dtype = torch.float32) -> None:
+def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix | Nf4Matrix], dtype: torch.dtype = torch.float32) -> None:
     """Puts quantized modules where the named weights were; biases stay the parameters they are. dtype: of embedding rows.
 
     A name is that of a weight, "model.layers.0.self_attn.q_proj.weight", of a module with `in_features` or `num_embeddings`.
@@ -23,7 +25,10 @@ def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix], dtype: to
         parent, _, child = path.rpartition(".")
         old = model.get_submodule(path)
         new: nn.Module
-        if isinstance(old, nn.Embedding):
+        if isinstance(matrix, Nf4Matrix):
+            assert isinstance(old, nn.Linear)
+            new = Nf4Linear(matrix, old.bias)
+        elif isinstance(old, nn.Embedding):
             new = QuantizedEmbedding(matrix, dtype)
         else:
             assert isinstance(old, nn.Linear)
@@ -33,8 +38,12 @@ def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix], dtype: to
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, scheme: str = DEFAULT) -> None:
-    """Quantizes the linears and embeddings of a model in memory, one at a time."""
+    """Quantizes the linears and embeddings of a model in memory, one at a time; nf4 leaves embeddings, head and experts as they are."""
     for name, parameter in list(model.named_parameters()):
         choice = choose(scheme, name, tuple(parameter.shape))
-        if choice is not None:
+        if choice is None:
+            continue
+        if choice.scheme == NF4:
+            install(model, {name: nf4.quantize(parameter)})
+        else:
             install(model, {name: round_to_nearest(parameter, choice.scheme, choice.group)})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llmkit.errors import UsageError
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+NF4 = "nf4"  # not a format of the native kernels, but bitsandbytes'
 PROJECTIONS = tuple(f".{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
@@ -15,11 +16,11 @@ PROJECTIONS = tuple(f".{name}_proj.weight" for name in ("q", "k", "v", "o", "gat
 class Choice:
     """The storage of one matrix."""
 
-    scheme: str  # q4 or q8
+    scheme: str  # q4, q8 or nf4
     group: int  # columns that share a scale
 
 
-def _q4(name: str, shape: tuple[int, ...]) -> Choice:
+def _q4(name: str, shape: tuple[int, ...]) -> Choice | None:
     """4 bits; finer groups, or 8 bits, where errors weigh more.
 
     Measured on two trained models (KL per weight that is quantized): values weigh three to five times as much as queries or the MLP's
@@ -32,12 +33,17 @@ def _q4(name: str, shape: tuple[int, ...]) -> Choice:
     return Choice("q4", 16 if fine else 32)
 
 
-def _q8(name: str, shape: tuple[int, ...]) -> Choice:
+def _q8(name: str, shape: tuple[int, ...]) -> Choice | None:
     """8 bits in groups of 32: 8.25 bits for each weight."""
     return Choice("q8", 32)
 
 
-SCHEMES: Mapping[str, Callable[[str, tuple[int, ...]], Choice]] = {"q4": _q4, "q8": _q8}
+def _nf4(name: str, shape: tuple[int, ...]) -> Choice | None:
+    """What transformers holds in 4 bits: the linears of attention and dense MLPs, not embeddings, head and experts."""
+    return None if name in EMBEDDINGS or ".experts." in name else Choice(NF4, 64)
+
+
+SCHEMES: Mapping[str, Callable[[str, tuple[int, ...]], Choice | None]] = {"q4": _q4, "q8": _q8, NF4: _nf4}
 DEFAULT = "q4"
 
 

@@ -84,10 +84,22 @@ def test_a_quantized_folder_is_used_like_any_other(quantized: Path, model: Path)
     assert llmkit("chat", quantized, "-n", "5", "--ignore-eos", text="Hello").returncode == 0
 
 
+def test_nf4(model: Path, tmp_path: Path) -> None:
+    done = llmkit("quantize", model, "-o", tmp_path / "nf4", "--scheme", "nf4")
+    assert done.returncode == 0
+    assert re.fullmatch(r".*/nf4: nf4, \d+\.\d\d bits per weight over the whole model, .* s\n", done.stdout)
+    assert "not whole blocks of 64" in done.stderr  # the tiny model's rows
+    assert done.stderr.count("\n") == 1
+    done = llmkit("generate", tmp_path / "nf4", "-p", "Once", "-n", "3", "--ignore-eos")
+    assert done.returncode == 0
+    assert "they do not run bitsandbytes' 4 bits; a folder of `llmkit quantize --scheme q4` is faster" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_errors_of_quantize(said: Said, model: Path, quantized: Path, tmp_path: Path) -> None:
     for arguments, code, message in (
         ([model], 2, "Missing option '-o' / '--output'"),
-        ([model, "-o", tmp_path / "x", "--scheme", "q5"], 2, "'q5' is not one of 'q4', 'q8'"),
+        ([model, "-o", tmp_path / "x", "--scheme", "q5"], 2, "'q5' is not one of 'q4', 'q8', 'nf4'"),
         ([model, "-o", tmp_path / "x", "--shceme", "q4"], 2, "Did you mean '--scheme'?"),
         ([model, "-o", tmp_path / "x", "-t", "0"], 2, "0 is not in the range"),
         ([model, "-o", quantized], 2, "exists and is not empty. Choose another folder, or replace it"),
