@@ -17,6 +17,7 @@ import torch
 
 from llmkit.checkpoint.arrays import parameter_array, release
 from llmkit.checkpoint.files import SINGLE, load_config
+from llmkit.checkpoint.fingerprint import SOURCE, weights_fingerprint
 from llmkit.checkpoint.quantized import METHOD, NUMPY_NAMES, PADDING, VERSION, open_parameters, quantization
 from llmkit.checkpoint.save import check_target, copy_side_files, replacing, sync, write_json
 from llmkit.checkpoint.weights import Piece
@@ -82,7 +83,8 @@ def quantize_folder(
         for name, choice in choices.items()
         if choice is not None
     }
-    record = {"quant_method": METHOD, "version": VERSION, "codebook": list(CODEBOOK), "tensors": tensors}
+    made_from = weights_fingerprint(pieces).to_dict()
+    record = {"quant_method": METHOD, "version": VERSION, "codebook": list(CODEBOOK), SOURCE: made_from, "tensors": tensors}
     # The code that auto_map points to is not part of what we read, and so not of what we write.
     hf = {name: value for name, value in config.hf.items() if name != "auto_map"}
     with replacing(folder) as partial:
