@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 # What an adapter may say and we need not know: how it was trained and initialised, and which modules its tensors name anyway.
 IGNORED = {
@@ -40,16 +40,19 @@ class AdapterSettings:
 
     def rank(self, module: str) -> int:
         """The rank of a module, given its path."""
-        return next((rank for pattern, rank in self.rank_pattern.items() if _matches(pattern, module)), self.r)
+        return _looked_up(self.rank_pattern, module, self.r)
 
     def scale(self, module: str, rank: int) -> float:
         """What the product B A of a module is multiplied by."""
-        alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if _matches(pattern, module)), self.lora_alpha)
-        return alpha / (sqrt(rank) if self.use_rslora else rank)
+        return _looked_up(self.alpha_pattern, module, self.lora_alpha) / (sqrt(rank) if self.use_rslora else rank)
 
 
-def _matches(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+Number = TypeVar("Number", int, float)
+
+
+def _looked_up(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
+    names = (module, f"{module}.weight")  # PEFT may wrap the weight (target_parameters: routers of transformers 5), and matches its path
+    return next((value for pattern, value in patterns.items() if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)), default)
 
 
 def parse_settings(said: Mapping[str, Any], problems: list[str]) -> AdapterSettings:
