@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from llmkit.checkpoint.fingerprint import folder_fingerprint, text_fingerprint
-from llmkit.errors import CheckpointError, UsageError
+from llmkit.checkpoint.fingerprint import text_fingerprint
+from llmkit.errors import UsageError
 from llmkit.folder import ModelFolder
-from llmkit.lora.adapter import Adapter, read_adapter
+from llmkit.lora.adapter import Adapter, check_base, read_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +69,9 @@ def _named(source: str | Path) -> tuple[str | None, str | Path]:
 
 
 def _check(adapter: Adapter, model: ModelFolder, any_base: bool) -> None:
-    """What can be proven of the model it was trained on, and of the template."""
-    if adapter.base is not None and not any_base:
-        base = folder_fingerprint(model.path)
-        if base is not None and base.differs(adapter.base):
-            trained = adapter.settings.base_model_name_or_path
-            raise CheckpointError(
-                f"the adapter {adapter.name!r} was trained on another model than {model.path}: the weights differ"
-                f"{'' if trained is None else f' from those of {trained!r:.200}'}. Load it with that model, or take it all the same with "
-                "any_base (--any-base)."
-            )
+    """What can be proven of the model and the template it was trained with."""
+    if not any_base:
+        check_base(adapter, model.path)
     template = None if model.chat_template is None else text_fingerprint(model.chat_template.source())
     if adapter.template is not None and template not in (None, adapter.template):
         own = adapter.folder / "chat_template.jinja"

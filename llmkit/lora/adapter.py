@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from llmkit.checkpoint.arrays import NUMPY_DTYPES, parameter_array, parameter_shapes
 from llmkit.checkpoint.files import PICKLES, TensorFile, open_safetensors, read_json, read_metadata
-from llmkit.checkpoint.fingerprint import Fingerprint, parse_fingerprint
+from llmkit.checkpoint.fingerprint import Fingerprint, folder_fingerprint, parse_fingerprint
 from llmkit.checkpoint.hub import ADAPTER, resolve
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, Piece, is_transposed, parts_of, reading_rules
 from llmkit.config import ModelConfig
@@ -118,6 +118,18 @@ def read_adapter(source: str | Path, config: ModelConfig, *, name: str | None = 
         base=parse_fingerprint(marks.get("base")),
         template=template if isinstance(template, str) else None,
     )
+
+
+def check_base(adapter: Adapter, folder: Path) -> None:
+    """CheckpointError where an adapter is proven to have been trained on other weights than those in a model folder."""
+    base = None if adapter.base is None else folder_fingerprint(folder)
+    if base is not None and adapter.base is not None and base.differs(adapter.base):
+        trained = adapter.settings.base_model_name_or_path
+        raise CheckpointError(
+            f"the adapter {adapter.name!r} was trained on another model than {folder}: the weights differ"
+            f"{'' if trained is None else f' from those of {trained!r:.200}'}. Load it with that model, or take it all the same "
+            "(any_base, --any-base)."
+        )
 
 
 def _weights_file(folder: Path) -> Path:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmkit.checkpoint.arrays import parameter_shapes
-from llmkit.checkpoint.fingerprint import Fingerprint
+from llmkit.checkpoint.fingerprint import Fingerprint, text_fingerprint
 from llmkit.checkpoint.hub import ADAPTER
 from llmkit.checkpoint.save import copy_side_files, replacing, write_json
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, Stored, stored_as, writing_rules
@@ -50,7 +50,7 @@ def write_adapter(
     magnitudes: Mapping[str, Tensor] | None = None,
     modules_to_save: Mapping[str, Tensor] | None = None,
     base: Fingerprint | None = None,
-    template: str | None = None,
+    chat_template: str | None = None,
     source: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -59,7 +59,8 @@ def write_adapter(
     linears: A `[rank, in]` and B `[out, rank]`, without the scale, by our paths ("model.layers.0.self_attn.q_proj"); of an embedding too.
     settings: their r, lora_alpha and so on; its patterns are of our paths.
     magnitudes: of a DoRA, `[out]` by the same paths. modules_to_save: weights and biases trained as a whole, by parameter name.
-    base, template: fingerprints of what it was trained on (see `checkpoint/fingerprint.py`). source: a folder whose tokenizer is copied.
+    base: fingerprint of the model it was trained on (see `checkpoint/fingerprint.py`). chat_template: the text of the template it was
+        trained with, which is written beside it. source: a model folder whose tokenizer is copied.
     overwrite: replace an adapter that is there.
     Raises UsageError where a target cannot be written in PEFT's format, all of them named, or where the folder may not be replaced.
     """
@@ -72,15 +73,18 @@ def write_adapter(
         raise UsageError(f"the adapter cannot be written in PEFT's format:\n  {listed}\nTrain other target modules.")
     if not tensors:
         raise UsageError("the adapter has no weights to write. Train at least one module.")
-    marks = {"base": None if base is None else base.to_dict(), "chat_template": template}
-    noted = {name: value for name, value in marks.items() if value is not None}
+    marks: dict[str, Any] = {} if base is None else {"base": base.to_dict()}
+    if chat_template is not None:
+        marks["chat_template"] = text_fingerprint(chat_template)
     from safetensors.torch import save_file
 
     with replacing(target) as partial:
         write_json(partial / ADAPTER.config, writer.config_json())
         if source is not None:
             copy_side_files(Path(source), partial)
-        save_file(tensors, partial / ADAPTER.weights, metadata={"format": "pt", METADATA: json.dumps(noted)})
+        if chat_template is not None:
+            (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        save_file(tensors, partial / ADAPTER.weights, metadata={"format": "pt", METADATA: json.dumps(marks)})
         _sync(partial / ADAPTER.weights)
 
 
