@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -29,6 +29,7 @@ from llmkit.errors import DoesNotFit, UsageError, out_of_memory
 from llmkit.folder import ModelFolder
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.kernels.format import QuantizedMatrix, Weight
+from llmkit.lora.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ class Runner:
     problem: str | None = None
 
 
-def prepare(model: ModelFolder, options: Options) -> Runner:
-    """Chooses what runs a model and maps or reads its weights.
+def prepare(model: ModelFolder, options: Options, adapters: Sequence[Adapter] = ()) -> Runner:
+    """Chooses what runs a model, with these adapters at hand, and maps or reads its weights.
 
     Raises CheckpointError (damaged, or not of this config), UsageError (an option that is wrong or without effect here) and DoesNotFit.
     """
@@ -96,10 +97,12 @@ def prepare(model: ModelFolder, options: Options) -> Runner:
     if on_cpu and _is_quantized(model) and options.dtype is not None:
         raise UsageError(f"dtype {options.dtype!r} has no effect on a CPU where the weights are quantized, as in {folder}. Leave it out.")
     problem = (native_problem(config) or _layout_problem(config)) if on_cpu else None
+    if on_cpu and problem is None:
+        problem = next((adapter.native_problem for adapter in adapters if adapter.native_problem is not None), None)
     try:
         if on_cpu and problem is None:
-            return _native(folder, config, options)
-        return _torch(folder, device, options, problem)
+            return _native(folder, config, options, adapters)
+        return _torch(folder, device, options, problem, adapters)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -115,7 +118,7 @@ def _layout_problem(config: ModelConfig) -> str | None:
     return "they do not run bitsandbytes' 4 bits; a folder of `llmkit quantize --scheme q4` is faster" if is_bitsandbytes(config) else None
 
 
-def _native(folder: Path, config: ModelConfig, options: Options) -> Runner:
+def _native(folder: Path, config: ModelConfig, options: Options, adapters: Sequence[Adapter]) -> Runner:
     if "auto_map" in config.hf:
         logger.warning(AUTO_MAP)
     weights = read_quantized(folder)[1]
@@ -124,7 +127,14 @@ def _native(folder: Path, config: ModelConfig, options: Options) -> Runner:
     parameters, stored = _measure(weights)
     # A float32 checkpoint is as exact as its cache; weights that were rounded themselves lose nothing by one of 16 bits.
     kv_bits = options.kv_bits or (32 if stored == "float32" else 16)
-    new_backend = partial(NativeBackend, config, weights, threads=options.threads, kv_bits=kv_bits)
+    terms = {adapter.name: adapter.native_linears for adapter in adapters}
+
+    def new_backend() -> Backend:
+        backend = NativeBackend(config, weights, threads=options.threads, kv_bits=kv_bits)
+        for name, linears in terms.items():
+            backend.add_adapter(name, linears)
+        return backend
+
     sizes = {name: weight.nbytes for name, weight in weights.items()}
     return Runner(new_backend, "cpu", parameters, sizes, stored, exact=True)
 
@@ -144,10 +154,11 @@ def _measure(weights: Mapping[str, Weight]) -> tuple[int, str]:
     return count, next(name for name, dtype in DTYPES.items() if dtype == most)
 
 
-def _torch(folder: Path, device: str, options: Options, problem: str | None) -> Runner:
+def _torch(folder: Path, device: str, options: Options, problem: str | None, adapters: Sequence[Adapter]) -> Runner:
     import torch
 
     from llmkit.checkpoint.load import load_model_with_report, log_report
+    from llmkit.lora.apply import adapted
     from llmkit.model.backend import TorchBackend
 
     if options.threads is not None:
@@ -161,7 +172,16 @@ def _torch(folder: Path, device: str, options: Options, problem: str | None) -> 
             f"its cache has {backend.kv_bits} bits. Leave kv_bits out."
         )
     sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-    return Runner(partial(TorchBackend, model), report.device, report.num_parameters, sizes, report.dtype, exact=False, problem=problem)
+    models = {adapter.name: adapted(model, adapter) for adapter in adapters}
+    return Runner(
+        partial(TorchBackend, model, adapters=models),
+        report.device,
+        report.num_parameters,
+        sizes,
+        report.dtype,
+        exact=False,
+        problem=problem,
+    )
 
 
 def _default_device() -> str:

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from llmkit.adapters import AdapterArgument, chosen_name, load_adapters
 from llmkit.backends import Options, Runner, prepare
 from llmkit.config import ModelConfig
 from llmkit.drafting import check_speculation
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Seq[int]
 Message = Mapping[str, Any]
+AdapterChoice = str | EllipsisType | None
 
 MAX_TOKENS = 1024  # of a reply where neither the caller nor generation_config.json says; less where the context ends before
 BATCH_TOKENS = 8192  # room of the KV cache where the context is shorter
@@ -59,6 +62,8 @@ def load(
     chat_template: str | Path | None = None,
     draft_model: str | Path | LLM | None = None,
     speculate: str = "auto",
+    adapter: AdapterArgument | None = None,
+    any_base: bool = False,
 ) -> LLM:
     """Load a model, ready to generate.
 
@@ -74,6 +79,9 @@ def load(
     draft_model: a smaller model with the same vocabulary that guesses tokens ahead; loaded, or to be loaded in the same way.
     speculate: "ngram" guesses what followed earlier in the text, "off" nothing; "auto" is "ngram" on the native step, else
         "off". Guesses are checked: on the native step replies stay the same, in PyTorch they follow the same distribution.
+    adapter: a PEFT adapter (a folder or a hub id), several, or several by names of your own; requests choose among them by name, and
+        the first is what a request has that does not choose. A draft model guesses without.
+    any_base: load an adapter even where it is proven to have been trained on another model of the same shape.
 
     Raises LLMKitError (see llmkit.errors) for everything that is wrong with the model or an argument.
     """
@@ -82,7 +90,8 @@ def load(
     draft = draft_model.folder if isinstance(draft_model, LLM) else None if draft_model is None else read_folder(str(draft_model))
     check_speculation(speculate, folder, draft)
     options = Options.checked(dtype, device, threads, kv_bits)
-    runner = prepare(folder, options)
+    adapters = load_adapters(adapter, folder, any_base=any_base)
+    runner = prepare(folder, options, adapters)
     guesser = draft_model.runner if isinstance(draft_model, LLM) else None if draft is None else prepare(draft, options.for_draft(draft))
     for problem in dict.fromkeys(one.problem for one in (runner, guesser) if one is not None and one.problem is not None):
         logger.warning("PyTorch runs the model, not the faster native kernels: %s.", problem)
@@ -92,6 +101,7 @@ def load(
         runner=runner,
         ctx_size=context,
         drafter=_drafter(guesser, speculate, folder.config, context, exact=runner.exact),
+        adapters=[one.name for one in adapters],
     )
 
 
@@ -108,6 +118,7 @@ class LLM:
 
     Where a method takes sampling arguments, these are the fields of `SamplingParams` by name (temperature, top_k, top_p, min_p,
     max_tokens, stop, seed, ...); those left out come from `defaults`, the model's generation_config.json.
+    `adapter` is the name of one in `adapters`, None for the model without; left out (...) it is the first.
     """
 
     def __init__(
@@ -118,8 +129,10 @@ class LLM:
         runner: Runner,
         ctx_size: int,
         drafter: Drafter | None = None,
+        adapters: Seq[str] = (),
     ) -> None:
         self.name = name
+        self.adapters = tuple(adapters)
         self.folder = folder
         self.config = folder.config
         self.defaults = dict(folder.defaults)
@@ -133,7 +146,8 @@ class LLM:
 
     def __repr__(self) -> str:
         what = f"{self.config.model_type}, {_human(self.runner.parameters)} parameters, {self.runner.stored}"
-        return f"<LLM {self.name}: {what}, {self.backend.path}, context {self.ctx_size}>"
+        adapters = f", adapters {', '.join(self.adapters)}" if self.adapters else ""
+        return f"<LLM {self.name}: {what}, {self.backend.path}, context {self.ctx_size}{adapters}>"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -171,29 +185,36 @@ class LLM:
         params = self.params(**sampling)
         return params if sampling.get("max_tokens") is not None else replace(params, max_tokens=None)
 
+    def adapter_name(self, adapter: AdapterChoice) -> str | None:
+        """The adapter of a request: the name it gives, None for the model without, the first of all where it gives nothing (...)."""
+        return next(iter(self.adapters), None) if adapter is ... else chosen_name(adapter, self.adapters)
+
     @overload
-    def generate(self, prompt: str, **sampling: Any) -> Completion: ...
+    def generate(self, prompt: str, *, adapter: AdapterChoice = ..., **sampling: Any) -> Completion: ...
     @overload
-    def generate(self, prompt: Seq[int] | Seq[str] | Seq[Seq[int]], **sampling: Any) -> Any: ...
-    def generate(self, prompt: Prompt | Seq[Prompt], **sampling: Any) -> Any:
+    def generate(
+        self, prompt: Seq[int] | Seq[str] | Seq[Seq[int]], *, adapter: AdapterChoice | Seq[str | None] = ..., **sampling: Any
+    ) -> Any: ...
+    def generate(self, prompt: Prompt | Seq[Prompt], *, adapter: AdapterChoice | Seq[str | None] = ..., **sampling: Any) -> Any:
         """Continue a prompt.
 
         prompt: text (an empty one starts from BOS), token ids, or a list of prompts, which run as one batch.
+        adapter: for a list of prompts also a list, one for each.
         Returns a Completion; a list of them for a list of prompts; with n > 1 a list of n in place of each.
         Raises UsageError for a bad argument, ContextOverflow where a prompt and its reply do not fit.
         """
         params = self._request(sampling)
         several = _are_prompts(prompt)
         prompts: list[Any] = list(prompt) if several else [prompt]
-        results = self._run([self._encode(one) for one in prompts], params, continues=True)
+        results = self._run([self._encode(one) for one in prompts], params, self._adapters_of(adapter, prompts, several), continues=True)
         return results if several else results[0]
 
-    def stream(self, prompt: Prompt, **sampling: Any) -> Stream:
+    def stream(self, prompt: Prompt, *, adapter: AdapterChoice = ..., **sampling: Any) -> Stream:
         """Continue a prompt piece by piece: iterate over the chunks, `print(chunk, end="", flush=True)`.
 
         Leaving the loop, `close()` or Ctrl-C stops the sequence; `stream.completion` keeps what was said.
         """
-        return self._stream(self._encode(prompt), self._request(sampling), continues=True)
+        return self._stream(self._encode(prompt), self._request(sampling), self.adapter_name(adapter), continues=True)
 
     @overload
     def chat(self, messages: str | Seq[Message], *, stream: Literal[True], **rest: Any) -> Stream: ...
@@ -206,6 +227,7 @@ class LLM:
         stream: bool = False,
         tools: Seq[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        adapter: AdapterChoice = ...,
         **sampling: Any,
     ) -> Any:
         """The assistant's next message.
@@ -215,8 +237,8 @@ class LLM:
         The part of the prompt that earlier turns share is not computed again (`usage.cached_tokens`).
         """
         ids = self.encode_chat(messages, tools=tools, **(template_kwargs or {}))
-        params = self._request(sampling)
-        return self._stream(ids, params, continues=False) if stream else self._run([ids], params, continues=False)[0]
+        params, name = self._request(sampling), self.adapter_name(adapter)
+        return self._stream(ids, params, name, continues=False) if stream else self._run([ids], params, [name], continues=False)[0]
 
     def encode_chat(
         self, messages: str | Seq[Message], *, tools: Seq[Mapping[str, Any]] | None = None, **template_kwargs: Any
@@ -229,15 +251,15 @@ class LLM:
 
     # --- judging --------------------------------------------------------------------------------------------------
 
-    def logits(self, prompt: Prompt) -> np.ndarray:
+    def logits(self, prompt: Prompt, *, adapter: AdapterChoice = ...) -> np.ndarray:
         """The logits after every token of a prompt: float32 `[seq, vocab_size]`."""
-        return np.concatenate(list(self._forward(self._encode(prompt))))
+        return np.concatenate(list(self._forward(self._encode(prompt), self.adapter_name(adapter))))
 
-    def score(self, prompt: Prompt) -> Score:
+    def score(self, prompt: Prompt, *, adapter: AdapterChoice = ...) -> Score:
         """Log-likelihood, perplexity and bits per byte of a text (or ids), each token given those before it."""
         ids = self._encode(prompt)
         logprobs: list[float] = []
-        for logits in self._forward(ids):
+        for logits in self._forward(ids, self.adapter_name(adapter)):
             targets = ids[len(logprobs) + 1 : len(logprobs) + 1 + len(logits)]  # the very last token predicts none of them
             logprobs += _log_probabilities(logits[: len(targets)], targets)
         return Score(tuple(ids), tuple(logprobs), self._scored_bytes(prompt, ids))
@@ -250,7 +272,7 @@ class LLM:
         unscored = "" if ids[0] == self.folder.bos_id else tokenizer.decode(ids[:1])
         return len(text.encode()) - len(unscored.encode())
 
-    def _forward(self, ids: list[int]) -> Iterator[np.ndarray]:
+    def _forward(self, ids: list[int], adapter: str | None) -> Iterator[np.ndarray]:
         """Logits of all tokens, PREFILL_CHUNK rows at a time, in a cache of their own."""
         if self.config.learned_positions and len(ids) > self.config.max_position_embeddings:
             raise ContextOverflow(
@@ -264,7 +286,7 @@ class LLM:
             tokens = np.asarray(ids[start : start + PREFILL_CHUNK], dtype=np.int32)
             rows = np.arange(len(tokens), dtype=np.int32)
             context = np.asarray([len(ids)], dtype=np.int32)
-            yield backend.step(tokens, rows + np.int32(start), np.zeros_like(rows), tables, context, [None], rows)
+            yield backend.step(tokens, rows + np.int32(start), np.zeros_like(rows), tables, context, [adapter], rows)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -285,12 +307,19 @@ class LLM:
                 f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}. Use the tokenizer that belongs to this model."
             )
 
-    def _run(self, prompts: list[list[int]], params: SamplingParams, *, continues: bool) -> list[Any]:
+    def _adapters_of(self, adapter: AdapterChoice | Seq[str | None], prompts: Seq[Any], several: bool) -> list[str | None]:
+        if adapter is None or adapter is ... or isinstance(adapter, str):
+            return [self.adapter_name(adapter)] * len(prompts)
+        if not several or len(adapter) != len(prompts):
+            raise UsageError(f"there are {len(adapter)} adapters for {len(prompts)} prompts. Give one, or a list with one for each prompt.")
+        return [self.adapter_name(one) for one in adapter]
+
+    def _run(self, prompts: list[list[int]], params: SamplingParams, adapters: list[str | None], *, continues: bool) -> list[Any]:
         """Reply to all prompts in one batch: a Completion for each, or a list of n."""
         replies: list[list[Reply]] = []
         try:
-            for ids in prompts:
-                replies.append(self._add(ids, params, continues))
+            for ids, adapter in zip(prompts, adapters, strict=True):
+                replies.append(self._add(ids, params, adapter, continues))
             waiting = [reply for samples in replies for reply in samples]
             with _progress(len(waiting)) as bar:
                 while waiting:
@@ -306,7 +335,7 @@ class LLM:
         completions = [[reply.completion() for reply in samples] for samples in replies]
         return completions if params.n > 1 else [samples[0] for samples in completions]
 
-    def _add(self, ids: list[int], params: SamplingParams, continues: bool) -> list[Reply]:
+    def _add(self, ids: list[int], params: SamplingParams, adapter: str | None, continues: bool) -> list[Reply]:
         """Queue `params.n` replies to a prompt, with a max_tokens that the context has room for."""
         room = self.ctx_size - len(ids)
         if params.stop:
@@ -322,13 +351,13 @@ class LLM:
         if params.max_tokens is None:
             usual = self.defaults.get("max_tokens", MAX_TOKENS)
             params = replace(params, max_tokens=max(params.min_tokens, min(usual, room)))
-        sequences = self._engine.add_samples(ids, params, eos_ids=self.folder.eos_ids)
+        sequences = self._engine.add_samples(ids, params, adapter, eos_ids=self.folder.eos_ids)
         return [Reply(sequence, self.folder.tokenizer, continues=continues) for sequence in sequences]
 
-    def _stream(self, ids: list[int], params: SamplingParams, *, continues: bool) -> Stream:
+    def _stream(self, ids: list[int], params: SamplingParams, adapter: str | None, *, continues: bool) -> Stream:
         if params.n != 1:
             raise UsageError(f"a stream carries one reply, not n={params.n}. Use generate for several.")
-        return Stream(self._engine, *self._add(ids, params, continues))
+        return Stream(self._engine, *self._add(ids, params, adapter, continues))
 
 
 class Stream(Iterator[Chunk]):

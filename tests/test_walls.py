@@ -19,20 +19,22 @@ LEVELS = [
     {"config", "results", "text"},
     {"frequencies"},
     {"families", "kernels"},
-    {"model", "quant", "lora"},
+    {"model", "quant"},
     {"checkpoint"},
+    {"lora"},
     {"engine", "training"},
     {"llm"},
     {"rag", "serve", "measure"},
     {"cli"},
 ]
-# The Python API is one room of five files.
-ROOM_OF_FILE = {"folder": "llm", "reply": "llm", "drafting": "llm", "backends": "llm"}
+# The Python API is one room of six files.
+ROOM_OF_FILE = {"folder": "llm", "reply": "llm", "drafting": "llm", "backends": "llm", "adapters": "llm"}
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
 NO_TORCH = [
     *("__init__", "config", "errors", "results", "folder", "reply", "drafting", "backends", "llm"),
     *("families", "frequencies", "kernels/__init__", "kernels/native", "text", "engine", "checkpoint/files", "checkpoint/hub", "cli"),
+    *("checkpoint/fingerprint", "lora/__init__", "lora/adapter", "lora/settings", "adapters"),
 ]
 
 

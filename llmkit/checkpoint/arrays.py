@@ -84,6 +84,11 @@ def stored_array(tensor: TensorFile) -> np.ndarray:
 
 def parameter_array(piece: Piece) -> np.ndarray:
     """A parameter in float32, float16 or (uint16) bfloat16, contiguous; mapped unless it is stored transposed or in another dtype."""
+    return _runnable(parameter_view(piece), piece.tensor.dtype)
+
+
+def parameter_view(piece: Piece) -> np.ndarray:
+    """A parameter in the mapped bytes, in the dtype and with the strides in which it is stored."""
     array = stored_array(piece.tensor)
     if piece.expert is not None:
         array = array[piece.expert]
@@ -91,12 +96,24 @@ def parameter_array(piece: Piece) -> np.ndarray:
         array = array.T
     if piece.rows is not None:
         array = array[slice(*piece.rows)]
+    return array
+
+
+def parameter_sample(piece: Piece, count: int) -> np.ndarray:
+    """The first `count` numbers of the first, the middle and the last row, as `parameter_array` has them: only their pages are read."""
+    array = parameter_view(piece)
+    if array.ndim > 1 and len(array):
+        array = array[[0, len(array) // 2, -1]]
+    return _runnable(array[..., :count], piece.tensor.dtype)
+
+
+def _runnable(array: np.ndarray, dtype: str) -> np.ndarray:
     array = np.ascontiguousarray(array)
-    if piece.tensor.dtype == "F64":
+    if dtype == "F64":
         return array.astype(np.float32)
-    if piece.tensor.dtype == "F8_E5M2":  # the upper half of a float16
+    if dtype == "F8_E5M2":  # the upper half of a float16
         return (array.astype(np.uint16) << 8).view(np.float16)
-    return _e4m3()[array] if piece.tensor.dtype == "F8_E4M3" else array
+    return _e4m3()[array] if dtype == "F8_E4M3" else array
 
 
 def dtype_name(dtype: object) -> str:

@@ -177,6 +177,13 @@ def open_safetensors(path: Path) -> dict[str, TensorFile]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The free text entries in the header of a safetensors file, which `open_safetensors` leaves aside."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        found = _read_header(path, mapped)[0].get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
 def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
     if len(mapped) < 8:
         raise CheckpointError(f"{path} is cut off after {len(mapped)} bytes, within the header length. {REDOWNLOAD}")

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +32,30 @@ _REVISION = re.compile(r"[A-Za-z0-9][\w./+-]*", re.ASCII)
 _SIDE_FILES = re.compile(r"[^/]*\.(json|jinja|tiktoken)|additional_chat_templates/[^/]*\.jinja|tokenizer\.model|merges\.txt|vocab\.txt")
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Kind:
+    """What is looked for: the files without which a repository is none of its kind, and the words of the errors."""
+
+    name: str
+    article: str  # with its name
+    config: str
+    weights: str
+
+
+MODEL = Kind("model", "a model", "config.json", SINGLE)
+ADAPTER = Kind("adapter", "an adapter", "adapter_config.json", "adapter_model.safetensors")
+
+
+def resolve(model: str | Path, revision: str | None = None, kind: Kind = MODEL) -> Path:
     """The folder of a model: an existing folder, or a hub id (`org/name`, `name`, either with `@revision`), downloaded.
+
+    kind: ADAPTER for that of an adapter.
 
     Raises UsageError for a name that can be neither, CheckpointError where the model cannot be had.
     """
     text = str(model)
     if not text.strip():
-        raise UsageError("The model has no name. Give the path of a model folder, or a hub id like org/name.")
+        raise UsageError(f"The {kind.name} has no name. Give the path of {kind.article} folder, or a hub id like org/name.")
     # os.path, because pathlib raises where a name is too long or ~USER has no home.
     folder = Path(os.path.expanduser(text))
     if os.path.isdir(folder):
@@ -48,7 +65,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     if os.path.isfile(folder):
         if text.endswith(".gguf"):
             raise CheckpointError(f"{text} cannot be loaded. {GGUF}")
-        raise CheckpointError(f"{text} is a file, not a model folder. Give the folder that holds config.json and {SINGLE}.")
+        raise CheckpointError(f"{text} is a file, not {kind.article} folder. Give the folder that holds {kind.config} and {kind.weights}.")
 
     name, at, tail = text.partition("@")
     if at and revision is not None:
@@ -57,10 +74,10 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     if isinstance(model, Path) or _is_path(name):
         raise CheckpointError(f"The folder {text} does not exist. Check the path; a hub id looks like org/name.")
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise UsageError(f"{text!r} is neither a folder nor a hub id. Give the path of a model folder, or a hub id like org/name.")
+        raise UsageError(f"{text!r} is neither a folder nor a hub id. Give the path of {kind.article} folder, or a hub id like org/name.")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise UsageError(f"revision {revision!r} cannot be a branch, tag or commit. Give one as the hub shows it, such as main.")
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, kind)
 
 
 def needed_files(names: Iterable[str], shards: Iterable[str] = ()) -> list[str]:
@@ -82,29 +99,32 @@ def _is_path(name: str) -> bool:
     return outside or name.count("/") > 1 or "\\" in name or name.endswith(("/", ".gguf", ".safetensors"))
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, kind: Kind) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return _from_cache(name, revision, "HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE to download it")
+        return _from_cache(name, revision, kind, "HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE to download it")
     if (reason := _unreachable(constants.ENDPOINT)) is not None:
-        return _from_cache(name, revision, f"{constants.ENDPOINT} cannot be reached ({reason})", "Check the network")
+        return _from_cache(name, revision, kind, f"{constants.ENDPOINT} cannot be reached ({reason})", "Check the network")
     try:
         info = hub.HfApi().model_info(name, revision=revision, timeout=LOOK_UP_SECONDS)
         names = [sibling.rfilename for sibling in info.siblings or []]
-        if "config.json" not in names:
-            raise CheckpointError(f"{name} on the hub has no config.json, so it is no model llmkit can load. {_formats(names)}")
+        if kind.config not in names:
+            raise CheckpointError(
+                f"{name} on the hub has no {kind.config}, so it is no {kind.name} llmkit can load. {_formats(names, kind)}"
+            )
         shards: set[str] = set()
-        if SINGLE not in names and INDEX in names:
+        if kind is MODEL and SINGLE not in names and INDEX in names:
             shards = set(shard_names(Path(hub.hf_hub_download(name, INDEX, revision=info.sha))).values())
-        elif SINGLE not in names:
-            raise CheckpointError(f"{name} on the hub has no {SINGLE}. {_formats(names)}")
+        elif kind.weights not in names:
+            raise CheckpointError(f"{name} on the hub has no {kind.weights}. {_formats(names, kind)}")
         if absent := sorted(shards.difference(names)):
             raise CheckpointError(
                 f"{name} on the hub lacks the shards {', '.join(absent)}. Its upload is incomplete; choose another revision."
             )
-        patterns = [glob.escape(file) for file in needed_files(names, shards)]
+        wanted = needed_files(names, shards) if kind is MODEL else [file for file in names if _SIDE_FILES.fullmatch(file)] + [kind.weights]
+        patterns = [glob.escape(file) for file in wanted]
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=_progress_bar()))
     except CheckpointError:
         raise
@@ -123,17 +143,17 @@ def _progress_bar() -> type[tqdm] | None:
     return None if sys.stderr.isatty() or "ipykernel" in sys.modules else Quiet
 
 
-def _from_cache(name: str, revision: str | None, reason: str, remedy: str) -> Path:
+def _from_cache(name: str, revision: str | None, kind: Kind, reason: str, remedy: str) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # Only config.json is asked for: whether the weights are complete is seen, and said better, on opening them.
-        return Path(hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
+        # Only the configuration is asked for: whether the weights are complete is seen, and said better, on opening them.
+        return Path(hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[kind.config]))
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         at = "" if revision is None else f" at revision {revision}"
         raise CheckpointError(
-            f"{name}{at} is no folder here and not in the hub cache, and {reason}. {remedy}, or give the path of a model folder."
+            f"{name}{at} is no folder here and not in the hub cache, and {reason}. {remedy}, or give the path of {kind.article} folder."
         ) from error
 
 
@@ -167,7 +187,9 @@ def _unreachable(endpoint: str) -> str | None:
     return reason[0] if reason else f"no answer within {CONNECT_SECONDS:g} seconds"
 
 
-def _formats(names: list[str]) -> str:
+def _formats(names: list[str], kind: Kind) -> str:
+    if kind is not MODEL:
+        return f"Choose a repository with {kind.config} and {kind.weights}."
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         return f"It has pickle files ({', '.join(pickles[:3])}). {CONVERT}"
     if any(name.endswith(".gguf") for name in names):

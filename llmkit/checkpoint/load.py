@@ -158,13 +158,13 @@ def _float_tensor(array: np.ndarray) -> Tensor:
 def empty_model(config: ModelConfig) -> Transformer:
     """The model on the meta device: shapes without memory."""
     try:
-        with torch.device("meta"), _NoInit():
+        with torch.device("meta"), NoInit():
             return Transformer(config)
     except RuntimeError as error:  # sizes whose product no machine can address
         raise ConfigError(f"config.json asks for a model that cannot be built: {error}. Is the file damaged?") from error
 
 
-class _NoInit(TorchFunctionMode):
+class NoInit(TorchFunctionMode):
     """Leaves out random initialisation: `normal_` on the meta device would first import torch's compiler, for 3 seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

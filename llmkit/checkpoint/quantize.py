@@ -18,6 +18,7 @@ import torch
 
 from llmkit.checkpoint.arrays import parameter_array, release
 from llmkit.checkpoint.files import SINGLE, load_config
+from llmkit.checkpoint.fingerprint import SOURCE, weights_fingerprint
 from llmkit.checkpoint.quantize_nf4 import record as nf4_record
 from llmkit.checkpoint.quantize_nf4 import write_nf4
 from llmkit.checkpoint.quantized import METHOD, NUMPY_NAMES, PADDING, VERSION, is_bitsandbytes, open_parameters, quantization
@@ -104,7 +105,8 @@ def _record(pieces: Mapping[str, Piece], choices: Mapping[str, Choice | None]) -
         for name, choice in choices.items()
         if choice is not None
     }
-    return {"quant_method": METHOD, "version": VERSION, "codebook": list(CODEBOOK), "tensors": tensors}
+    made_from = weights_fingerprint(pieces).to_dict()
+    return {"quant_method": METHOD, "version": VERSION, "codebook": list(CODEBOOK), SOURCE: made_from, "tensors": tensors}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,24 +65,48 @@ def save_model(
     overwrite: replace a model folder that is there; without it, only a new or an empty folder is written.
     Raises UsageError for a target that may not be replaced, CheckpointError where writing fails (nothing is left behind).
     """
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if not parameter_shapes(model.config).keys() <= weights.keys():
+        raise UsageError("a quantized model is not saved from memory. Copy its folder, or save the checkpoint it was made from.")
+    wanted = None if dtype is None else parse_dtype(dtype)
+    save_weights(
+        model.config,
+        folder,
+        weights,
+        weights.__getitem__,
+        source=source,
+        dtype=wanted,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+
+
+def save_weights(
+    config: ModelConfig,
+    folder: str | Path,
+    weights: Mapping[str, Tensor],
+    realise: Callable[[str], Tensor],
+    *,
+    source: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """As `save_model`, of weights that are made one by one: `weights` give shapes and dtypes (meta tensors will do), `realise` numbers."""
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes is {max_shard_bytes}, but a shard holds at least one byte. Leave it out for 5 GB.")
     if source is not None and not Path(source).is_dir():
         raise UsageError(f"source {source} is not a folder, so there is no tokenizer to copy. Give the folder the model came from.")
-    wanted = None if dtype is None else parse_dtype(dtype)
     # os.path, because pathlib raises where there is no such ~user, where links go round in a circle, or a name is too long.
     target = Path(os.path.realpath(os.path.expanduser(folder)))
     check_target(target, overwrite)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if not parameter_shapes(model.config).keys() <= weights.keys():
-        raise UsageError("a quantized model is not saved from memory. Copy its folder, or save the checkpoint it was made from.")
-    layout = stored_layout(weights, family(model.config.model_type))
-    config = _config_json(model.config, {wanted or tensor.dtype for tensor in weights.values()})
+    layout = stored_layout(weights, family(config.model_type))
+    said = _config_json(config, {dtype or tensor.dtype for tensor in weights.values()})
     with replacing(target) as partial:
-        write_json(partial / "config.json", config)
+        write_json(partial / "config.json", said)
         if source is not None:
             copy_side_files(Path(source), partial)
-        _write_weights(partial, layout, weights, wanted, max_shard_bytes)
+        _write_weights(partial, [_Entry(stored, weights, realise, dtype) for stored in layout], max_shard_bytes)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -152,10 +176,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
             shutil.copyfile(file, copy)
 
 
-def _write_weights(
-    folder: Path, layout: Sequence[Stored], weights: Mapping[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int
-) -> None:
-    entries = [_Entry(stored, weights, dtype) for stored in layout]
+def _write_weights(folder: Path, entries: Sequence[_Entry], max_shard_bytes: int) -> None:
     shards: list[list[_Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -177,16 +198,17 @@ def _write_weights(
 class _Entry:
     """A tensor to be written. Its shape is known before its bytes are put together, so only one is ever in memory."""
 
-    def __init__(self, stored: Stored, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-        self.stored = stored
-        self.parts = [weights[name] for name in stored.ours]
-        self.dtype = self.parts[0].dtype if dtype is None else dtype
-        shape = (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+    def __init__(self, stored: Stored, weights: Mapping[str, Tensor], realise: Callable[[str], Tensor], dtype: torch.dtype | None) -> None:
+        self.stored, self.realise = stored, realise
+        parts = [weights[name] for name in stored.ours]
+        self.dtype = parts[0].dtype if dtype is None else dtype
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         self.shape = shape[::-1] if stored.transpose else shape
-        self.nbytes = sum(part.numel() for part in self.parts) * self.dtype.itemsize
+        self.nbytes = sum(part.numel() for part in parts) * self.dtype.itemsize
 
     def tensor(self) -> Tensor:
-        whole = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        parts = [self.realise(name) for name in self.stored.ours]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole.t() if self.stored.transpose else whole).to("cpu", self.dtype).contiguous()
 
 

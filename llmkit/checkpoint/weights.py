@@ -68,14 +68,21 @@ class _Pattern:
         return None if found is None else found.groupdict()
 
 
+Rules = list[tuple[_Pattern, Rule]]
+
+
+def reading_rules(family: Family, config: ModelConfig) -> Rules:
+    """The rules by which stored names become ours."""
+    stacked = STACKED_EXPERTS if any(layer.moe is not None for layer in config.layers) else ()
+    return [(_Pattern.of(rule.theirs), rule) for rule in (*family.rules, *stacked)]
+
+
 def assign(checkpoint: Checkpoint, family: Family, config: ModelConfig, expected: Mapping[str, tuple[int, ...]]) -> Assignment:
     """A piece for each expected parameter (name -> shape), or the list of everything that is missing, surplus or misshapen."""
-    rules = [(_Pattern.of(rule.theirs), rule) for rule in family.rules]
-    if any(layer.moe is not None for layer in config.layers):
-        rules += [(_Pattern.of(rule.theirs), rule) for rule in STACKED_EXPERTS]
+    rules = reading_rules(family, config)
     out = Assignment()
     for name, tensor in checkpoint.items():
-        parts = dict(_parts(tensor, rules, config, out.problems))
+        parts = parts_of(tensor, rules, config, out.problems)
         if config.tie_word_embeddings and parts.keys() == {HEAD}:
             out.tied_head = tensor
             out.skipped.append(name)
@@ -95,8 +102,17 @@ def assign(checkpoint: Checkpoint, family: Family, config: ModelConfig, expected
     return out
 
 
-def _parts(tensor: TensorFile, rules: list[tuple[_Pattern, Rule]], config: ModelConfig, problems: list[str]) -> Iterator[tuple[str, Piece]]:
-    """Our names and pieces of one stored tensor; a name that no rule knows is its own."""
+def parts_of(tensor: TensorFile, rules: Rules, config: ModelConfig, problems: list[str]) -> dict[str, Piece]:
+    """Our names and pieces of one stored tensor; a name that no rule knows is its own. Empty, and one more problem, where it is not cut."""
+    return dict(_parts(tensor, rules, config, problems))
+
+
+def is_transposed(name: str, rules: Rules) -> bool:
+    """Whether the tensor of a stored name is [in, out]."""
+    return any(rule.transpose and pattern.match(name) is not None for pattern, rule in rules)
+
+
+def _parts(tensor: TensorFile, rules: Rules, config: ModelConfig, problems: list[str]) -> Iterator[tuple[str, Piece]]:
     for pattern, rule in rules:
         numbers = pattern.match(tensor.name)
         if numbers is None:
@@ -144,18 +160,27 @@ def is_transposed(name: str, family: Family) -> bool:
 def stored_layout(names: Iterable[str], family: Family) -> list[Stored]:
     """The tensors of the family's own layout that hold our parameters; of several rules for one name the first is written."""
     left = dict.fromkeys(names)
-    rules = [(_Pattern.of(ours), rule) for rule in family.rules for ours in rule.ours]
+    rules = writing_rules(family)
     out = []
     for name in list(left):
         if name not in left:  # already written together with an earlier one
             continue
-        found = Stored(name, (name,))
-        for pattern, rule in rules:
-            numbers = pattern.match(name)
-            if numbers is not None:
-                found = Stored(rule.theirs.format(**numbers), tuple(ours.format(**numbers) for ours in rule.ours), rule.transpose)
-                break
+        found = stored_as(name, rules)
         for ours in found.ours:
             del left[ours]
         out.append(found)
     return out
+
+
+def writing_rules(family: Family) -> Rules:
+    """The rules by which our names become stored ones."""
+    return [(_Pattern.of(ours), rule) for rule in family.rules for ours in rule.ours]
+
+
+def stored_as(name: str, rules: Rules) -> Stored:
+    """The tensor of the family's own layout that holds one of our parameters, with those that stand in it beside that one."""
+    for pattern, rule in rules:
+        numbers = pattern.match(name)
+        if numbers is not None:
+            return Stored(rule.theirs.format(**numbers), tuple(ours.format(**numbers) for ours in rule.ours), rule.transpose)
+    return Stored(name, (name,))

@@ -7,6 +7,7 @@ import sys
 import click
 
 from llmkit.cli.options import (
+    adapter_options,
     context_options,
     load_arguments,
     model_name,
@@ -28,6 +29,7 @@ from llmkit.cli.terminal import read_input, write_stream
 @option("--chat-template", metavar="FILE|NAME", help="A Jinja template in place of the model's.")
 @option("-v", "--verbose", is_flag=True, help="After each reply: speed, time to first token, cached tokens.")
 @speculation_options
+@adapter_options(several=True)
 @sampling_options
 def chat(prompt: str | None, system: str | None, verbose: bool, **_: object) -> int:
     """Talk to MODEL (default: the embedded story teller).
@@ -41,8 +43,11 @@ def chat(prompt: str | None, system: str | None, verbose: bool, **_: object) -> 
     message = "" if interactive else read_input("-") if prompt in (None, "-") else str(prompt)
     if not interactive and not message.strip():
         raise click.UsageError("the message is empty; give one with -p or through the pipe.", click.get_current_context())
+    arguments = load_arguments()
+    if not interactive and len(arguments.get("adapter", ())) > 1:
+        raise click.UsageError("one message is answered with one adapter; give --adapter once.", click.get_current_context())
 
-    llm = load(model_name(embedded_model), **load_arguments())
+    llm = load(model_name(embedded_model), **arguments)
     llm.chat_template  # noqa: B018 - without one there is no chat: say so before the first message
     sampling = sampling_arguments()
     refuse_without_effect(llm.params(**sampling).temperature)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.adapters import NONE
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmkit.llm import LLM, Stream
+    from llmkit.llm import LLM, AdapterChoice, Stream
     from llmkit.results import Completion
 
 # What /set understands, and how its value is read.
@@ -39,6 +40,7 @@ class Conversation:
     system: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, Any]] = field(default_factory=list)  # without the system message
+    adapter: AdapterChoice = ...  # the first that was loaded
     retries: int = 0  # of the last reply: with a fixed seed each one takes the next seed
     _asked: list[dict[str, Any]] = field(default_factory=list)  # the turns the reply in progress answers
 
@@ -52,7 +54,7 @@ class Conversation:
     def ask(self, text: str) -> Stream:
         """Start the reply to a new user message; both are kept when `answered` is called."""
         asked = [*self.turns, {"role": "user", "content": text}]
-        stream = self.llm.chat(self._with_system(asked), stream=True, **self.sampling)
+        stream = self.llm.chat(self._with_system(asked), stream=True, adapter=self.adapter, **self.sampling)
         self._asked, self.retries = asked, 0
         return stream
 
@@ -66,7 +68,7 @@ class Conversation:
         sampling = dict(self.sampling)
         if sampling.get("seed") is not None:
             sampling["seed"] += self.retries + 1
-        stream = self.llm.chat(self._with_system(asked), stream=True, **sampling)
+        stream = self.llm.chat(self._with_system(asked), stream=True, adapter=self.adapter, **sampling)
         self._asked, self.retries = asked, self.retries + 1
         return stream
 
@@ -101,6 +103,13 @@ class Conversation:
                 raise UsageError(f"{name} cannot be {value!r}. Give a number, or `default`.") from None
         self.llm.params(**sampling)  # refuses a value out of range
         self.sampling = sampling
+
+    def choose_adapter(self, name: str) -> str:
+        """Take another adapter for the replies to come, `none` for the model without; says which is in use."""
+        if name:
+            self.adapter = self.llm.adapter_name(None if name == NONE else name)
+        used = self.llm.adapter_name(self.adapter) or NONE
+        return f"adapter: {used} (loaded: {', '.join(self.llm.adapters) or NONE})"
 
     def describe(self) -> str:
         """The sampling in force in one line, the person's own values marked with a star."""

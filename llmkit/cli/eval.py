@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from llmkit.cli.options import AtLeast, context_options, load_arguments, model_name, model_options, option
+from llmkit.cli.options import AtLeast, adapter_options, context_options, load_arguments, model_name, model_options, option
 from llmkit.cli.progress import Bar
 
 
 @click.command(short_help="Measure how well a model predicts a text, also against its original.")
 @model_options
 @context_options
+@adapter_options(several=False)
 @option("--text", required=True, type=click.Path(exists=True), metavar="FILE", help='Text, or JSONL with a "text" in each row.')
 @option("--reference", metavar="ORIGINAL", help="The checkpoint MODEL was made from: compare with its float32 predictions.")
 @option("--separator", default="<|endoftext|>", show_default=True, metavar="TEXT", help="What parts the documents of a text file.")

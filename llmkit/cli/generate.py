@@ -10,6 +10,7 @@ import click
 
 from llmkit.cli.options import (
     AtLeast,
+    adapter_options,
     context_options,
     load_arguments,
     model_name,
@@ -35,6 +36,7 @@ from llmkit.cli.terminal import finish, read_input, write_stream
 @option("--json", "as_json", is_flag=True, envvar="LLMKIT_JSON", help="Print one JSON object when the reply is complete.")
 @option("-v", "--verbose", is_flag=True, help="Speed, time to first token, cached tokens and skipped tensors on standard error.")
 @speculation_options
+@adapter_options(several=False)
 @sampling_options
 def generate(
     prompt: str | None,

@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("llmkit.cli.generate:generate", "Continue a prompt and print only the new text."),
     "verify": ("llmkit.cli.verify:verify", "Check a model against transformers and against itself; exit code 3 where it differs."),
     "quantize": ("llmkit.cli.quantize:quantize", "Write a model in 4 or 8 bits."),
+    "merge": ("llmkit.cli.merge:merge", "Write a model with an adapter in its weights."),
     "eval": ("llmkit.cli.eval:evaluate", "Measure how well a model predicts a text, also against its original."),
     "bench": ("llmkit.cli.bench:bench", "Measure speed, start-up time and memory, also against transformers."),
     "bench-gpu": ("llmkit.cli.bench_gpu:bench_gpu", "Measure 4 bits on a GPU against bfloat16 and bitsandbytes' NF4."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,6 +112,22 @@ def speculation_options(function: F) -> F:
     )(function)
 
 
+class AdapterName(click.ParamType):
+    """A folder, a hub id or NAME=PATH; the mirror in the environment holds several as PATH does."""
+
+    name = "[NAME=]PATH"
+    envvar_list_splitter = os.pathsep
+
+
+def adapter_options(*, several: bool) -> Callable[[F], F]:
+    """Which adapters run beside the model; `load_arguments` reads it too."""
+    more = "; repeatable, the first is used until /adapter says another" if several else ""
+    return _stack(
+        option("--adapter", type=AdapterName(), multiple=several, metavar="[NAME=]PATH", help=f"A PEFT adapter, folder or hub id{more}."),
+        option("--any-base", is_flag=True, help="Take an adapter that was trained on other weights of the same shape."),
+    )
+
+
 def sampling_options(function: F) -> F:
     """Everything about how tokens are chosen; read them with `sampling_arguments`."""
     number = {"type": float, "metavar": "X"}
@@ -168,8 +185,20 @@ def model_name(default: Callable[[], Path] | None = None) -> str | Path:
 def load_arguments() -> dict[str, Any]:
     """The keyword arguments of `llmkit.load` that this command line sets."""
     params = click.get_current_context().params
-    names = ("revision", "dtype", "device", "threads", "ctx_size", "kv_bits", "chat_template", "draft_model", "speculate")
-    return {name: params[name] for name in names if params.get(name) is not None}
+    names = (
+        "revision",
+        "dtype",
+        "device",
+        "threads",
+        "ctx_size",
+        "kv_bits",
+        "chat_template",
+        "draft_model",
+        "speculate",
+        "adapter",
+        "any_base",
+    )
+    return {name: params[name] for name in names if params.get(name) not in (None, (), False)}
 
 
 def sampling_arguments() -> dict[str, Any]:

@@ -16,16 +16,18 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from rich.console import Console
 
+from llmkit.adapters import NONE
 from llmkit.cli.conversation import SETTINGS, Conversation
 from llmkit.cli.terminal import state_dir, write_markdown
 from llmkit.errors import ContextOverflow, LLMKitError, UsageError
 from llmkit.llm import Stream
 
 FENCE = '"""'
-TAKE_ARGUMENTS = ("/system", "/set", "/save", "/load")
+TAKE_ARGUMENTS = ("/system", "/set", "/adapter", "/save", "/load")
 HELP = """\
 /system [TEXT]       show the system message, or set it (/system none removes it)
 /set [NAME VALUE]    show the settings, or change one: temperature, top_p, max_tokens, seed, verbose, ...
+/adapter [NAME|none] show the adapters, or take another one for the replies to come
 /retry               another reply to your last message
 /undo                forget your last message and the reply
 /save FILE           append the chat to FILE as one training row (JSONL)
@@ -37,10 +39,11 @@ Enter sends; Esc Enter, or text between \"\"\" and \"\"\", makes several lines; 
 
 
 class ChatCompleter(Completer):
-    """Completes /commands, the names after /set, and files after /save and /load."""
+    """Completes /commands, the names after /set and /adapter, and files after /save and /load."""
 
-    def __init__(self, commands: Iterable[str]) -> None:
+    def __init__(self, commands: Iterable[str], adapters: Iterable[str]) -> None:
         self._commands = sorted(commands)
+        self._names = {"/set": [*SETTINGS, "verbose"], "/adapter": [*adapters, NONE]}
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
@@ -50,8 +53,8 @@ class ChatCompleter(Completer):
         command, space, argument = text.partition(" ")
         if not space:
             yield from (Completion(name, -len(text)) for name in self._commands if name.startswith(text))
-        elif command == "/set" and " " not in argument:
-            yield from (Completion(name, -len(argument)) for name in [*SETTINGS, "verbose"] if name.startswith(argument))
+        elif command in self._names and " " not in argument:
+            yield from (Completion(name, -len(argument)) for name in self._names[command] if name.startswith(argument))
         elif command in ("/save", "/load"):
             yield from self._paths.get_completions(Document(argument, len(argument)), complete_event)
 
@@ -86,6 +89,7 @@ class Repl:
             "/help": lambda _: self.console.print(HELP, markup=False, highlight=False),
             "/system": self._system,
             "/set": self._set,
+            "/adapter": lambda name: self._say(self.conversation.choose_adapter(name)),
             "/retry": lambda _: self._answer(self.conversation.retry),
             "/undo": lambda _: self._say(f"forgot: {self.conversation.undo()}"),
             "/save": self._save,
@@ -96,7 +100,7 @@ class Repl:
         }
         self.session: PromptSession[str] = PromptSession(
             history=FileHistory(str(state_dir() / "chat_history")),
-            completer=ChatCompleter(self.commands),
+            completer=ChatCompleter(self.commands, self.conversation.llm.adapters),
             complete_while_typing=False,
             key_bindings=key_bindings(),
             multiline=True,

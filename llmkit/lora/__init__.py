@@ -1,1 +1,1 @@
-"""Low-rank adapters: trained onto any linear, read from and written to PEFT folders, merged."""
+"""Low-rank adapters (LoRA, arXiv:2106.09685): trained beside any linear, PEFT folders in and out, run per request, merged."""

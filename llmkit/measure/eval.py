@@ -108,13 +108,7 @@ def evaluate(
     total = sum(len(window) - 1 for document in documents for window in document.windows)
     if not total:
         raise UsageError("the text has no token that could be scored. Give a longer one.")
-    sums = _Sums(total)
-    backends = [model.new_backend() for model in models]
-    for window in (window for document in documents for window in document.windows):
-        for targets, logits in _logits(backends, window):
-            sums.add(targets, logits, models)
-            if progress is not None:
-                progress(sums.tokens, total)
+    sums, path = _summed(models, [window for document in documents for window in document.windows], progress)
     nbytes = sum(document.nbytes for document in documents)
     bits = [nats / math.log(2) / nbytes if nbytes else math.nan for nats in sums.nats]
     return Evaluation(
@@ -124,12 +118,31 @@ def evaluate(
         perplexity=math.exp(sums.nats[0] / total),
         bits_per_byte=bits[0],
         bits_per_weight=8 * sum(llm.runner.nbytes.values()) / llm.runner.parameters,
-        path=backends[0].path,
+        path=path,
         reference_bits_per_byte=None if reference is None else bits[1],
         mean_kl=None if reference is None else float(sums.kl.mean()),
         kl_99=None if reference is None else float(np.quantile(sums.kl, 0.99)),
         top1_agreement=None if reference is None else sums.same / total,
     )
+
+
+def mean_divergence(llm: LLM, reference: LLM, windows: Sequence[np.ndarray]) -> float:
+    """The mean KL divergence per token from the reference's predictions to the model's, in nats, over windows of token ids, int32."""
+    return float(_summed([llm, reference], windows)[0].kl.mean())
+
+
+def _summed(models: Sequence[LLM], windows: Sequence[np.ndarray], progress: Progress | None = None) -> tuple[_Sums, str]:
+    """The sums over all tokens after the first of each window, and what computed, in words."""
+    total = sum(len(window) - 1 for window in windows)
+    sums = _Sums(total)
+    backends = [model.new_backend() for model in models]
+    adapters = [model.adapter_name(...) for model in models]
+    for window in windows:
+        for targets, logits in _logits(backends, adapters, window):
+            sums.add(targets, logits, models)
+            if progress is not None:
+                progress(sums.tokens, total)
+    return sums, backends[0].path
 
 
 def _check_reference(llm: LLM, reference: LLM, texts: Iterable[str]) -> None:
@@ -166,7 +179,7 @@ def _documents(llm: LLM, texts: Iterable[str], size: int, max_tokens: int | None
             yield Document(windows, len((text if end == len(ids) else llm.tokenizer.decode(ids[:end])).encode()) - unscored)
 
 
-def _logits(backends: Sequence[Backend], ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+def _logits(backends: Sequence[Backend], adapters: Sequence[str | None], ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
     """The tokens of a window that are scored, chunk by chunk, and the logits `[chunk, vocab]` that every model had for them."""
     rows = min(512, max(16, LOGITS // backends[0].config.vocab_size))
     count = len(ids) - 1  # the last token predicts nothing
@@ -174,11 +187,11 @@ def _logits(backends: Sequence[Backend], ids: np.ndarray) -> Iterator[tuple[np.n
         positions = np.arange(start, min(start + rows, count), dtype=np.int32)
         tokens, order = ids[positions], positions - np.int32(start)
         found = []
-        for backend in backends:
+        for backend, adapter in zip(backends, adapters, strict=True):
             blocks = -(-len(ids) // backend.block_size)
             tables = [np.arange(blocks, dtype=np.int32)[None] for _ in backend.cache_windows]
             context = np.asarray([len(ids)], np.int32)
-            found.append(backend.step(tokens, positions, np.zeros_like(order), tables, context, [None], order))
+            found.append(backend.step(tokens, positions, np.zeros_like(order), tables, context, [adapter], order))
         yield ids[positions + 1], found
 
 

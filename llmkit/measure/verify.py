@@ -157,7 +157,7 @@ def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int
     with torch.inference_mode():
         reference = theirs(prompt, use_cache=False).logits[0].float().numpy()
         checks = [_compare(names[0], reference, lambda: logits, PARITY)]
-    plain = {"temperature": 0, "repetition_penalty": 1.0, "min_tokens": 0, "ignore_eos": True}
+    plain: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1.0, "min_tokens": 0, "ignore_eos": True}
     try:
         got = list(llm.generate(ids, max_tokens=new, **plain).token_ids)
     except LLMKitError:  # the logits are no numbers

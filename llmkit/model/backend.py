@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,13 +23,17 @@ class TorchBackend:
     attention runs per sequence. A row's logits agree with those of the row alone within 1e-5 (matrix products of
     different sizes round differently).
     On CUDA, steps with one token for each sequence are captured in graphs (`model/decode.py`).
+
+    An adapter is a model of its own that shares the weights it does not change. A step runs once for each that its sequences name,
+    every time with the rows of those sequences alone, and without a graph.
     """
 
     block_size = 16
 
-    def __init__(self, model: Transformer, capture: Capture | None = None) -> None:
-        """capture: what captures such steps; by default CUDA graphs on CUDA, nothing elsewhere."""
+    def __init__(self, model: Transformer, capture: Capture | None = None, adapters: Mapping[str, Transformer] | None = None) -> None:
+        """capture: what captures such steps; by default CUDA graphs on CUDA, nothing elsewhere. adapters: models by adapter name."""
         self.model = model.eval()
+        self.adapters = {name: adapted.eval() for name, adapted in (adapters or {}).items()}
         weight = next(model.model.norm.parameters())  # norms are never quantized
         self.device = weight.device
         if self.device.type == "cpu":
@@ -80,15 +84,47 @@ class TorchBackend:
         hidden: bool = False,
     ) -> np.ndarray:
         """Stores the tokens' keys and values; float32 logits (or final hidden states) `[len(rows), vocab]`."""
-        if any(adapter is not None for adapter in adapters):
-            raise UsageError(f"adapter {next(a for a in adapters if a)!r} is not loaded; this model runs without adapters.")
-        one_each = len(tokens) == len(contexts)  # every sequence has at least one
+        chosen = set(adapters)
+        if unknown := [name for name in chosen if name is not None and name not in self.adapters]:
+            raise UsageError(f"adapter {unknown[0]!r} is not loaded; loaded are {', '.join(self.adapters) or 'none'}.")
+        if chosen <= {None}:
+            return self._step(self.model, tokens, positions, sequences, block_tables, contexts, rows, hidden)
+        out = np.empty((len(rows), self.config.hidden_size if hidden else self.config.vocab_size), np.float32)
+        row_sequences = sequences[rows]
+        for name in chosen:
+            own = np.array([adapter == name for adapter in adapters])  # which sequences
+            numbers = np.cumsum(own, dtype=np.int32) - 1  # theirs among themselves
+            picked, wanted = own[sequences], own[row_sequences]
+            out[wanted] = self._step(
+                self.model if name is None else self.adapters[name],
+                tokens[picked],
+                positions[picked],
+                numbers[sequences[picked]],
+                [table[own] for table in block_tables],
+                contexts[own],
+                (np.cumsum(picked) - 1)[rows[wanted]],
+                hidden,
+            )
+        return out
+
+    def _step(
+        self,
+        model: Transformer,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        sequences: np.ndarray,
+        block_tables: list[np.ndarray],
+        contexts: np.ndarray,
+        rows: np.ndarray,
+        hidden: bool,
+    ) -> np.ndarray:
+        one_each = model is self.model and len(tokens) == len(contexts)  # every sequence has at least one
         if self.decode is not None and one_each and not hidden and self.decode.fits(len(tokens), int(positions.max()) + 1):
             logits = self.decode(tokens, positions, [table[sequences] for table in block_tables])
             return logits[torch.from_numpy(rows).to(self.device, torch.int64)].float().cpu().numpy()
         lengths = contexts[sequences].tolist() if self.config.rope_depends_on_length else (0,)
         attend = CachedAttention(self.cache, positions, sequences, block_tables)
-        out = self.model(
+        out = model(
             torch.from_numpy(tokens).to(self.device, torch.int64).unsqueeze(0),
             torch.from_numpy(positions).to(self.device, torch.int64).unsqueeze(0),
             lengths=lengths,

@@ -1,0 +1,306 @@
+"""An adapter as a PEFT folder, by the names and layouts of the family's transformers model: `PeftModel.from_pretrained` reads it.
+
+Where the family keeps several of our linears in one, the terms are put together exactly, rank beside rank:
+
+    qkv_proj:  [Bq 0  0       [Aq
+                0  Bk 0    @   Ak
+                0  0  Bv]      Av]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkit.checkpoint.arrays import parameter_shapes
+from llmkit.checkpoint.fingerprint import Fingerprint, text_fingerprint
+from llmkit.checkpoint.hub import ADAPTER
+from llmkit.checkpoint.save import copy_side_files, replacing, write_json
+from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, Stored, stored_as, writing_rules
+from llmkit.config import ModelConfig
+from llmkit.errors import UsageError
+from llmkit.families import family
+from llmkit.lora.adapter import METADATA, PREFIX
+from llmkit.lora.settings import AdapterSettings
+
+# Of a model with experts PEFT takes these for parameters: the router is no linear in transformers 5, and the names of a dense layer's
+# MLP (Qwen 3 MoE has such layers) are taken for those of experts in target_modules.
+_DENSE_MLP = re.compile(r"model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)")
+_ROUTER = re.compile(r"model\.layers\.\d+\.mlp\.gate")
+_EXPERT = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
+_SPREAD = {
+    rule.theirs.rpartition(".")[2]: [name.split(".")[-2] for name in rule.ours] for rule in STACKED_EXPERTS
+}  # stacked parameter -> its linears
+
+
+def write_adapter(
+    folder: str | Path,
+    linears: Mapping[str, tuple[Tensor, Tensor]],
+    config: ModelConfig,
+    settings: AdapterSettings,
+    *,
+    magnitudes: Mapping[str, Tensor] | None = None,
+    modules_to_save: Mapping[str, Tensor] | None = None,
+    base: Fingerprint | None = None,
+    chat_template: str | None = None,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors.
+
+    linears: A `[rank, in]` and B `[out, rank]`, without the scale, by our paths ("model.layers.0.self_attn.q_proj"); of an embedding too.
+    settings: their r, lora_alpha and so on; its patterns are of our paths.
+    magnitudes: of a DoRA, `[out]` by the same paths. modules_to_save: weights and biases trained as a whole, by parameter name.
+    base: fingerprint of the model it was trained on (see `checkpoint/fingerprint.py`). chat_template: the text of the template it was
+        trained with, which is written beside it. source: a model folder whose tokenizer is copied.
+    overwrite: replace an adapter that is there.
+    Raises UsageError where a target cannot be written in PEFT's format, all of them named, or where the folder may not be replaced.
+    """
+    target = Path(os.path.realpath(os.path.expanduser(folder)))
+    _check_target(target, overwrite)
+    writer = _Writer(config, settings, linears, magnitudes or {}, modules_to_save or {})
+    tensors = writer.tensors()
+    if writer.problems:
+        listed = "\n  ".join(writer.problems)
+        raise UsageError(f"the adapter cannot be written in PEFT's format:\n  {listed}\nTrain other target modules.")
+    if not tensors:
+        raise UsageError("the adapter has no weights to write. Train at least one module.")
+    marks: dict[str, Any] = {} if base is None else {"base": base.to_dict()}
+    if chat_template is not None:
+        marks["chat_template"] = text_fingerprint(chat_template)
+    from safetensors.torch import save_file
+
+    with replacing(target) as partial:
+        write_json(partial / ADAPTER.config, writer.config_json())
+        if source is not None:
+            copy_side_files(Path(source), partial)
+        if chat_template is not None:
+            (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        save_file(tensors, partial / ADAPTER.weights, metadata={"format": "pt", METADATA: json.dumps(marks)})
+        _sync(partial / ADAPTER.weights)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file, and an adapter is saved as a folder. Choose another name.")
+    if any(target.iterdir()) and not (overwrite and (target / ADAPTER.config).is_file()):
+        what = "is not an adapter" if overwrite else "exists and is not empty"
+        raise UsageError(f"{target} {what}, so it is not replaced. Choose another folder{'' if overwrite else ', or overwrite it'}.")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+class _Writer:
+    """Puts the terms together module by module, and notes what PEFT's format has no place for."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: AdapterSettings,
+        linears: Mapping[str, tuple[Tensor, Tensor]],
+        magnitudes: Mapping[str, Tensor],
+        replaced: Mapping[str, Tensor],
+    ) -> None:
+        self.config, self.settings = config, settings
+        self.shapes = parameter_shapes(config)
+        self.shapes.setdefault(HEAD, self.shapes[EMBEDDING])
+        self.sparse = any(layer.moe is not None for layer in config.layers)
+        self.rules = writing_rules(family(config.model_type))
+        self.linears = {path: (_plain(a), _plain(b)) for path, (a, b) in linears.items()}
+        self.magnitudes = {path: _plain(magnitude) for path, magnitude in magnitudes.items()}
+        self.replaced = {name: tensor.detach() for name, tensor in replaced.items()}
+        if config.tie_word_embeddings and EMBEDDING in self.replaced:
+            self.replaced.setdefault(HEAD, self.replaced[EMBEDDING])  # ours is the head too; PEFT's is a copy beside it
+        self.problems: list[str] = []
+        self.ranks: dict[str, int] = {}  # by module, or stacked parameter
+        self.alphas: dict[str, float] = {}
+        self.modules: set[str] = set()
+        self.parameters: set[str] = set()
+        self.saved: list[str] = []
+        self.transposed = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by PEFT's keys."""
+        out: dict[str, Tensor] = {}
+        fused: dict[Stored, list[str]] = defaultdict(list)
+        experts: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+        for path, (a, b) in self.linears.items():
+            shape = self.shapes.get(f"{path}.weight")
+            if shape is None or len(shape) != 2 or (b.shape[0], a.shape[1]) != shape or b.shape[1] != a.shape[0]:
+                self.problems.append(f"{path} has A {list(a.shape)} and B {list(b.shape)}, which fit no linear of the model")
+            elif (found := _EXPERT.fullmatch(path)) is not None:
+                experts[found[1]][found[4]][int(found[3])] = path
+            else:
+                fused[self._place(path)].append(path)
+        for stored, paths in fused.items():
+            out |= self._module(stored, paths)
+        out |= self._experts(experts)
+        out |= self._replaced()
+        if self.settings.use_dora and (self.parameters or len(self.magnitudes) != len(self.linears)):
+            self.problems.append("DoRA on experts, routers, embeddings or on some modules only, which PEFT does not run")
+        return {PREFIX + name: tensor.contiguous() for name, tensor in out.items()}
+
+    def _place(self, path: str) -> Stored:
+        """Where transformers keeps a linear; a router is found in transformers 5 under our name, whatever the family's files call it."""
+        name = f"{path}.weight"
+        return Stored(name, (name,)) if _ROUTER.fullmatch(path) else stored_as(name, self.rules)
+
+    def _term(self, path: str, scale: float) -> tuple[Tensor, Tensor]:
+        """A and B so that `scale` B A is what the linear's own scale makes of them."""
+        a, b = self.linears[path]
+        own = self.settings.scale(path, len(a))
+        return a, b if own == scale else b * (own / scale)
+
+    def _note(self, name: str, rank: int, scale: float) -> None:
+        self.ranks[name] = rank
+        self.alphas[name] = scale * (rank**0.5 if self.settings.use_rslora else rank)
+
+    def _module(self, stored: Stored, paths: list[str]) -> dict[str, Tensor]:
+        module = stored.name.removesuffix(".weight")
+        members = [name.removesuffix(".weight") for name in stored.ours if name.removesuffix(".weight") in paths]
+        scale = self.settings.scale(members[0], len(self.linears[members[0]][0]))
+        terms = {path: self._term(path, scale) for path in members}
+        rank = sum(len(a) for a, _ in terms.values())
+        b = torch.zeros(sum(self.shapes[name][0] for name in stored.ours), rank)
+        row = column = 0
+        for name in stored.ours:
+            term = terms.get(name.removesuffix(".weight"))
+            rows = self.shapes[name][0]
+            if term is not None:
+                b[row : row + rows, column : column + len(term[0])] = term[1]
+                column += len(term[0])
+            row += rows
+        a = torch.cat([a for a, _ in terms.values()])
+        if _ROUTER.fullmatch(module) or (self.sparse and _DENSE_MLP.fullmatch(module)):
+            self._note(stored.name, rank, scale)
+            self.parameters.add(stored.name.split(".", 3)[3])
+        else:
+            self._note(module, rank, scale)
+            self.modules.add(module)
+            self.transposed |= stored.transpose
+        if members[0].endswith(("embed_tokens", "embed_positions")):  # B [vocab, r] and A [r, hidden] are PEFT's A and B, transposed
+            return {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
+        out = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        if self.settings.use_dora:
+            lacking = [name for name in stored.ours if name.removesuffix(".weight") not in self.magnitudes]
+            if lacking:
+                self.problems.append(f"DoRA on a part of {module} ({', '.join(members)}); it takes one on {', '.join(lacking)} too")
+            else:
+                out[f"{module}.lora_magnitude_vector"] = torch.cat([self.magnitudes[name.removesuffix(".weight")] for name in stored.ours])
+        return out
+
+    def _experts(self, experts: Mapping[str, Mapping[str, Mapping[int, str]]]) -> dict[str, Tensor]:
+        """The terms of all experts of a layer in one (see `_Reader._experts`); where there is none, zeros."""
+        used = {stacked for stacked, parts in _SPREAD.items() if any(part in layer for layer in experts.values() for part in parts)}
+        out: dict[str, Tensor] = {}
+        if not used:
+            return out
+        self.parameters |= {f"mlp.experts.{stacked}" for stacked in used}
+        paths = [path for layer in experts.values() for of_part in layer.values() for path in of_part.values()]
+        scale = self.settings.scale(paths[0], len(self.linears[paths[0]][0]))
+        ranks = {part: max((len(self.linears[path][0]) for layer in experts.values() for path in layer.get(part, {}).values()), default=0)
+                 for parts in _SPREAD.values() for part in parts}  # fmt: skip
+        for index, layer in enumerate(self.config.layers):
+            if layer.moe is None:
+                continue
+            module = f"model.layers.{index}.mlp.experts"
+            for stacked in sorted(used, reverse=True):  # PEFT wraps gate_up_proj first, and down_proj around it
+                parts = _SPREAD[stacked]
+                each = [self._expert(f"{module}.{j}", parts, ranks, scale) for j in range(layer.moe.num_experts)]
+                a, b = torch.stack([a for a, _ in each]), torch.stack([b for _, b in each])  # [experts, r, in], [experts, out, r]
+                name = f"{module}.base_layer" if len(used) > 1 and stacked == "gate_up_proj" else module
+                out[f"{name}.lora_A.weight"] = a.flatten(0, 1)
+                out[f"{name}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
+                self._note(f"{module}.{stacked}", a.shape[1], scale)
+        return out
+
+    def _expert(self, expert: str, parts: list[str], ranks: Mapping[str, int], scale: float) -> tuple[Tensor, Tensor]:
+        rank = sum(ranks[part] for part in parts)
+        sizes = [self.shapes[f"{expert}.{part}.weight"] for part in parts]
+        a, b = torch.zeros(rank, sizes[0][1]), torch.zeros(sum(rows for rows, _ in sizes), rank)
+        row = column = 0
+        for part, (rows, _) in zip(parts, sizes, strict=True):
+            if f"{expert}.{part}" in self.linears:
+                own_a, own_b = self._term(f"{expert}.{part}", scale)
+                a[column : column + len(own_a)] = own_a
+                b[row : row + rows, column : column + len(own_a)] = own_b
+            row, column = row + rows, column + ranks[part]
+        return a, b
+
+    def _replaced(self) -> dict[str, Tensor]:
+        """Whole modules: PEFT saves a module with all of its parameters."""
+        out: dict[str, Tensor] = {}
+        wanted = dict.fromkeys(name.rpartition(".")[0] for name in self.replaced)
+        for path in wanted:
+            names = [f"{path}.{leaf}" for leaf in ("weight", "bias") if f"{path}.{leaf}" in self.shapes]
+            if not names or ".mlp.experts." in path or _ROUTER.fullmatch(path):
+                self.problems.append(f"{path} trained as a whole, which is no module that PEFT saves")
+                continue
+            for name in names:
+                stored = stored_as(name, self.rules)
+                if lacking := [ours for ours in stored.ours if ours not in self.replaced]:
+                    self.problems.append(f"{path} trained as a whole without {', '.join(lacking)}, which PEFT saves together with it")
+                    continue
+                whole = torch.cat([self.replaced[ours] for ours in stored.ours])
+                out[stored.name] = whole.T if stored.transpose else whole.clone()
+                module = stored.name.rpartition(".")[0]
+                if module not in self.saved:
+                    self.saved.append(module)
+        return out
+
+    def config_json(self) -> dict[str, Any]:
+        """adapter_config.json. Where every module of a name was trained, PEFT is told the name, else the paths."""
+        r, alpha = self.settings.r, self.settings.lora_alpha
+        ranks = _compact(self.ranks)
+        alphas = _compact({name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in self.alphas.items()})
+        every = {self._place(name.removesuffix(".weight")).name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")}
+        leaves = {module.rpartition(".")[2] for module in self.modules}
+        whole = {module for module in every if module.rpartition(".")[2] in leaves} == self.modules
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.settings.base_model_name_or_path,
+            "inference_mode": True,
+            "r": r,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0,
+            "use_rslora": self.settings.use_rslora,
+            "use_dora": self.settings.use_dora,
+            "bias": "none",
+            "fan_in_fan_out": self.transposed,
+            "target_modules": sorted(leaves if whole else self.modules),
+            "target_parameters": sorted(self.parameters) or None,
+            "modules_to_save": self.saved or None,
+            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
+            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        }
+
+
+def _compact(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Patterns for values by path: the last name alone, where all that end in it agree."""
+    leaves: dict[str, set[Any]] = defaultdict(set)
+    for path, value in values.items():
+        leaves[_leaf(path)].add(value)
+    return {_leaf(path) if len(leaves[_leaf(path)]) == 1 else re.escape(path): value for path, value in values.items()}
+
+
+def _leaf(path: str) -> str:
+    """The last name of a path, "gate.weight" where it is a parameter's."""
+    return ".".join(path.split(".")[-2:]) if path.endswith(".weight") else path.rpartition(".")[2]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32)
