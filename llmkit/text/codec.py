@@ -110,7 +110,11 @@ class Splitter:
                 inner = rf"(?<!\w){inner}(?!\w)"
             # The possessive quantifier keeps a long run of spaces without a token after it from being quadratic.
             alternatives.append((r"(?<!\s)\s*+" if token.lstrip else "") + inner + (r"\s*" if token.rstrip else ""))
-        self._pattern = re.compile("|".join(alternatives)) if alternatives else None
+        pattern = "|".join(alternatives)
+        if self.tokens and all(self.tokens) and not any(token.lstrip for token in self.tokens.values()):
+            # Mistral has 771 alternatives; without this each would be tried at every character.
+            pattern = f"(?=[{re.escape(''.join(sorted({content[0] for content in self.tokens})))}])(?:{pattern})"
+        self._pattern = re.compile(pattern) if alternatives else None
 
     def split(self, text: str) -> Iterator[tuple[str, Span, bool]]:
         """(text or the token's content, its span in the text, whether it is a token); empty pieces are left out."""
