@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from llmkit.training.recipe import keys_help, read_recipe
+from llmkit.errors import CheckFailed, UsageError
+from llmkit.training.recipe import Recipe, keys_help, read_recipe
 
 
 class _TrainCommand(click.Command):
@@ -21,12 +22,28 @@ class _TrainCommand(click.Command):
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint, exactly where it was.")
-def train(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
+@click.option("--check-data", is_flag=True, help="Show what of the data is learned, and stop; exit code 3: it cannot be right.")
+def train(recipe: Path, overrides: tuple[str, ...], resume: bool, check_data: bool) -> None:
     """Train or fine-tune a model as RECIPE (a YAML file) says; KEY=VALUE changes a key, as in learning_rate=1e-3 or data.0.weight=2."""
     settings = read_recipe(recipe, overrides)
+    if check_data:
+        if resume:
+            raise UsageError("--resume has no effect with --check-data, which trains nothing. Leave one of them out.")
+        _check_data(settings)
+        return
     from llmkit.training.run import run_recipe
 
     click.echo(run_recipe(settings, resume=resume, sample=_sample))
+
+
+def _check_data(settings: Recipe) -> None:
+    from llmkit.cli.check_data import print_check
+    from llmkit.training.check import check_data
+
+    check = check_data(settings)
+    print_check(check)
+    if check.problems:
+        raise CheckFailed(" ".join(check.problems))
 
 
 def _sample(folder: Path, prompt: str) -> str:

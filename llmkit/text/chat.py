@@ -1,8 +1,10 @@
-"""Chat templates: messages to the text a model was trained on, and to ids with the mask of what it should learn."""
+"""Chat templates: messages to the text a model was trained on, and to the ids that it is served."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -62,17 +64,33 @@ class ChatTemplate:
         **kwargs: Any,
     ) -> tuple[str, list[Span]]:
         """As `render`, and the `[start, end)` characters inside of `{% generation %}` blocks."""
-        from llmkit.text.sandbox import Sandbox
-
         source = self.source(template, tools)
+        plain = _plain_messages(messages)
         variables = {
             **self.special_tokens,
             **_plain(kwargs),
-            "messages": _plain_messages(messages),
             "tools": _plain_objects(tools, "Tools"),
             "documents": _plain_objects(documents, "Documents"),
             "add_generation_prompt": add_generation_prompt,
         }
+        objects, arguments = _with_arguments(plain, as_text=False)
+        if not arguments:
+            return self._run(source, {**variables, "messages": plain})
+        # Most templates write the arguments of a call themselves and need an object; some (DeepSeek V3) join them as text.
+        try:
+            rendered = self._run(source, {**variables, "messages": objects})
+            if not any(str(given) in rendered[0] for given in arguments if given):  # Python's notation is no JSON
+                return rendered
+        except TemplateError:
+            with contextlib.suppress(TemplateError):
+                return self._run(source, {**variables, "messages": _with_arguments(plain, as_text=True)[0]})
+            raise
+        return self._run(source, {**variables, "messages": _with_arguments(plain, as_text=True)[0]})
+
+    def _run(self, source: str, variables: Mapping[str, Any]) -> tuple[str, list[Span]]:
+        """The text that a template makes of its variables, and where its `{% generation %}` blocks lie."""
+        from llmkit.text.sandbox import Sandbox
+
         try:
             if source not in self._compiled:
                 if len(source) > _LONGEST_SOURCE:
@@ -110,89 +128,13 @@ def encode_prompt(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any
 ) -> list[int]:
     """The ids of a conversation up to where the assistant's reply begins (`add_generation_prompt`), for generating it."""
-    return tokenizer.encode(_template_of(tokenizer).render(messages, tools, True, **kwargs), bos=False, special=True)
+    return tokenizer.encode(template_of(tokenizer).render(messages, tools, True, **kwargs), bos=False, special=True)
 
 
-def encode_chat(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    *,
-    add_generation_prompt: bool = False,
-    **kwargs: Any,
-) -> tuple[list[int], list[bool]]:
-    """The ids of a whole conversation, and for each whether the assistant produces it: the loss mask of training.
-
-    The ids are those that `encode_prompt` gives for the same text: one rendering, special tokens parsed, no BOS but the
-    template's. The mask follows the template's `{% generation %}` blocks. Without them the turns of the
-    assistant are found by rendering the conversation up to each of them, with and without the generation prompt.
-    A turn ends with its end-of-text token; what the template puts after it is not learned.
-
-    Raises TemplateError where a turn's place is ambiguous, as with templates that render a turn in another way once
-    others follow (they drop the reasoning of earlier turns).
-    """
-    template = _template_of(tokenizer)
-    text, spans = template.render_spans(messages, tools, add_generation_prompt, **kwargs)
-    ids, places = tokenizer.encode_spans(text)
-    mask = [False] * len(ids)
-    if spans:
-        for start, end in spans:
-            _mark(mask, places, start, end)
-        return ids, mask
-    whole = text if not add_generation_prompt else template.render(messages, tools, False, **kwargs)
-    if not text.startswith(whole):
-        raise _ambiguous(len(messages) - 1)
-    for k, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        before = template.render(messages[:k], tools, True, **kwargs) if k else ""
-        until = template.render(messages[: k + 1], tools, False, **kwargs)
-        if not whole.startswith(before) or not until.startswith(before):
-            raise _ambiguous(k)
-        stop = len(until) if whole.startswith(until) else _end_before_tail(tokenizer, ids, until, whole, len(before), message)
-        if stop is None:
-            raise _ambiguous(k)
-        _mark(mask, places, len(before), stop, tokenizer.eos_ids, ids)
-    return ids, mask
-
-
-def _end_before_tail(tokenizer: Tokenizer, ids: list[int], until: str, whole: str, start: int, message: Message) -> int | None:
-    """Where a turn that begins at `start` ends if the template closes each conversation with a tail (Phi-3's `<|endoftext|>`).
-
-    until: the conversation up to the turn, tail and all; whole, ids: all of it. None where the difference of the two
-    is no such tail: it must end the whole as well, and leave the turn its content.
-    """
-    alone, places = tokenizer.encode_spans(until)
-    same = next((n for n, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), None)
-    if same is None:
-        return None
-    end = places[same][0]
-    content = message.get("content")
-    kept = isinstance(content, str) and bool(content.strip()) and content.strip() in until[start:end]
-    return end if kept and whole.endswith(until[end:]) else None
-
-
-def _mark(mask: list[bool], places: list[Span], start: int, end: int, eos_ids: Sequence[int] = (), ids: Sequence[int] = ()) -> None:
-    """Marks the tokens that hold a character of `[start, end)`, up to the last end-of-text token among them."""
-    inside = [n for n, (begin, stop) in enumerate(places) if begin < end and stop > start]
-    if not inside:
-        return
-    last = max((n for n in inside if ids and ids[n] in eos_ids), default=inside[-1])
-    for n in range(inside[0], last + 1):
-        mask[n] = True
-
-
-def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
+def template_of(tokenizer: Tokenizer) -> ChatTemplate:
     if tokenizer.chat_template is None:
         raise TemplateError("The model has no chat template; use generate with plain text, or give it a chat_template.jinja.")
     return tokenizer.chat_template
-
-
-def _ambiguous(k: int) -> TemplateError:
-    return TemplateError(
-        f"Which tokens of message {k} the assistant wrote cannot be told: the chat template renders the turn in another way once "
-        "others follow it; mark the turns with {% generation %} in the template, or end the conversation with that turn."
-    )
 
 
 def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -209,6 +151,36 @@ def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         plain.append(message)
     return plain
+
+
+def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The messages with the arguments of tool calls as JSON text or as objects, and those that are objects; what is neither stays."""
+    found: list[dict[str, Any]] = []
+
+    def convert(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": convert(call["function"])}
+        given = call.get("arguments")
+        try:
+            value = json.loads(given) if isinstance(given, str) else given
+        except (ValueError, RecursionError):
+            return call
+        if not isinstance(value, dict):
+            return call
+        found.append(value)
+        if as_text:
+            return {**call, "arguments": given if isinstance(given, str) else json.dumps(value, ensure_ascii=False)}
+        return {**call, "arguments": value}
+
+    changed = [
+        {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+    return changed, found
 
 
 def _plain_objects(values: Sequence[Mapping[str, Any]] | None, what: str) -> list[dict[str, Any]] | None:

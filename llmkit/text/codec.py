@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import Protocol
@@ -36,11 +36,27 @@ class Codec(Protocol):
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
         """As `encode` with special tokens parsed, and which characters each id stands for."""
 
+    def encode_batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """`encode` of each text."""
+
+    def encode_spans_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """`encode_spans` of each text."""
+
     def piece(self, token_id: int, first: bool) -> bytes | None:
         """The bytes an id adds to a text (`first`: as its first token); None for an id that has none."""
 
     def token_id(self, token: str) -> int | None:
         """The id of a whole token, None if it is not one."""
+
+
+class OneByOne:
+    """The batch methods of a codec whose library has none."""
+
+    def encode_batch(self: Codec, texts: Sequence[str], special: bool) -> list[list[int]]:
+        return [self.encode(text, special) for text in texts]
+
+    def encode_spans_batch(self: Codec, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        return [self.encode_spans(text) for text in texts]
 
 
 @contextmanager
@@ -94,7 +110,11 @@ class Splitter:
                 inner = rf"(?<!\w){inner}(?!\w)"
             # The possessive quantifier keeps a long run of spaces without a token after it from being quadratic.
             alternatives.append((r"(?<!\s)\s*+" if token.lstrip else "") + inner + (r"\s*" if token.rstrip else ""))
-        self._pattern = re.compile("|".join(alternatives)) if alternatives else None
+        pattern = "|".join(alternatives)
+        if self.tokens and all(self.tokens) and not any(token.lstrip for token in self.tokens.values()):
+            # Mistral has 771 alternatives; without this each would be tried at every character.
+            pattern = f"(?=[{re.escape(''.join(sorted({content[0] for content in self.tokens})))}])(?:{pattern})"
+        self._pattern = re.compile(pattern) if alternatives else None
 
     def split(self, text: str) -> Iterator[tuple[str, Span, bool]]:
         """(text or the token's content, its span in the text, whether it is a token); empty pieces are left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmkit.errors import TokenizerError
@@ -62,6 +62,12 @@ class JsonCodec:
         encoding = self._encode(text, True)
         return list(encoding.ids), list(encoding.offsets)
 
+    def encode_batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        return [list(encoding.ids) for encoding in self._encode_batch(texts, special)]
+
+    def encode_spans_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        return [(list(encoding.ids), list(encoding.offsets)) for encoding in self._encode_batch(texts, True)]
+
     def piece(self, token_id: int, first: bool) -> bytes | None:
         key = (token_id, first)
         if key not in self._pieces:
@@ -78,6 +84,12 @@ class JsonCodec:
             self._native.encode_special_tokens = not special
             with library_errors("The tokenizer cannot encode this text", "is tokenizer.json damaged?"):
                 return self._native.encode(text, add_special_tokens=add)
+
+    def _encode_batch(self, texts: Sequence[str], special: bool) -> Any:
+        with self._lock:
+            self._native.encode_special_tokens = not special
+            with library_errors("The tokenizer cannot encode this text", "is tokenizer.json damaged?"):
+                return self._native.encode_batch(list(texts), add_special_tokens=False)
 
     def _added_by_post_processor(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the file's post-processor puts before and after a text, seen on a probe."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import Span, Splitter, library_errors
+from llmkit.text.codec import OneByOne, Span, Splitter, library_errors
 from llmkit.text.settings import AddedToken, TokenizerSettings
 
 SPACE = "▁"
@@ -15,7 +15,7 @@ SPACE = "▁"
 _NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
-class SentencePieceCodec:
+class SentencePieceCodec(OneByOne):
     """A sentencepiece model: byte fallback, and the space put before a text by the trainer's add_dummy_prefix."""
 
     replace_each_byte = True

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import Span, library_errors
+from llmkit.text.codec import OneByOne, Span, library_errors
 from llmkit.text.settings import TokenizerSettings
 
 
@@ -64,7 +64,7 @@ QWEN = RanksFamily(
 FAMILY_BY_RANKS = {128_000: LLAMA3, 151_643: QWEN}
 
 
-class TiktokenCodec:
+class TiktokenCodec(OneByOne):
     """Byte-level BPE over ranks; never downloads anything, all it needs is in the file and the family."""
 
     strip_leading = 0

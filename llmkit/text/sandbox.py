@@ -23,12 +23,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import do_join, make_attrgetter
+from jinja2.filters import FILTERS, do_join, make_attrgetter
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro, Undefined
@@ -347,10 +348,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.meter = Meter()
         self.generations: list[tuple[int, str]] = []  # (characters written before it, its text)
         self.written = 0
-        self.filters = {name: _metered(name, filter) for name, filter in self.filters.items() if name not in _WITHOUT_FILTERS}
-        self.filters["tojson"] = _metered("tojson", _tojson)
-        self.filters["join"] = _metered("join", _join)
-        self.filters["sum"] = _metered("sum", _sum)
+        self.filters = dict(_filters())
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "namespace": _Namespace, "dict": _dict}
 
@@ -424,6 +422,13 @@ def _finalize(context: Context, value: Any) -> str:
     text = str(value)
     meter.step(sys.getsizeof(text))
     return text
+
+
+@cache
+def _filters() -> dict[str, Callable[..., Any]]:
+    """Jinja's filters and transformers' `tojson`, metered."""
+    own: dict[str, Callable[..., Any]] = {"tojson": _tojson, "join": _join, "sum": _sum}
+    return {name: _metered(name, own.get(name, filter)) for name, filter in FILTERS.items() if name not in _WITHOUT_FILTERS}
 
 
 def _metered(name: str, filter: Callable[..., Any]) -> Callable[..., Any]:

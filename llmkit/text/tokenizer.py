@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llmkit.errors import TokenizerError
@@ -73,7 +73,28 @@ class Tokenizer:
             outside, which then cannot forge the structure of a prompt; True for a rendered chat template.
         Raises TokenizerError for `bos=True` without a BOS token and for text that is not Unicode (lone surrogates).
         """
-        ids = self._codec.encode(_checked(text), special)
+        return self._surrounded(self._codec.encode(_checked(text), special), bos)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text; with a tokenizer.json on all cores."""
+        return [self._surrounded(ids, None) for ids in self._codec.encode_batch([_checked(text) for text in texts], False)]
+
+    def encode_continuation(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text that goes on another: without BOS, and without the space that some vocabularies put before a text."""
+        anchor = self._codec.encode("\n", special)  # takes the space in its place
+        ids = self._codec.encode("\n" + _checked(text), special)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._codec.encode(text, special)
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """As `encode(text, bos=False, special=True)`, and the characters `[start, end)` each id stands for."""
+        return self._codec.encode_spans(_checked(text))
+
+    def encode_spans_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """`encode_spans` of each text; with a tokenizer.json on all cores."""
+        return self._codec.encode_spans_batch([_checked(text) for text in texts])
+
+    def _surrounded(self, ids: list[int], bos: bool | None) -> list[int]:
+        """With what `bos` puts before and after the ids."""
         if bos is None:
             prefix, suffix = self._prefix, self._suffix
         elif bos and self.bos_id is None:
@@ -83,10 +104,6 @@ class Tokenizer:
         if prefix and ids[: len(prefix)] == prefix:
             prefix = []
         return prefix + ids + suffix
-
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """As `encode(text, bos=False, special=True)`, and the characters `[start, end)` each id stands for."""
-        return self._codec.encode_spans(_checked(text))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of some ids; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""

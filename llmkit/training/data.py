@@ -18,127 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llmkit.errors import UsageError
-from llmkit.text.chat import encode_chat
-from llmkit.text.tokenizer import Tokenizer
-from llmkit.training.documents import Document, read_documents
-from llmkit.training.recipe import Source
+from llmkit.training.corpus import Corpus, Ints
 
 IGNORE = -100  # the label of a slot that is not learned, as everywhere in PyTorch
-
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Encoded documents, end to end in flat arrays."""
-
-    tokens: NDArray[np.int32]  # [all tokens]
-    learned: NDArray[np.bool_]  # [all tokens]: is it a target?
-    offsets: Ints  # [documents + 1]
-    sources: Ints  # [documents]: index of the source
-    divisible: NDArray[np.bool_]  # [documents]: plain text, which may go on in another row
-    target_bytes: Ints  # [documents]: UTF-8 bytes of the learned text
-    places: list[str]  # [documents]: file and line
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @property
-    def target_count(self) -> int:
-        """Tokens that are learned in one pass over every document."""
-        first = np.zeros(len(self.tokens), bool)
-        first[self.offsets[:-1]] = True  # nothing comes before a document's first token to predict it from
-        return int((self.learned & ~first).sum())
-
-    def longer_than(self, max_length: int) -> tuple[int, int]:
-        """How many documents do not fit into a row: those that go on in further rows, and those that are cut."""
-        long = self.offsets[1:] - self.offsets[:-1] - 1 > max_length
-        return int((long & self.divisible).sum()), int((long & ~self.divisible).sum())
-
-    def select(self, documents: Ints) -> Corpus:
-        """The corpus of some of the documents."""
-        spans = [slice(self.offsets[d], self.offsets[d + 1]) for d in documents]
-        lengths = (self.offsets[1:] - self.offsets[:-1])[documents]
-        return Corpus(
-            np.concatenate([self.tokens[s] for s in spans]) if spans else self.tokens[:0],
-            np.concatenate([self.learned[s] for s in spans]) if spans else self.learned[:0],
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            self.sources[documents],
-            self.divisible[documents],
-            self.target_bytes[documents],
-            [self.places[d] for d in documents],
-        )
-
-
-def encode_document(
-    document: Document, tokenizer: Tokenizer, chat: bool | None = None, learn: str = "completion"
-) -> tuple[list[int], list[bool]]:
-    """Token ids of a document and, for each, whether it is a target.
-
-    Prompt and completion go through the chat template where there is one (`chat` overrules it), else they are encoded
-    apart and joined, as they are when the model is asked to continue the prompt.
-
-    Raises:
-        UsageError: a chat without a chat template.
-    """
-    has_template = tokenizer.chat_template is not None
-    end = list(tokenizer.eos_ids[:1])
-    if document.text is not None:
-        ids = tokenizer.encode(document.text)
-        ids += end if ids[-1:] != end else []  # some tokenizers end a text by themselves
-        return ids, [True] * len(ids)
-    messages = document.messages
-    if messages is None and (has_template if chat is None else chat):
-        messages = ({"role": "user", "content": document.prompt}, {"role": "assistant", "content": document.completion})
-    if messages is not None:
-        if not has_template:
-            raise UsageError(
-                f"{document.place} is a chat, but the tokenizer has no chat template. "
-                "Give it one (tokenizer.chat_template), or use prompt/completion rows with chat: false."
-            )
-        ids, mask = encode_chat(tokenizer, messages, document.tools)
-        return ids, [True] * len(ids) if learn == "all" else mask
-    prompt = tokenizer.encode(document.prompt or "")
-    prompt = prompt[: -len(end)] if end and prompt[1:][-1:] == end else prompt
-    ids = prompt + tokenizer.encode(document.completion or "", bos=False) + end
-    return ids, [learn == "all" or index >= len(prompt) for index in range(len(ids))]
-
-
-Encoded = tuple[NDArray[np.int32], NDArray[np.bool_], int, Document]  # ids, which of them are targets, source, origin
-
-
-def load_corpora(sources: Sequence[Source], tokenizer: Tokenizer, held_out: float) -> tuple[Corpus, Corpus]:
-    """The training and the held-out documents of all sources.
-
-    Raises:
-        UsageError: a source cannot be read, or nothing is left to learn from.
-    """
-    both: tuple[list[Encoded], ...] = ([], [])
-    for index, source in enumerate(sources):
-        share = held_out if source.held_out is None else source.held_out
-        for document in read_documents(source):
-            ids, learned = encode_document(document, tokenizer, source.chat, source.learn)
-            if any(learned[1:]):
-                both[document.is_held_out(share)].append((np.array(ids, np.int32), np.array(learned, np.bool_), index, document))
-    if not both[0]:
-        raise UsageError("data holds no document to learn from (all are empty or held out). Check data and held_out.")
-    return _corpus(both[0]), _corpus(both[1])
-
-
-def _corpus(rows: list[Encoded]) -> Corpus:
-    return Corpus(
-        np.concatenate([np.empty(0, np.int32), *(ids for ids, *_ in rows)]),
-        np.concatenate([np.empty(0, np.bool_), *(learned for _, learned, *_ in rows)]),
-        np.cumsum([0, *(len(ids) for ids, *_ in rows)], dtype=np.int64),
-        np.array([source for *_, source, _ in rows], np.int64),
-        np.array([document.text is not None for *_, document in rows], np.bool_),
-        np.array([len(document.target.encode()) for *_, document in rows], np.int64),
-        [document.place for *_, document in rows],
-    )
 
 
 @dataclass(frozen=True)

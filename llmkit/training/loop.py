@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.errors import CheckpointError, LLMKitError
-from llmkit.training.data import Batch, Corpus, RowStream
+from llmkit.training.corpus import Corpus
+from llmkit.training.data import Batch, RowStream
 from llmkit.training.loss import cross_entropy
 from llmkit.training.optimizer import make_optimizers, schedule
 from llmkit.training.recipe import Recipe

@@ -37,12 +37,22 @@ def key(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasse
 class Source:
     """One entry of `data`."""
 
-    path: str = key("a .txt, .md or .jsonl file, or a folder of them")
+    path: str = key("a .jsonl, .json, .csv, .parquet, .txt or .md file, a folder of them or of train/valid/test.jsonl, or a hub id")
     weight: float = key("how often each document is seen per epoch; 0.5: a fresh random half each epoch", 1.0)
-    format: Literal["auto", "text", "jsonl"] = key("auto: by the file's ending", "auto")
+    format: Literal["auto", "text", "jsonl", "hub"] = key("auto: by the file's ending; hub: path is a data set's id", "auto")
     separator: str = key("parts the documents of a text file", "<|endoftext|>")
+    columns: dict[str, Any] = key("a layout's key -> the key that the rows have instead, as {text: story}", factory=dict)
     chat: bool | None = key("prompt/completion rows through the chat template; default: where there is a template", None)
-    learn: Literal["completion", "all"] = key("which tokens of a prompt or chat are targets", "completion")
+    chat_template_kwargs: dict[str, Any] = key("variables of the chat template, as {enable_thinking: false}", factory=dict)
+    learn: Literal["completion", "last", "chosen", "all"] = key(
+        "which tokens are targets: what the assistant says, its last turn only, the chosen of two answers, or everything", "completion"
+    )
+    overlong: Literal["cut", "drop", "error"] = key("longer than max_length; cut: text goes on in a further row, a chat ends", "cut")
+    bad_rows: Literal["error", "drop"] = key("rows that are no document, or that the chat template refuses", "error")
+    limit: int | None = key("read at most so many documents of each split", None)
+    name: str | None = key("of a hub id: the configuration", None)
+    split: str | None = key("of a hub id or a folder with splits: the one to train on; default: train, and valid is held out", None)
+    streaming: bool = key("of a hub id: read while downloading, nothing is kept", False)
     held_out: float | None = key("share of documents held out, instead of the recipe's held_out; 1 is evaluation only", None)
 
 
@@ -119,6 +129,9 @@ class Recipe:
         for index, source in enumerate(self.data):
             _within(f"data.{index}.weight", source.weight, 0, 1000)
             _within(f"data.{index}.held_out", source.held_out, 0, 1)
+            _within(f"data.{index}.limit", source.limit, 1, 2**40)
+            if not all(isinstance(column, str) for column in (*source.columns, *source.columns.values())):
+                raise UsageError(f"data.{index}.columns is {_SHORT.repr(source.columns)}, which maps no names to names. Correct the value.")
         if self.max_steps is None and self.epochs is None and self.max_minutes is None:
             raise UsageError("Nothing says when to stop. Set max_steps, epochs or max_minutes.")
         if self.muon_learning_rate is not None and self.optimizer != "muon":

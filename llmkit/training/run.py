@@ -19,7 +19,8 @@ from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
 from llmkit.model.transformer import Transformer, init_weights
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
-from llmkit.training.data import Corpus, RowStream, load_corpora, sequential_batches
+from llmkit.training.corpus import Corpus, load_corpora
+from llmkit.training.data import RowStream, sequential_batches
 from llmkit.training.documents import training_texts
 from llmkit.training.loop import Export, Trainer
 from llmkit.training.loss import cross_entropy
@@ -67,7 +68,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Callable[[Path, str
 
     tokenizer_folder = _tokenizer_folder(recipe, folder, resume)
     tokenizer = load_tokenizer(tokenizer_folder)
-    train, held = load_corpora(recipe.data, tokenizer, recipe.held_out)
+    train, held, data_report = load_corpora(recipe.data, tokenizer, recipe.held_out, recipe.max_length)
     device = _device(recipe.device)
     model = _model(recipe, tokenizer, device)
     _check_lengths(recipe, model, tokenizer)
@@ -78,9 +79,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Callable[[Path, str
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(train):,} documents, {train.target_count:,} targets, "
         f"{stream.rows_per_epoch:,} rows of {recipe.max_length} per epoch; {len(held):,} documents held out"
     )
-    for count, what in zip(train.longer_than(recipe.max_length), ("go on in further rows", "are cut"), strict=True):
-        if count:
-            report.say(f"{count:,} documents are longer than max_length={recipe.max_length} and {what}")
+    for line in data_report.lines():
+        report.say(line)
 
     def write(trained: nn.Module, target: Path = folder.model) -> None:
         assert isinstance(trained, Transformer)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import resource
 import sys
@@ -47,6 +48,15 @@ def rendered_by_transformers(source: str, messages: list[dict[str, Any]], **kwar
         return None
 
 
+def with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The arguments of tool calls as objects instead of strings."""
+    messages = copy.deepcopy(messages)
+    for message in messages:
+        for call in message.get("tool_calls", []):
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return messages
+
+
 @pytest.mark.real
 def test_real_templates_render_as_in_transformers(data_dir: Path) -> None:
     templates = sorted((data_dir / "tokenizers/chat_templates_llamacpp").glob("*.jinja"))
@@ -58,7 +68,12 @@ def test_real_templates_render_as_in_transformers(data_dir: Path) -> None:
         for context in contexts:
             for prompt in (True, False):
                 values = {**context, "add_generation_prompt": prompt}
-                expected = rendered_by_transformers(template.sources["default"], **values)
+                # Arguments as objects, for most templates write the JSON themselves; as strings where they do not.
+                expected = rendered_by_transformers(
+                    template.sources["default"], **{**values, "messages": with_objects(context["messages"])}
+                )
+                if expected is None or str({"condition": True}) in expected:
+                    expected = rendered_by_transformers(template.sources["default"], **values)
                 if expected is None:
                     with pytest.raises(TemplateError):
                         template.render(**values)

@@ -16,13 +16,18 @@ from llmkit.errors import UsageError
 from llmkit.model.transformer import Transformer
 from llmkit.text.chat import encode_prompt
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
-from llmkit.training.data import IGNORE, Corpus, RowStream, encode_document, load_corpora, pack, sequential_batches
-from llmkit.training.documents import Document, parse_row, read_documents
+from llmkit.training.corpus import Corpus, load_corpora
+from llmkit.training.data import IGNORE, RowStream, pack, sequential_batches
+from llmkit.training.documents import read_documents
+from llmkit.training.encode import encode_document
 from llmkit.training.loss import cross_entropy
 from llmkit.training.recipe import Source, TokenizerRecipe
+from llmkit.training.rows import Document, parse_row
 from llmkit.training.tokenizer import train_tokenizer
 
 from .conftest import stories
+
+SOURCE = Source("")
 
 
 def corpus_of(lengths: list[int], divisible: bool = True) -> Corpus:
@@ -66,26 +71,26 @@ def test_tokenizer_is_deterministic_and_splits_digits(tokenizer: Tokenizer, toke
 
 
 def test_text_learns_everything_and_the_end(tokenizer: Tokenizer) -> None:
-    ids, learned = encode_document(Document("here", text="The cat."), tokenizer)
+    ((ids, learned),) = encode_document(Document("here", text="The cat."), tokenizer, SOURCE)
     assert ids == [0, *tokenizer.encode("The cat.", bos=False), 0]
     assert all(learned)
 
 
 def test_chat_learns_the_assistant_and_its_end(tokenizer: Tokenizer) -> None:
     row = {"messages": [{"role": "user", "content": "A cat?"}, {"role": "assistant", "content": "The cat."}]}
-    ids, learned = encode_document(parse_row(json.dumps(row), "here"), tokenizer)
+    ((ids, learned),) = encode_document(parse_row(json.dumps(row), "here"), tokenizer, SOURCE)
     prompt = encode_prompt(tokenizer, row["messages"][:1])
     assert ids[: len(prompt)] == prompt
     assert ids[len(prompt) :] == [*tokenizer.encode("The cat.", bos=False), 0]
     assert learned == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
-    assert encode_document(parse_row(json.dumps(row), "here"), tokenizer, learn="all") == (ids, [True] * len(ids))
+    assert encode_document(parse_row(json.dumps(row), "here"), tokenizer, Source("", learn="all")) == [(ids, [True] * len(ids))]
 
 
 def test_prompt_and_completion_with_and_without_template(tokenizer: Tokenizer) -> None:
     document = Document("here", prompt="The cat ", completion="saw.")
     as_chat = Document("here", messages=({"role": "user", "content": "The cat "}, {"role": "assistant", "content": "saw."}))
-    assert encode_document(document, tokenizer) == encode_document(as_chat, tokenizer)
-    ids, learned = encode_document(document, tokenizer, chat=False)
+    assert encode_document(document, tokenizer, SOURCE) == encode_document(as_chat, tokenizer, SOURCE)
+    ((ids, learned),) = encode_document(document, tokenizer, Source("", chat=False))
     prompt, completion = tokenizer.encode("The cat "), tokenizer.encode("saw.", bos=False)
     assert ids == prompt + completion + [0]
     assert learned == [False] * len(prompt) + [True] * (len(completion) + 1)
@@ -94,7 +99,7 @@ def test_prompt_and_completion_with_and_without_template(tokenizer: Tokenizer) -
 def test_chat_without_template_is_refused(tmp_path: Path) -> None:
     train_tokenizer(TokenizerRecipe(vocab_size=280), stories(20), tmp_path, 64)
     with pytest.raises(UsageError, match="no chat template"):
-        encode_document(parse_row('{"messages": [{"role": "user", "content": "a"}]}', "here"), load_tokenizer(tmp_path))
+        encode_document(parse_row('{"messages": [{"role": "user", "content": "a"}]}', "here"), load_tokenizer(tmp_path), SOURCE)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,7 @@ def test_chat_without_template_is_refused(tmp_path: Path) -> None:
         (r'{"text": "\ud800"}', "not JSON"),
         ("[1]", "JSON list"),
         ('{"texts": "a"}', "has the keys texts"),
-        ('{"messages": []}', "has the keys messages"),
+        ('{"messages": []}', "messages is empty"),
     ],
 )
 def test_bad_rows_name_file_and_line(tmp_path: Path, line: str, said: str) -> None:
@@ -143,7 +148,7 @@ def test_held_out_split_is_stable(tokenizer: Tokenizer, tmp_path: Path) -> None:
     forms = [{"text": text} for text in texts] + [
         {"messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": t}]} for t in texts
     ]
-    train, out = load_corpora([write_rows(tmp_path / "a.jsonl", forms[::-1])], tokenizer, 0.1)
+    train, out, _ = load_corpora([write_rows(tmp_path / "a.jsonl", forms[::-1])], tokenizer, 0.1)
     assert len(out) == 2 * len(held)
     assert len(train) == 2 * (1000 - len(held))
 
@@ -151,7 +156,7 @@ def test_held_out_split_is_stable(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_a_source_may_be_evaluation_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"text": t} for t in stories(20)])
     two = Source(path=one.path, held_out=1.0)
-    train, out = load_corpora([Source(path=one.path, held_out=0.0), two], tokenizer, 0.5)
+    train, out, _ = load_corpora([Source(path=one.path, held_out=0.0), two], tokenizer, 0.5)
     assert set(train.sources.tolist()) == {0}
     assert set(out.sources.tolist()) == {1}
     with pytest.raises(UsageError, match="no document to learn from"):
@@ -224,7 +229,7 @@ def test_stream_continues_from_its_place() -> None:
 
 def test_packed_documents_equal_separate_ones(tokenizer: Tokenizer, make_model: Callable[..., Transformer], tmp_path: Path) -> None:
     """Loss and gradients of packed rows are those of every document on its own: nothing leaks."""
-    train, _ = load_corpora([write_rows(tmp_path / "a.jsonl", [{"text": t} for t in stories(12)])], tokenizer, 0.0)
+    train, *_ = load_corpora([write_rows(tmp_path / "a.jsonl", [{"text": t} for t in stories(12)])], tokenizer, 0.0)
     packed, separate = make_model(), make_model()
     batches = list(sequential_batches(train, 64, 3))
     assert max(int(b.segments.max()) for b in batches) >= 2

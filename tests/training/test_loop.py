@@ -22,7 +22,8 @@ from torch import nn
 from llmkit.errors import CheckpointError
 from llmkit.model.transformer import Transformer
 from llmkit.text.tokenizer import Tokenizer
-from llmkit.training.data import Batch, RowStream, load_corpora
+from llmkit.training.corpus import load_corpora
+from llmkit.training.data import Batch, RowStream
 from llmkit.training.loop import Trainer, TrainingError
 from llmkit.training.loss import cross_entropy
 from llmkit.training.recipe import Recipe
@@ -39,7 +40,7 @@ def make_trainer(
         recipe = make_recipe(**keys)
         output = tmp_path / folder
         output.mkdir(exist_ok=True)
-        train, _ = load_corpora(recipe.data, tokenizer, recipe.held_out)
+        train, *_ = load_corpora(recipe.data, tokenizer, recipe.held_out)
         stream = RowStream(train, [1.0], recipe.max_length, recipe.seed, recipe.epochs)
         torch.manual_seed(0)
         return Trainer(make_model(), stream, recipe, Report(output), output / "checkpoint.pt", loss=loss)

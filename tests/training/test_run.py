@@ -16,7 +16,8 @@ import yaml
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import ConfigError, UsageError
 from llmkit.text.tokenizer import load_tokenizer
-from llmkit.training.data import load_corpora, sequential_batches
+from llmkit.training.corpus import load_corpora
+from llmkit.training.data import sequential_batches
 from llmkit.training.loss import cross_entropy
 from llmkit.training.recipe import Recipe, read_recipe, to_dict
 from llmkit.training.run import run_recipe
@@ -72,7 +73,7 @@ def test_yaml_to_a_folder_that_transformers_opens(tmp_path: Path) -> None:
 
     last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     assert set(last) >= {"step", "eval_loss", "eval_bits_per_byte", "plain_loss", "chats_bits_per_byte"}
-    _, held = load_corpora(read_recipe(recipe).data, tokenizer, 0.2)
+    _, held, _ = load_corpora(read_recipe(recipe).data, tokenizer, 0.2)
     batches = sequential_batches(held, 64, 1)
     with torch.no_grad():  # the file holds float16, so the figures agree to three digits
         nats = sum(float(cross_entropy(ours, batch)) for batch in batches)
