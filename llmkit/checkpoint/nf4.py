@@ -28,10 +28,10 @@ from torch import Tensor
 
 from llmkit.checkpoint.arrays import NUMPY_DTYPES, check_assignment, misfit, parameter_shapes, stored_array
 from llmkit.checkpoint.files import Checkpoint, TensorFile, open_checkpoint
-from llmkit.checkpoint.weights import Assignment, assign, is_transposed
+from llmkit.checkpoint.weights import Assignment, Rules, assign, is_transposed, reading_rules
 from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError
-from llmkit.families import Family, family
+from llmkit.families import family
 from llmkit.quant.nf4 import NESTED_BLOCK, Nested, Nf4Matrix
 
 STATE = "quant_state.bitsandbytes__"
@@ -51,7 +51,8 @@ def open_nf4(folder: Path, config: ModelConfig) -> tuple[Assignment, dict[str, N
             f"{folder} is in bitsandbytes' 8 bits (load_in_8bit), of which llmkit reads 4 bits only. "
             "Use the checkpoint it was made from; --scheme q8 writes it in 8 bits."
         )
-    rules, checkpoint = family(config.model_type), dict(open_checkpoint(folder))
+    own, checkpoint = family(config.model_type), dict(open_checkpoint(folder))
+    rules = reading_rules(own, config)
     parts: dict[str, dict[str, TensorFile]] = {}
     for name in list(checkpoint):
         if found := _PARTS.fullmatch(name):
@@ -68,7 +69,7 @@ def open_nf4(folder: Path, config: ModelConfig) -> tuple[Assignment, dict[str, N
             checkpoint.pop(name, None)
     if problems:
         raise misfit(folder, problems)
-    assignment = assign(Checkpoint(folder, checkpoint), rules, config, parameter_shapes(config))
+    assignment = assign(Checkpoint(folder, checkpoint), own, config, parameter_shapes(config))
     check_assignment(folder, assignment)
     ours = {}
     for name, piece in list(assignment.pieces.items()):
@@ -81,7 +82,7 @@ def open_nf4(folder: Path, config: ModelConfig) -> tuple[Assignment, dict[str, N
     return assignment, ours
 
 
-def _unpacked(tensor: TensorFile, matrix: Nf4Matrix, rules: Family) -> TensorFile:
+def _unpacked(tensor: TensorFile, matrix: Nf4Matrix, rules: Rules) -> TensorFile:
     """The tensor with the shape it had before it was packed, by which it is assigned; a Conv1D's, which is stored as [out, in], too."""
     shape = matrix.shape[::-1] if is_transposed(tensor.name, rules) else matrix.shape
     return replace(tensor, dtype="F32", shape=shape)

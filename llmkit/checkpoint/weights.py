@@ -152,11 +152,6 @@ class Stored:
     transpose: bool = False
 
 
-def is_transposed(name: str, family: Family) -> bool:
-    """Whether the family stores the tensor of this name as [in, out]."""
-    return any(rule.transpose and _Pattern.of(rule.theirs).match(name) is not None for rule in family.rules)
-
-
 def stored_layout(names: Iterable[str], family: Family) -> list[Stored]:
     """The tensors of the family's own layout that hold our parameters; of several rules for one name the first is written."""
     left = dict.fromkeys(names)

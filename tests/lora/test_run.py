@@ -160,13 +160,13 @@ class TestChoice:
         llm = llmkit.load(root / "float32", device="cpu")
         assert llm.adapters == ()
         assert llm.generate("Once", **GREEDY).text == llm.generate("Once", adapter=None, **GREEDY).text
-        with pytest.raises(UsageError, match="adapter 'pirate' is not loaded. None is loaded; give one to load"):
+        with pytest.raises(UsageError, match=r"adapter 'pirate' is not loaded\. None is loaded; give one to load"):
             llm.generate("Once", adapter="pirate")
 
     def test_unknown_names(self, root: Path) -> None:
         llm = two(root)
         for ask in (llm.generate, llm.stream, llm.chat, llm.logits, llm.score):
-            with pytest.raises(UsageError, match="adapter 'pirat' is not loaded. Did you mean 'pirate'"):
+            with pytest.raises(UsageError, match=r"adapter 'pirat' is not loaded\. Did you mean 'pirate'"):
                 ask("Once", adapter="pirat")
         with pytest.raises(UsageError, match="Loaded are pirate, poet"):
             llm.generate("Once", adapter="x")
