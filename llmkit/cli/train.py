@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -40,19 +41,20 @@ def _check_data(settings: Recipe) -> None:
     from llmkit.cli.check_data import print_check
     from llmkit.training.check import check_data
 
-    check = check_data(settings)
+    check = check_data(settings, preference=settings.preference)
     print_check(check)
     if check.problems:
         raise CheckFailed(" ".join(check.problems))
 
 
-def _sample(folder: Path, prompt: str) -> str:
+def _sample(model: str, adapter: Path | None, prompts: Sequence[str]) -> list[str]:
     """What a person would get: an answer where the model chats, else a continuation."""
     import llmkit
 
-    llm = llmkit.load(folder)
+    llm = llmkit.load(model, adapter=adapter)
     speak = llm.chat if llm.tokenizer.chat_template is not None else llm.generate
-    return f"{prompt} -> {speak(prompt, max_tokens=min(120, llm.config.max_position_embeddings // 2), seed=0).text}"
+    length = min(120, llm.config.max_position_embeddings // 2)
+    return [f"{prompt} -> {speak(prompt, max_tokens=length, seed=0).text}" for prompt in prompts]
 
 
 if __name__ == "__main__":

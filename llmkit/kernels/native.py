@@ -160,6 +160,24 @@ class NativeBackend:
         return None if all(name is None for name in names) else np.array([self._adapters.get(name or "", -1) for name in names], np.int32)
 
 
+def product(weight: Weight, bias: NDArray[np.float32] | None, x: NDArray[np.float32], threads: int) -> NDArray[np.float32]:
+    """`x W^T + bias` by itself, with the arithmetic of a step: x float32 `[rows, in]`, returns float32 `[rows, out]`."""
+    from llmkit.kernels.cpu import _native
+
+    out = np.empty((len(x), weight.shape[0]), np.float32)
+    _native.product(os.environ.get("LLMKIT_KERNELS") or None, threads, _linear(weight, bias), x, out)
+    return out
+
+
+def _linear(weight: Weight, bias: NDArray[np.float32] | None) -> tuple[Any, ...]:
+    """A linear in the words of the plan."""
+    rows, columns = weight.shape
+    if isinstance(weight, QuantizedMatrix):
+        kind = Q4 if weight.scheme == "q4" else Q8
+        return kind, rows, columns, weight.codes, weight.scales, _in_place(weight.row_scale), bias, weight.group, weight.codebook
+    return KINDS[weight.dtype], rows, columns, _in_place(weight), None, None, bias, 32, None
+
+
 class _Description:
     """A model in the words of the plan: dicts of numbers and arrays."""
 
@@ -205,12 +223,7 @@ class _Description:
         weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
         if weight is None:
             return None
-        added = None if bias is None else _floats(bias)
-        rows, columns = weight.shape
-        if isinstance(weight, QuantizedMatrix):
-            kind = Q4 if weight.scheme == "q4" else Q8
-            return kind, rows, columns, weight.codes, weight.scales, _in_place(weight.row_scale), added, weight.group, weight.codebook
-        return KINDS[weight.dtype], rows, columns, _in_place(weight), None, None, added, 32, None
+        return _linear(weight, None if bias is None else _floats(bias))
 
     def _norm(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         bias = self.weights.get(f"{name}.bias") if self.config.norm == "layer" else None

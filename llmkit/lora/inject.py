@@ -7,18 +7,23 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from llmkit.errors import UsageError
+from llmkit.kernels.format import widen
+from llmkit.lora.adapter import Adapter
 from llmkit.lora.fused import LowRank, feed_fused, project_fused
 from llmkit.model.attention import Attention
 from llmkit.model.layers import MLP, Activation, Products, feed, project
 from llmkit.model.transformer import Transformer
+from llmkit.quant.linear import QuantizedLinear
 
 NAME = "default"  # PEFT's name for the only adapter
 HEAD = "lm_head"
@@ -160,6 +165,56 @@ def inject(model: Transformer, settings: LoraSettings) -> None:
 def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """The linears with an adapter, by our path: `model.layers.0.self_attn.q_proj`."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+
+
+def use_integers(model: Transformer) -> bool:
+    """Lets frozen q4 and q8 linears on a CPU compute forwards as in generating; False where there are none, or no native kernels."""
+    from llmkit.kernels import native_problem
+    from llmkit.kernels.native import product
+
+    if native_problem() is not None:
+        return False
+    found = False
+    for _, linear in adapted(model):
+        base = linear.base_layer
+        if isinstance(base, QuantizedLinear) and base.codes.device.type == "cpu":
+            linear.integer = partial(_integer_product, product, base)
+            found = True
+    return found
+
+
+def _integer_product(product: Callable[..., Any], base: QuantizedLinear, x: Tensor) -> Tensor:
+    bias = None if base.bias is None else base.bias.detach().float().numpy()
+    return torch.from_numpy(product(base.matrix, bias, x.detach().contiguous().numpy(), torch.get_num_threads()))
+
+
+@torch.no_grad()
+def start_from(model: Transformer, adapter: Adapter) -> None:
+    """Gives the new adapter the values of one that was trained before.
+
+    Raises UsageError where the two are not of the same modules and ranks.
+    """
+    own = dict(adapted(model))
+    if own.keys() != adapter.linears.keys() or any(
+        (linear.magnitude is not None) != (path in adapter.magnitudes) for path, linear in own.items()
+    ):
+        raise UsageError(
+            f"the adapter {adapter.folder} has other modules than lora.target_modules and lora.use_dora ask for. Make them equal."
+        )
+    for path, linear in own.items():
+        a, b = linear.factors
+        term = adapter.linears[path]
+        if term.a.shape != tuple(a.shape):
+            raise UsageError(f"the adapter {adapter.folder} has the rank {len(term.a)} on {path}, lora.r is {len(a)}. Make them equal.")
+        a.copy_(torch.from_numpy(term.a))
+        b.copy_(torch.from_numpy(term.b) / linear.scale)
+        if linear.magnitude is not None:
+            linear.magnitude.copy_(torch.from_numpy(adapter.magnitudes[path]))
+    parameters = dict(model.named_parameters())
+    for name, array in adapter.replaced.items():
+        if name not in parameters or not parameters[name].requires_grad:
+            raise UsageError(f"the adapter {adapter.folder} has weights of its own for {name}. Name its module in lora.modules_to_save.")
+        parameters[name].copy_(torch.from_numpy(widen(array)))
 
 
 @contextmanager

@@ -37,6 +37,13 @@ class _Quantized(nn.Module):
         return Packed(self.group, self.shape, self.codes, self.scales, self.row_scale, self.codebook)
 
     @property
+    def matrix(self) -> QuantizedMatrix:
+        """The same memory as arrays; on a CPU only."""
+        codebook = None if self.codebook is None else self.codebook.numpy()
+        scheme = "q8" if codebook is None else "q4"
+        return QuantizedMatrix(scheme, self.group, self.shape, self.codes.numpy(), self.scales.numpy(), self.row_scale.numpy(), codebook)
+
+    @property
     def qweight(self) -> Tensor:
         """The codes, under the name by which PEFT asks a quantized linear where it is."""
         return self.codes

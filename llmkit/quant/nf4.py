@@ -163,6 +163,11 @@ class Nf4Linear(nn.Module):
         return self.out_features, self.in_features
 
     @property
+    def qweight(self) -> Tensor:
+        """The codes, under the name by which PEFT asks a quantized linear where it is."""
+        return self.codes
+
+    @property
     def matrix(self) -> Nf4Matrix:
         nested = None
         if self.nested_map is not None and self.nested_absmax is not None and self.nested_offset is not None:

@@ -85,6 +85,15 @@ def pack(lengths: Ints, max_length: int) -> list[list[int]]:
     return rows
 
 
+def rows_of(corpus: Corpus, documents: Iterable[int], max_length: int, group: int = 1) -> list[Ints]:
+    """Documents packed into rows. group: so many documents that follow each other share a row, of `group * max_length` slots (pairs)."""
+    pieces = pieces_of(corpus, documents, max_length)
+    if group == 1:
+        return [pieces[indices] for indices in pack(pieces[:, 2], max_length)]
+    units = pieces.reshape(-1, group, 3)  # nothing that stands in a group is divisible
+    return [units[indices].reshape(-1, 3) for indices in pack(units[:, :, 2].sum(1), group * max_length)]
+
+
 def make_batch(corpus: Corpus, rows: Sequence[Ints]) -> Batch:
     """Rows of pieces (each `[pieces, 3]`) as tensors, as long as the fullest row.
 
@@ -113,9 +122,14 @@ def make_batch(corpus: Corpus, rows: Sequence[Ints]) -> Batch:
 class RowStream:
     """The training rows, epoch after epoch. Its whole state is (epoch, row): everything else follows from the seed."""
 
-    def __init__(self, corpus: Corpus, weights: Sequence[float], max_length: int, seed: int, epochs: float | None = None) -> None:
-        """`weights`: how often a document of each source is seen per epoch. `epochs`: where the stream ends, None: never."""
-        self.corpus, self.max_length, self.seed, self.epochs = corpus, max_length, seed, epochs
+    def __init__(
+        self, corpus: Corpus, weights: Sequence[float], max_length: int, seed: int, epochs: float | None = None, group: int = 1
+    ) -> None:
+        """weights: how often a document of each source is seen per epoch. epochs: where the stream ends, None: never.
+
+        group: documents that stay together, as in `rows_of`.
+        """
+        self.corpus, self.max_length, self.seed, self.epochs, self.group = corpus, max_length, seed, epochs, group
         self.weights = np.asarray(weights, np.float64)[corpus.sources]
         if not (self.weights > 0).any():
             raise UsageError("every source of data has the weight 0. Raise one.")
@@ -126,12 +140,13 @@ class RowStream:
         """The rows of an epoch, in order."""
         for attempt in range(1000):  # a small corpus with fractional weights may draw an empty epoch
             random = np.random.default_rng([self.seed, epoch, attempt])
-            times = np.floor(self.weights + random.random(len(self.weights))).astype(np.int64)
+            weights = self.weights[:: self.group]
+            times = np.floor(weights + random.random(len(weights))).astype(np.int64)
             if times.any():
                 break
-        documents = random.permutation(np.repeat(np.arange(len(times)), times))
-        pieces = pieces_of(self.corpus, documents.tolist(), self.max_length)
-        rows = [pieces[indices] for indices in pack(pieces[:, 2], self.max_length)]
+        firsts = random.permutation(np.repeat(np.arange(len(times)), times)) * self.group
+        documents = (firsts[:, None] + np.arange(self.group)).flatten()
+        rows = rows_of(self.corpus, documents.tolist(), self.max_length, self.group)
         return [rows[i] for i in random.permutation(len(rows))]
 
     @property
@@ -170,9 +185,8 @@ class RowStream:
         return make_batch(self.corpus, rows) if rows else None
 
 
-def sequential_batches(corpus: Corpus, max_length: int, size: int) -> Iterator[Batch]:
+def sequential_batches(corpus: Corpus, max_length: int, size: int, group: int = 1) -> Iterator[Batch]:
     """Every document once, packed, in a fixed order: for evaluation."""
-    pieces = pieces_of(corpus, range(len(corpus)), max_length)
-    rows = pack(pieces[:, 2], max_length)
+    rows = rows_of(corpus, range(len(corpus)), max_length, group)
     for start in range(0, len(rows), size):
-        yield make_batch(corpus, [pieces[indices] for indices in rows[start : start + size]])
+        yield make_batch(corpus, rows[start : start + size])

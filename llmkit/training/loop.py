@@ -1,4 +1,4 @@
-"""The training loop: one for every recipe. What is learned comes in as a loss, what is judged as callables."""
+"""The training loop: one for every recipe. What is learned comes in as an objective, what is judged as callables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from llmkit.errors import CheckpointError, LLMKitError
 from llmkit.training.corpus import Corpus
 from llmkit.training.data import Batch, RowStream
-from llmkit.training.loss import cross_entropy
+from llmkit.training.objective import Objective
 from llmkit.training.optimizer import make_optimizers, schedule
+from llmkit.training.parallel import Processes, gathered, scatter_states, scattered
 from llmkit.training.recipe import Recipe
 from llmkit.training.report import Report
 
-Loss = Callable[[nn.Module, Batch], Tensor]  # summed over the batch's targets
 Evaluate = Callable[[nn.Module], dict[str, float]]  # held-out figures, among them eval_loss
 Export = Callable[[nn.Module], None]  # writes the model for people
 Sample = Callable[[nn.Module], list[str]]  # texts to look at
@@ -41,6 +41,20 @@ class Progress:
     step: int = 0  # optimizer steps done
     tokens: int = 0  # targets learned from
     seconds: float = 0.0  # of training, over all sessions
+    best_loss: float | None = None  # held out
+    best_step: int = 0
+    waited: int = 0  # evaluations since
+
+
+class _Learner(nn.Module):
+    """Model and objective as one module: all that needs the weights happens inside its forward, where wrappers can see to them."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.objective.sum_of(self.model, batch)
 
 
 class Trainer:
@@ -59,16 +73,25 @@ class Trainer:
         report: Report,
         checkpoint: Path,
         *,
-        loss: Loss = cross_entropy,
+        objective: Objective | None = None,
         evaluate: Evaluate | None = None,
         export: Export | None = None,
         sample: Sample | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.stream, self.recipe, self.report, self.checkpoint = model, stream, recipe, report, checkpoint
-        self.loss, self.evaluate, self.export, self.sample = loss, evaluate, export, sample
-        self.forward: nn.Module = torch.compile(model) if recipe.compile else model  # type: ignore[assignment]
+        self.objective = objective or Objective()
+        self.evaluate, self.export, self.sample = evaluate, export, sample
         self.device = next(model.parameters()).device
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.processes = processes or Processes(self.device.type == "cpu")
+        if recipe.compile:
+            model.compile()
+        self.dtype = torch.bfloat16 if recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and _has_bfloat16(self.device)) else None
+        learner = _Learner(model, self.objective)
+        self.processes.shard(learner)
+        self.learner = self.processes.wrap(learner)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
         self.optimizers = make_optimizers(
             model, recipe.optimizer, recipe.learning_rate, recipe.muon_learning_rate, (recipe.beta1, recipe.beta2), recipe.weight_decay
         )
@@ -89,16 +112,22 @@ class Trainer:
         self.model.train()
         saved_at = time.monotonic()
         with self.report, _interruptible() as interrupted:
-            while self.share < 1 and not interrupted.is_set():
-                if not self._timed_step():
+            stopped = False
+            while self.share < 1:
+                stopped = self.processes.any(interrupted.is_set())
+                if stopped or not self._timed_step():
                     break
                 if recipe.eval_every and done.step % recipe.eval_every == 0:
                     self._evaluate()
+                    if recipe.early_stop is not None and done.waited >= recipe.early_stop:
+                        self.report.say(f"the held-out loss has not fallen since step {done.best_step}: the run ends here (early_stop)")
+                        break
                 minutes = (time.monotonic() - saved_at) / 60
-                if (recipe.save_every and done.step % recipe.save_every == 0) or (recipe.save_minutes and minutes >= recipe.save_minutes):
+                due = (recipe.save_every and done.step % recipe.save_every == 0) or (recipe.save_minutes and minutes >= recipe.save_minutes)
+                if self.processes.any(bool(due)):
                     self.save()
                     saved_at = time.monotonic()
-            if interrupted.is_set():
+            if stopped or self.processes.any(interrupted.is_set()):
                 self.save()
                 self.report.say(f"stopped at step {done.step}; go on with --resume")
                 raise KeyboardInterrupt
@@ -130,7 +159,7 @@ class Trainer:
         share = self.share
         left = done.seconds * (1 - share) / share if share > 0 else None
         speed = (done.tokens - tokens) / seconds
-        self.report.progress(share, done.step, figures["loss"], speed, left)
+        self.report.progress(share, done.step, figures["loss"], speed, left, self._memory())
         if done.step % recipe.log_every == 0 or done.step == 1:
             self.report.log(
                 {
@@ -140,9 +169,18 @@ class Trainer:
                     "tokens": done.tokens,
                     "seconds": round(done.seconds, 2),
                     "tokens_per_second": round(speed, 1),
+                    "memory_bytes": self._memory(),
                 }
             )
         return True
+
+    def _memory(self) -> int:
+        """Bytes in use: of the GPU, else of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
 
     def _step(self) -> dict[str, float] | None:
         """One optimizer step; None where the data has ended.
@@ -150,19 +188,30 @@ class Trainer:
         The gradient is that of the sum over all micro-batches divided by all their targets, so accumulation gives what
         one large batch would, however the targets are spread.
         """
-        recipe = self.recipe
-        batches = [b for _ in range(recipe.grad_accumulation) if (b := self.stream.next_batch(recipe.batch_size)) is not None]
-        if not batches:
+        recipe, processes = self.recipe, self.processes
+        turns = []  # of the processes, each with a batch of its own; every process plans them all, so all know what the others have
+        for _ in range(recipe.grad_accumulation):
+            turn = [b for _ in range(processes.count) if (b := self.stream.next_batch(recipe.batch_size)) is not None]
+            turns += [turn] if turn else []
+        if not turns:
             return None
-        targets = sum(b.target_count for b in batches)
+        batches = [batch for turn in turns for batch in turn]
+        targets, units = sum(b.target_count for b in batches), sum(self.objective.units(b) for b in batches)
         rate = self._set_learning_rate()
+        # What is drawn in a step (dropout) follows from the seed, the step and the process: nothing to store for a resumed run.
+        torch.manual_seed((recipe.seed * 1_000_003 + self.done.step) * 1_009 + processes.rank)
         total = 0.0
-        for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-                loss = self.loss(self.forward, batch.to(self.device)) / targets
-            loss.backward()
+        for index, turn in enumerate(turns):
+            idle = processes.rank >= len(turn)  # at the very end; the others wait for this one all the same
+            batch = turn[0 if idle else processes.rank]
+            with processes.sharing(self.learner, index == len(turns) - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
+                    loss = self.learner(batch.to(self.device)) / units
+                loss = loss * 0.0 if idle else loss
+                (loss * processes.count).backward()  # gradients are averaged over the processes
             total += loss.item()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, recipe.max_grad_norm or float("inf")))
+        total = processes.sum(total)
+        norm = float(gathered(torch.nn.utils.clip_grad_norm_(self.parameters, recipe.max_grad_norm or float("inf"))))
         if not (_finite(total) and _finite(norm)):
             self._refuse(total, norm, batches)
         for optimizer in self.optimizers:
@@ -217,8 +266,10 @@ class Trainer:
         with self.averaged() as model, torch.no_grad():
             model.eval()
             figures = self.evaluate(model) if self.evaluate is not None else {}
-            texts = self.sample(model) if self.sample is not None else []
             model.train()
+        self._compare(figures)
+        with self.averaged() as model:
+            texts = self.sample(model) if self.sample is not None else []
         self.done.seconds += time.monotonic() - start
         if figures:
             self.report.log({"step": self.done.step, **figures})
@@ -227,37 +278,57 @@ class Trainer:
             self.report.say(f"  {text!r}")
         self.report.draw()
 
+    def _compare(self, figures: dict[str, float]) -> None:
+        """Notes whether these are the best weights so far, and exports them where those are to be kept."""
+        done, loss = self.done, figures.get("eval_loss")
+        if loss is None:
+            return
+        if done.best_loss is not None and loss >= done.best_loss:
+            done.waited += 1
+            return
+        done.best_loss, done.best_step, done.waited = loss, done.step, 0
+        if self.recipe.keep == "best":
+            self._export()
+
+    def _export(self) -> None:
+        if self.export is not None:
+            with self.averaged() as model:
+                self.export(model)
+
     def save(self) -> None:
         """Write the checkpoint, replacing the last one whole, and the model for people."""
+        state = self.state()
+        if self.processes.is_main:
+            self._write(state)
+        if self.recipe.keep == "last" or self.done.best_loss is None:
+            self._export()
+        self.processes.wait()
+
+    def _write(self, state: dict[str, Any]) -> None:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.checkpoint.with_name(f"{self.checkpoint.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:
-                torch.save(self.state(), file)
+                torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.checkpoint)
         finally:
             temporary.unlink(missing_ok=True)
-        if self.export is not None:
-            with self.averaged() as model:
-                self.export(model)
 
     def state(self) -> dict[str, Any]:
-        """Everything the next step depends on."""
-        return {
-            "step": self.done.step,
-            "tokens": self.done.tokens,
-            "seconds": self.done.seconds,
+        """Everything the next step depends on: of the weights those that are trained."""
+        state = {
+            **asdict(self.done),
             "data": self.stream.fingerprint,
             "epoch": self.stream.epoch,
             "row": self.stream.row,
-            "model": self.model.state_dict(),
+            "model": {name: parameter.detach() for name, parameter in self.trained.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": self.average,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
+        whole: dict[str, Any] = gathered(state) if self.processes.kind == "fsdp" else state
+        return whole
 
     def resume(self) -> None:
         """Continue from the checkpoint.
@@ -272,30 +343,37 @@ class Trainer:
                     f"the data, its weights, max_length or the seed have changed since {self.checkpoint} was written, so its place in them "
                     "means nothing. Restore them, or start a new run from the model saved beside it."
                 )
-            self.model.load_state_dict(state["model"])
+            if state["model"].keys() != self.trained.keys():
+                raise CheckpointError(
+                    f"the checkpoint {self.checkpoint} is of other weights than this recipe trains. Use the recipe it was made with."
+                )
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    parameter.copy_(scattered(state["model"][name], parameter))
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 # The recipe's settings win over the stored ones, so that a key changed for the rest of a run takes effect.
                 settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-                optimizer.load_state_dict(saved)
+                optimizer.load_state_dict(scatter_states(saved, [p for group in optimizer.param_groups for p in group["params"]]))
                 for group, setting in zip(optimizer.param_groups, settings, strict=True):
                     group.update(setting)
             if self.average is not None:
                 for mean, saved in zip(self.average, state["average"], strict=True):
-                    mean.copy_(saved)
-            self.done = Progress(state["step"], state["tokens"], state["seconds"])
+                    mean.copy_(scattered(saved, mean))
+            self.done = Progress(**{field.name: state[field.name] for field in fields(Progress)})
             self.stream.seek(state["epoch"], state["row"])
-            torch.set_rng_state(state["random"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state_all(state["random_cuda"])
         except FileNotFoundError:
             raise CheckpointError(f"there is no checkpoint {self.checkpoint} to resume from. Start without --resume.") from None
-        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(
                 f"the checkpoint {self.checkpoint} does not fit this recipe or is damaged ({reason}). "
                 "Use the recipe it was made with, or start anew."
             ) from None
         self.report.rewind(self.done.step)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _finite(value: float) -> bool:

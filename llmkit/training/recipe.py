@@ -68,15 +68,64 @@ class TokenizerRecipe:
 
 
 @dataclass(frozen=True)
+class LoraRecipe:
+    """A low-rank adapter beside a frozen model (arXiv:2106.09685)."""
+
+    r: int = key("the rank", 16)
+    alpha: float = key("the adapter is scaled by alpha / r", 32.0)
+    dropout: float = key("of the adapter's input", 0.0)
+    target_modules: str | tuple[str, ...] = key("all-linear, or names: [q_proj, v_proj]", "all-linear")
+    use_rslora: bool = key("scale by alpha / sqrt(r) (arXiv:2312.03732)", False)
+    use_dora: bool = key("learn the length of each row, too (arXiv:2402.09353)", False)
+    modules_to_save: tuple[str, ...] = key("modules that are trained whole beside it: [lm_head]", ())
+
+
+@dataclass(frozen=True)
+class DpoRecipe:
+    """Direct preference optimization (arXiv:2305.18290)."""
+
+    beta: float = key("how strongly the model is held to what it was", 0.1)
+    label_smoothing: float = key("share of pairs that are taken to be the wrong way round", 0.0)
+
+
+@dataclass(frozen=True)
+class OrpoRecipe:
+    """Odds ratio preference optimization (arXiv:2403.07691): no reference model."""
+
+    beta: float = key("weight of the odds ratio beside the loss of the chosen answer", 0.1)
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """Learning a teacher's probabilities (arXiv:1503.02531)."""
+
+    teacher: str = key("a checkpoint with the same tokenizer")
+    quantize: Literal["q4", "q8", "nf4"] | None = key("hold the teacher in so few bits", None)
+    temperature: float = key("both distributions are softened by it", 1.0)
+    weight: float = key("share of the teacher in the loss; the rest is the data", 0.5)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All keys of a recipe, with their defaults."""
 
     model: str | dict[str, Any] = key("a checkpoint (folder or hub id), or a config.json mapping to start from scratch")
     data: tuple[Source, ...] = key("the sources that are mixed")
-    output: str = key("the run's folder: model/, checkpoint.pt, metrics.jsonl, loss.png")
+    output: str = key("the run's folder: model/ or adapter/, checkpoint.pt, metrics.jsonl, loss.png")
     tokenizer: str | TokenizerRecipe | None = key("a folder, or a mapping to train one; default: the model's own", None)
 
-    max_length: int = key("tokens per packed row", 512)
+    lora: LoraRecipe | None = key("train an adapter beside the frozen model, {} for the defaults; without it all weights are trained", None)
+    adapter: str | None = key("a PEFT adapter to go on from", None)
+    quantize: Literal["q4", "q8", "nf4"] | None = key("hold the frozen model in so few bits (QLoRA)", None)
+    integer_forward: bool | None = key(
+        "on a CPU a q4 or q8 model computes forwards as in generating, with integers, three times as fast; default: yes", None
+    )
+    loss: Literal["sft", "dpo", "orpo", "distill"] = key("sft: cross-entropy of the targets; dpo, orpo: pairs of answers", "sft")
+    dpo: DpoRecipe | None = key("of loss: dpo", None)
+    orpo: OrpoRecipe | None = key("of loss: orpo", None)
+    distill: DistillRecipe | None = key("of loss: distill", None)
+
+    max_length: int | None = key("tokens per packed row; default: the smaller of 2,048 and the model's context", None)
     batch_size: int = key("rows per forward pass", 8)
     grad_accumulation: int = key("forward passes per optimizer step", 1)
     held_out: float = key("share of documents kept for evaluation, chosen by a hash of their text", 0.01)
@@ -100,7 +149,9 @@ class Recipe:
 
     seed: int = key("for the weights and the order of the data", 0)
     device: str = key("cpu, cuda, mps; auto takes the fastest there is", "auto")
-    dtype: Literal["float32", "bfloat16"] = key("bfloat16: autocast on CUDA; the weights stay float32", "float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = key("of products; what is trained stays float32; auto: bfloat16 on CUDA", "auto")
+    checkpointing: bool | None = key("compute activations again on the way back; default: only where memory demands it", None)
+    parallel: Literal["ddp", "fsdp"] = key("of several processes (torchrun): ddp, all hold the model; fsdp, each holds a part", "ddp")
     compile: bool = key("torch.compile the model (pays in long runs)", False)
     save_dtype: Literal["float32", "bfloat16", "float16"] = key("of the tensors in model/", "float32")
 
@@ -112,6 +163,9 @@ class Recipe:
     save_every: int = key("steps between checkpoints; 0: by save_minutes and at the end only", 0)
     save_minutes: float = key("minutes between checkpoints; 0: by save_every and at the end only", 5.0)
     prompts: tuple[str, ...] = key("continued by the model at every evaluation, to look at", ())
+    keep: Literal["last", "best"] = key("what is exported: the last weights, or those with the lowest held-out loss", "last")
+    early_stop: int | None = key("end after so many evaluations in which the held-out loss did not fall", None)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = key("where the figures go beside metrics.jsonl", ())
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
@@ -120,7 +174,7 @@ class Recipe:
             "muon_learning_rate": (1e-12, 10), "warmup_steps": (0, 2**40), "min_learning_rate": (0, 1), "decay": (0, 1),
             "weight_decay": (0, 10), "beta1": (0, 0.99999), "beta2": (0, 0.9999999), "max_grad_norm": (0, 1e9), "ema": (0, 0.9999999),
             "seed": (0, 2**63 - 1), "log_every": (1, 2**40), "eval_every": (0, 2**40), "eval_documents": (0, 2**40),
-            "save_every": (0, 2**40), "save_minutes": (0, 1e9),
+            "save_every": (0, 2**40), "save_minutes": (0, 1e9), "early_stop": (1, 2**40),
         }  # fmt: skip
         for name, (low, high) in limits.items():
             _within(name, getattr(self, name), low, high)
@@ -136,6 +190,7 @@ class Recipe:
             raise UsageError("Nothing says when to stop. Set max_steps, epochs or max_minutes.")
         if self.muon_learning_rate is not None and self.optimizer != "muon":
             raise UsageError(f"muon_learning_rate has no effect with optimizer={self.optimizer}. Set optimizer=muon or drop the key.")
+        self._check_method()
         if isinstance(self.model, dict) and self.tokenizer is None:
             raise UsageError("model is a configuration without a tokenizer. Set tokenizer to a folder, or to a mapping to train one.")
         if isinstance(self.tokenizer, TokenizerRecipe):
@@ -145,6 +200,55 @@ class Recipe:
                     f"a new tokenizer does not fit the trained embedding of {self.model}. "
                     "Drop tokenizer, or start from scratch with a mapping."
                 )
+
+    def _check_method(self) -> None:
+        """Keys of a method without that method, and methods that do not go together."""
+        lora = self.lora
+        if lora is not None:
+            _within("lora.r", lora.r, 1, 4096)
+            _within("lora.alpha", lora.alpha, 1e-6, 1e6)
+            _within("lora.dropout", lora.dropout, 0, 0.99)
+            if isinstance(self.model, dict):
+                raise UsageError(
+                    "lora trains beside a trained model, and model is a configuration to start from scratch. Drop one of them."
+                )
+        for name in ("adapter", "quantize"):
+            if getattr(self, name) is not None and lora is None:
+                raise UsageError(
+                    f"{name} has no effect without lora: all weights of the model are trained. Set lora: {{}}, or drop {name}."
+                )
+        if self.integer_forward is not None and lora is None:
+            raise UsageError("integer_forward has no effect without lora. Drop it.")
+        for name in ("dpo", "orpo", "distill"):
+            if getattr(self, name) is not None and self.loss != name:
+                raise UsageError(f"{name} has no effect with loss={self.loss}. Set loss={name}, or drop {name}.")
+        if self.dpo is not None:
+            _within("dpo.beta", self.dpo.beta, 1e-6, 1e3)
+            _within("dpo.label_smoothing", self.dpo.label_smoothing, 0, 0.5)
+        if self.orpo is not None:
+            _within("orpo.beta", self.orpo.beta, 0, 1e3)
+        if self.loss == "dpo" and lora is not None and lora.modules_to_save:
+            raise UsageError(
+                "loss=dpo compares with the frozen model, and lora.modules_to_save trains parts of it. Drop lora.modules_to_save."
+            )
+        if self.loss == "distill":
+            if self.distill is None:
+                raise UsageError("loss=distill needs a teacher. Set distill.teacher to a checkpoint.")
+            _within("distill.temperature", self.distill.temperature, 0.01, 100)
+            _within("distill.weight", self.distill.weight, 0, 1)
+        if self.keep == "best" and not self.eval_every:
+            raise UsageError("keep=best compares evaluations, and eval_every=0 makes one at the end only. Set eval_every.")
+        if self.early_stop is not None and not self.eval_every:
+            raise UsageError("early_stop counts evaluations, and eval_every=0 makes one at the end only. Set eval_every.")
+        if lora is not None and self.optimizer == "muon":
+            raise UsageError("optimizer=muon makes the updates of whole matrices orthogonal, which the factors of lora are not. Use adamw.")
+        if lora is not None and self.ema is not None:
+            raise UsageError("ema averages the weights of a model, not of lora. Drop one of them.")
+
+    @property
+    def preference(self) -> bool:
+        """Whether the data are pairs of answers."""
+        return self.loss in ("dpo", "orpo")
 
 
 def _check_tokenizer(tokenizer: TokenizerRecipe) -> None:

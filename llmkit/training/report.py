@@ -5,14 +5,64 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from llmkit.errors import UsageError
+
 PLAIN_SECONDS = 30.0  # between lines where there is no terminal
+
+
+class Tracker(Protocol):
+    """Where figures go beside metrics.jsonl."""
+
+    def log(self, figures: dict[str, Any], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, output: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(str(output / "tensorboard"))
+
+    def log(self, figures: dict[str, Any], step: int) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    def __init__(self, output: Path) -> None:
+        import wandb
+
+        self.run: Any = wandb.init(dir=str(output), name=output.name)
+
+    def log(self, figures: dict[str, Any], step: int) -> None:
+        self.run.log(figures, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def make_trackers(names: Sequence[str], output: Path) -> list[Tracker]:
+    """UsageError where one is not installed."""
+    kinds: dict[str, Callable[[Path], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+    found = []
+    for name in names:
+        try:
+            found.append(kinds[name](output))
+        except ImportError as error:
+            raise UsageError(f"trackers names {name}, which is not installed. Install it (pip install {name}), or leave it out.") from error
+    return found
 
 
 class Report:
@@ -21,7 +71,9 @@ class Report:
     On a terminal a bar with loss, tokens/s and time left; elsewhere a plain line now and then.
     """
 
-    def __init__(self, output: Path, console: Console | None = None) -> None:
+    def __init__(self, output: Path, console: Console | None = None, trackers: Sequence[Tracker] = (), silent: bool = False) -> None:
+        """trackers: get the figures, too. silent: one of several processes that is not the one to speak and write."""
+        self.trackers, self.silent = trackers, silent
         self.metrics = output / "metrics.jsonl"
         self.picture = output / "loss.png"
         self.console = console or Console(stderr=True)
@@ -30,7 +82,7 @@ class Report:
         self._last_line = 0.0
 
     def __enter__(self) -> Report:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.silent:
             columns = (
                 TextColumn("step {task.fields[step]}"),
                 BarColumn(),
@@ -45,11 +97,13 @@ class Report:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
+        for tracker in self.trackers:
+            tracker.close()
 
-    def progress(self, share: float, step: int, loss: float, tokens_per_second: float, seconds_left: float | None) -> None:
-        """Called at every step; cheap."""
+    def progress(self, share: float, step: int, loss: float, tokens_per_second: float, seconds_left: float | None, memory: int) -> None:
+        """Called at every step; cheap. tokens_per_second: of targets. memory: bytes."""
         left = "" if seconds_left is None else f", {duration(seconds_left)} left"
-        text = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s{left}"
+        text = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {memory / 1e9:.1f} GB{left}"
         if self._bar is not None:
             self._bar.update(self._task, completed=share, step=step, text=text)
         elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
@@ -58,6 +112,8 @@ class Report:
 
     def say(self, text: str) -> None:
         """A line of its own."""
+        if self.silent:
+            return
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
@@ -65,12 +121,16 @@ class Report:
 
     def log(self, entry: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
+        if self.silent:
+            return
+        for tracker in self.trackers:
+            tracker.log({name: value for name, value in entry.items() if name != "step"}, entry["step"])
         with self.metrics.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(entry) + "\n")
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run writes it again. A half-written last line goes too."""
-        if self.metrics.is_file():
+        if self.metrics.is_file() and not self.silent:
             kept = [line for line in _entries(self.metrics) if line["step"] <= step]
             self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
@@ -80,6 +140,8 @@ class Report:
         from matplotlib.figure import Figure
 
         entries = _entries(self.metrics) if self.metrics.is_file() else []
+        if self.silent:
+            return
         train = [e for e in entries if "loss" in e]
         held = [e for e in entries if "eval_loss" in e]
         if not train:

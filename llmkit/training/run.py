@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
+from llmkit.checkpoint.files import load_config
+from llmkit.checkpoint.fingerprint import folder_fingerprint
 from llmkit.checkpoint.hub import resolve
-from llmkit.checkpoint.load import load_model
+from llmkit.checkpoint.load import empty_model, load_model
 from llmkit.checkpoint.save import save_model
 from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
-from llmkit.model.transformer import Transformer, init_weights
+from llmkit.lora.adapter import read_adapter
+from llmkit.lora.settings import AdapterSettings
+from llmkit.lora.write import write_adapter
+from llmkit.model.backend import keep_freed_memory
+from llmkit.model.transformer import Transformer, init_weights, set_checkpointing
+from llmkit.quant.apply import quantize_model
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
+from llmkit.training.check import row_length
 from llmkit.training.corpus import Corpus, load_corpora
 from llmkit.training.data import RowStream, sequential_batches
 from llmkit.training.documents import training_texts
-from llmkit.training.loop import Export, Trainer
-from llmkit.training.loss import cross_entropy
-from llmkit.training.recipe import Recipe, TokenizerRecipe, to_dict
-from llmkit.training.report import Report
+from llmkit.training.loop import Trainer
+from llmkit.training.objective import Distillation, Dpo, Objective, Orpo
+from llmkit.training.parallel import Processes, gathered
+from llmkit.training.recipe import DpoRecipe, LoraRecipe, OrpoRecipe, Recipe, TokenizerRecipe, to_dict
+from llmkit.training.report import Report, make_trackers
 from llmkit.training.tokenizer import train_tokenizer
 
 
@@ -41,6 +54,11 @@ class RunFolder:
         return self.root / "model"
 
     @property
+    def adapter(self) -> Path:
+        """The PEFT folder of a run with `lora`, in the place of `model`."""
+        return self.root / "adapter"
+
+    @property
     def tokenizer(self) -> Path:
         return self.root / "tokenizer"
 
@@ -49,114 +67,238 @@ class RunFolder:
         return self.root / "checkpoint.pt"
 
 
-def run_recipe(recipe: Recipe, resume: bool = False, sample: Callable[[Path, str], str] | None = None) -> Path:
-    """Train as the recipe says and return the Hugging Face folder with the result.
+# Continues prompts with a model (a folder or a hub id) and perhaps an adapter: what a person would get, one text for each.
+Sampler = Callable[[str, Path | None, Sequence[str]], list[str]]
 
-    resume: go on from the run's last checkpoint. sample: continues a prompt with the model in a folder, for looking at.
+
+def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = None) -> Path:
+    """Train as the recipe says and return the folder with the result: a Hugging Face model, or with `lora` a PEFT adapter.
+
+    resume: go on from the run's last checkpoint. sample: says what the model says at evaluations.
 
     Raises:
         LLMKitError: of the kind that fits; TrainingError where the loss stops being a number.
         KeyboardInterrupt: after an orderly stop with a checkpoint.
     """
     folder = RunFolder(Path(recipe.output))
+    processes = Processes(recipe.device == "cpu", recipe.parallel)
     if not resume and folder.checkpoint.exists():
         raise UsageError(f"{folder.root} already holds a run. Go on with it (--resume), or choose another output.")
     folder.root.mkdir(parents=True, exist_ok=True)
-    report = Report(folder.root)
-    if not resume:
+    trackers = make_trackers(recipe.trackers, folder.root) if processes.is_main else []
+    report = Report(folder.root, trackers=trackers, silent=not processes.is_main)
+    if not resume and processes.is_main:
         report.metrics.unlink(missing_ok=True)
 
-    tokenizer_folder = _tokenizer_folder(recipe, folder, resume)
+    if processes.is_main:
+        tokenizer_folder = _tokenizer_folder(recipe, folder, resume)
+    processes.wait()
+    if not processes.is_main:
+        tokenizer_folder = _tokenizer_folder(recipe, folder, resume=True)
     tokenizer = load_tokenizer(tokenizer_folder)
-    train, held, data_report = load_corpora(recipe.data, tokenizer, recipe.held_out, recipe.max_length)
-    device = _device(recipe.device)
+    context = load_config(resolve(recipe.model)).max_position_embeddings if isinstance(recipe.model, str) else None
+    recipe = replace(recipe, max_length=row_length(recipe.max_length, context))
+    assert recipe.max_length is not None
+    train, held, data_report = load_corpora(recipe.data, tokenizer, recipe.held_out, recipe.max_length, recipe.preference)
+    device = _device(recipe.device, processes)
+    if device.type == "cpu":
+        keep_freed_memory()
     model = _model(recipe, tokenizer, device)
     _check_lengths(recipe, model, tokenizer)
-    (folder.root / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if (recipe.keep == "best" or recipe.early_stop is not None) and not len(held):
+        raise UsageError("keep=best and early_stop compare held-out losses, and no document is held out. Raise held_out.")
+    recipe_file = folder.root / "recipe.yaml"
+    if processes.is_main:
+        recipe_file.write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-    stream = RowStream(train, [source.weight for source in recipe.data], recipe.max_length, recipe.seed, recipe.epochs)
+    group = 2 if recipe.preference else 1
+    stream = RowStream(train, [source.weight for source in recipe.data], recipe.max_length, recipe.seed, recipe.epochs, group)
+    trained, all_ = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (True, False))
     report.say(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(train):,} documents, {train.target_count:,} targets, "
-        f"{stream.rows_per_epoch:,} rows of {recipe.max_length} per epoch; {len(held):,} documents held out"
+        f"{trained:,} of {all_:,} parameters are trained; {len(train):,} documents, {train.target_count:,} targets, "
+        f"{stream.rows_per_epoch:,} rows of {group * recipe.max_length} per epoch; {len(held):,} documents held out"
     )
-    for line in data_report.lines():
+    for line in (*data_report.lines(), *_notes(recipe, model)):
         report.say(line)
-
-    def write(trained: nn.Module, target: Path = folder.model) -> None:
-        assert isinstance(trained, Transformer)
-        save_model(trained, target, source=tokenizer_folder, dtype=recipe.save_dtype, overwrite=True)
-
+    export = _Exporter(recipe, folder, tokenizer_folder, tokenizer, processes)
+    objective = _objective(recipe, model, device)
     trainer = Trainer(
         model,
         stream,
         recipe,
         report,
         folder.checkpoint,
-        evaluate=_Evaluation(recipe, held) if len(held) else None,
-        export=write,
-        sample=_sampler(recipe, folder, write, sample),
+        objective=objective,
+        evaluate=_Evaluation(recipe, held, objective) if len(held) else None,
+        export=export,
+        sample=None if sample is None or not recipe.prompts else partial(_samples, recipe, export, sample),
+        processes=processes,
     )
     if resume:
         trainer.resume()
     trainer.train()
-    return folder.model
+    return export.target
+
+
+def _notes(recipe: Recipe, model: Transformer) -> Iterator[str]:
+    """What of the recipe is slower or other than it may seem."""
+    if recipe.lora is not None:
+        from llmkit.lora.inject import adapted
+
+        if recipe.lora.use_dora or recipe.lora.dropout:
+            yield f"{'use_dora' if recipe.lora.use_dora else 'dropout'} of lora takes more products than plain lora does, and is slower"
+        if any(linear.integer is not None for _, linear in adapted(model)):
+            yield "the frozen weights compute forwards with integers, as in generating (integer_forward)"
 
 
 class _Evaluation:
-    """Held-out loss in nats per token and in bits per byte, over all sources and for each."""
+    """Held-out figures over all sources and for each: the loss per unit, in nats; of targets in bits per byte, too."""
 
-    def __init__(self, recipe: Recipe, held: Corpus) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, held: Corpus, objective: Objective) -> None:
+        self.recipe, self.objective = recipe, objective
+        self.group = 2 if recipe.preference else 1
         self.corpora: dict[str, Corpus] = {}
         for index, source in enumerate(recipe.data):
             documents = (held.sources == index).nonzero()[0]
             if recipe.eval_documents:
-                documents = documents[: recipe.eval_documents]
+                documents = documents[: recipe.eval_documents * self.group]
             if len(documents):
                 name = Path(source.path).stem
                 self.corpora[name if name not in self.corpora else f"{name}_{index}"] = held.select(documents)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
+        assert self.recipe.max_length is not None
         figures: dict[str, float] = {}
-        total, targets, size = 0.0, 0, 0
+        total: dict[str, float] = {}
+        units, size = 0, 0
         for name, corpus in self.corpora.items():
-            nats, count = 0.0, 0
-            for batch in sequential_batches(corpus, self.recipe.max_length, self.recipe.batch_size):
-                nats += cross_entropy(model, batch.to(device)).item()
-                count += batch.target_count
+            sums: dict[str, float] = {}
+            count = 0
+            for batch in sequential_batches(corpus, self.recipe.max_length, self.recipe.batch_size, self.group):
+                for figure, value in self.objective.judged(model, batch.to(device)).items():
+                    sums[figure] = sums.get(figure, 0.0) + value
+                count += self.objective.units(batch)
             bytes_ = int(corpus.target_bytes.sum())
             if len(self.corpora) > 1:
-                figures[f"{name}_loss"] = nats / count
-                figures[f"{name}_bits_per_byte"] = nats / math.log(2) / bytes_
-            total, targets, size = total + nats, targets + count, size + bytes_
-        return {"eval_loss": total / targets, "eval_bits_per_byte": total / math.log(2) / size, **figures}
+                figures |= self._figures(f"{name}_", sums, count, bytes_)
+            total = {figure: total.get(figure, 0.0) + value for figure, value in sums.items()}
+            units, size = units + count, size + bytes_
+        return {**self._figures("eval_", total, units, size), **figures}
+
+    def _figures(self, prefix: str, sums: dict[str, float], units: int, size: int) -> dict[str, float]:
+        found = {f"{prefix}{figure}": value / units for figure, value in sums.items()}
+        if not self.recipe.preference:
+            found[f"{prefix}bits_per_byte"] = sums["loss"] / math.log(2) / size
+        return found
 
 
-def _sampler(
-    recipe: Recipe, folder: RunFolder, write: Export, sample: Callable[[Path, str], str] | None
-) -> Callable[[nn.Module], list[str]] | None:
-    """Samples come from the folder a person would use, so that they show what that folder really does."""
-    if sample is None or not recipe.prompts:
-        return None
+class _Exporter:
+    """Writes what people take away: the model's folder, or the adapter's."""
 
-    def texts(model: nn.Module) -> list[str]:
-        write(model)
-        shown = []
-        for prompt in recipe.prompts:
-            try:
-                shown.append(sample(folder.model, prompt))
-            except LLMKitError as error:  # a prompt that is too long must not end hours of training
-                shown.append(f"no sample for {prompt!r}: {error}")
-        return shown
+    def __init__(self, recipe: Recipe, folder: RunFolder, source: Path, tokenizer: Tokenizer, processes: Processes) -> None:
+        self.recipe, self.source, self.tokenizer, self.processes = recipe, source, tokenizer, processes
+        self.target = folder.model if recipe.lora is None else folder.adapter
+        self.base = None
+        if recipe.lora is not None:
+            assert isinstance(recipe.model, str)
+            self.base = folder_fingerprint(resolve(recipe.model))
 
-    return texts
+    def __call__(self, model: nn.Module, target: Path | None = None) -> None:
+        assert isinstance(model, Transformer)
+        target = target or self.target
+        if self.recipe.lora is None:
+            weights = gathered(dict(model.named_parameters())) if self.processes.kind == "fsdp" else None
+            if self.processes.is_main:
+                whole = model
+                if weights is not None:
+                    whole = empty_model(model.config)
+                    whole.load_state_dict(weights, strict=True, assign=True)
+                save_model(whole, target, source=self.source, dtype=self.recipe.save_dtype, overwrite=True)
+            return
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        if self.processes.kind == "fsdp":
+            trained = gathered(trained)
+        if self.processes.is_main:
+            self._write_adapter(model, trained, target)
+
+    def _write_adapter(self, model: Transformer, trained: dict[str, Tensor], target: Path) -> None:
+        from llmkit.lora.inject import NAME, adapted
+
+        lora = self.recipe.lora
+        assert lora is not None
+        assert isinstance(self.recipe.model, str)
+        paths = [path for path, _ in adapted(model)]
+        factors = {path: (trained[f"{path}.lora_A.{NAME}.weight"], trained[f"{path}.lora_B.{NAME}.weight"]) for path in paths}
+        magnitudes = {path: trained[f"{path}.magnitude"] for path in paths} if lora.use_dora else None
+        saved = {name: tensor for name, tensor in trained.items() if "lora_" not in name and not name.endswith(".magnitude")}
+        template = self.tokenizer.chat_template
+        write_adapter(
+            target,
+            factors,
+            model.config,
+            AdapterSettings(lora.r, lora.alpha, lora.use_rslora, lora.use_dora, base_model_name_or_path=self.recipe.model),
+            magnitudes=magnitudes,
+            modules_to_save=saved,
+            base=self.base,
+            chat_template=None if template is None else template.source(),
+            overwrite=True,
+        )
+
+
+def _samples(recipe: Recipe, export: _Exporter, sample: Sampler, model: nn.Module) -> list[str]:
+    """Samples come from a folder such as a person would use, so that they show what that folder really does."""
+    with TemporaryDirectory(dir=recipe.output) as folder:
+        target = Path(folder) / export.target.name
+        export(model, target)
+        if not export.processes.is_main:
+            return []
+        try:
+            if recipe.lora is None:
+                return sample(str(target), None, recipe.prompts)
+            assert isinstance(recipe.model, str)
+            return sample(recipe.model, target, recipe.prompts)
+        except LLMKitError as error:  # a prompt that is too long must not end hours of training
+            return [f"no samples: {error}"]
+
+
+def _objective(recipe: Recipe, model: Transformer, device: torch.device) -> Objective:
+    if recipe.loss == "dpo":
+        settings = recipe.dpo or DpoRecipe()
+        if recipe.lora is not None:
+            return Dpo(_without_adapter, settings.beta, settings.label_smoothing)
+        before = copy.deepcopy(model).requires_grad_(False).eval()
+        return Dpo(lambda _: nullcontext(before), settings.beta, settings.label_smoothing)
+    if recipe.loss == "orpo":
+        return Orpo((recipe.orpo or OrpoRecipe()).beta)
+    if recipe.loss == "distill":
+        assert recipe.distill is not None
+        teacher = load_model(resolve(recipe.distill.teacher), device=str(device))
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise UsageError(
+                f"distill.teacher {recipe.distill.teacher} has a vocabulary of {teacher.config.vocab_size}, the student of "
+                f"{model.config.vocab_size}. Take a teacher with the same tokenizer."
+            )
+        if recipe.distill.quantize is not None:
+            quantize_model(teacher, recipe.distill.quantize)
+        return Distillation(teacher.requires_grad_(False).eval(), recipe.distill.temperature, recipe.distill.weight)
+    return Objective()
+
+
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    from llmkit.lora.inject import adapters_off
+
+    with adapters_off(model):
+        yield model
 
 
 def _tokenizer_folder(recipe: Recipe, folder: RunFolder, resume: bool) -> Path:
     if isinstance(recipe.tokenizer, TokenizerRecipe):
         if not (resume and (folder.tokenizer / "tokenizer.json").is_file()):
-            train_tokenizer(recipe.tokenizer, training_texts(recipe.data, recipe.held_out), folder.tokenizer, recipe.max_length)
+            train_tokenizer(
+                recipe.tokenizer, training_texts(recipe.data, recipe.held_out), folder.tokenizer, row_length(recipe.max_length, None)
+            )
             tokenizer = load_tokenizer(folder.tokenizer)
             generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids), **recipe.generation}
             (folder.tokenizer / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
@@ -167,9 +309,17 @@ def _tokenizer_folder(recipe: Recipe, folder: RunFolder, resume: bool) -> Path:
 
 
 def _model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Transformer:
-    """The model to train, float32, on its device."""
+    """The model to train on its device: float32 weights, or with `lora` frozen ones as they are stored and a float32 adapter."""
     if isinstance(recipe.model, str):
-        return load_model(resolve(recipe.model), dtype="float32", device=str(device))
+        folder = resolve(recipe.model)
+        if recipe.lora is not None:
+            return _adapted(recipe, recipe.lora, load_model(folder, device=str(device)))
+        if load_config(folder).hf.get("quantization_config"):
+            raise UsageError(f"the weights of {recipe.model} are quantized and cannot be trained. Set lora: {{}}, or take the original.")
+        model = load_model(folder, dtype="float32", device=str(device))
+        set_checkpointing(model, bool(recipe.checkpointing))
+        torch.manual_seed(recipe.seed)
+        return model
     hf = {
         "vocab_size": tokenizer.vocab_size,
         "max_position_embeddings": recipe.max_length,
@@ -181,8 +331,36 @@ def _model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Transf
     config = read_config({name: value for name, value in hf.items() if value is not None})
     model = Transformer(config)
     init_weights(model, torch.Generator().manual_seed(recipe.seed))
+    set_checkpointing(model, bool(recipe.checkpointing))
     torch.manual_seed(recipe.seed)
     return model.to(device)
+
+
+def _adapted(recipe: Recipe, lora: LoraRecipe, model: Transformer) -> Transformer:
+    """The model with an adapter to be trained. PEFT is imported here and in its like: it takes seconds, and only lora needs it."""
+    from llmkit.lora.inject import LoraSettings, inject, start_from, use_integers
+
+    if recipe.quantize is not None:
+        if model.config.hf.get("quantization_config"):
+            raise UsageError(f"quantize has no effect: the weights of {recipe.model} are quantized already. Drop quantize.")
+        quantize_model(model, recipe.quantize)
+    torch.manual_seed(recipe.seed)
+    inject(
+        model,
+        LoraSettings(
+            lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, lora.use_dora, modules_to_save=lora.modules_to_save
+        ),
+    )
+    if recipe.integer_forward is not False:
+        possible = use_integers(model)
+        if recipe.integer_forward and not possible:
+            raise UsageError(
+                "integer_forward needs q4 or q8 weights on a CPU and the native kernels. Set quantize=q4, or drop integer_forward."
+            )
+    if recipe.adapter is not None:
+        start_from(model, read_adapter(recipe.adapter, model.config))
+    set_checkpointing(model, bool(recipe.checkpointing))
+    return model
 
 
 def _check_lengths(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -192,6 +370,7 @@ def _check_lengths(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> 
             f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}. "
             "Leave model.vocab_size out or raise it."
         )
+    assert recipe.max_length is not None
     if recipe.max_length > config.max_position_embeddings:
         raise UsageError(
             f"max_length is {recipe.max_length}, more than the model's {config.max_position_embeddings} positions. "
@@ -199,9 +378,8 @@ def _check_lengths(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> 
         )
 
 
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def _device(name: str, processes: Processes) -> torch.device:
+    if name == "auto":
+        return processes.device
+    device = torch.device(name)
+    return processes.device if device.type == processes.device.type else device

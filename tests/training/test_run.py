@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -46,17 +46,18 @@ def test_yaml_to_a_folder_that_transformers_opens(tmp_path: Path) -> None:
         **{"max_length": 64, "batch_size": 4, "max_steps": 6, "held_out": 0.2, "eval_every": 3, "prompts": ["The"]},
         **{"optimizer": "muon", "ema": 0.9, "save_dtype": "float16"},
     )
-    sampled: list[tuple[Path, str]] = []
+    sampled: list[Sequence[str]] = []
 
-    def sample(folder: Path, prompt: str) -> str:
-        sampled.append((folder, prompt))
-        load_model(folder)
+    def sample(model: str, adapter: Path | None, prompts: Sequence[str]) -> list[str]:
+        sampled.append(prompts)
+        assert adapter is None
+        load_model(model)
         if len(sampled) == 2:
             raise UsageError("this one is too long")  # and yet training goes on
-        return prompt
+        return list(prompts)
 
     folder = run_recipe(read_recipe(recipe), sample=sample)
-    assert sampled == [(folder, "The")] * 2
+    assert sampled == [("The",)] * 2
 
     tokenizer, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     assert theirs.encode("The cat 12") == tokenizer.encode("The cat 12")
