@@ -214,7 +214,9 @@ def _masked(tokenizer: Tokenizer, rendering: _Rendering, encoded: Encoding, prom
             return None
         inside = [n for n in range(len(prompt), len(ids)) if places[n][0] < end]
         blocks = [(a, b) for a, b in rendering.blocks if a < end and b > start]
-        learned = [n for n in inside if any(places[n][0] < b and places[n][1] > a for a, b in blocks)] if blocks else inside
+        learned = inside
+        if blocks:  # all but one of the bytes of a character have an empty span
+            learned = [n for n in inside if any(places[n][0] < b and max(places[n][1], places[n][0] + 1) > a for a, b in blocks)]
         stop = max((n for n in inside if ids[n] in tokenizer.eos_ids), default=None)
         if stop is None:  # another end token, as Gemma's <end_of_turn>, with nothing but white space after it
             stop = max((n for n in inside if ids[n] in ends and not rendering.text[places[n][1] : end].strip()), default=None)

@@ -167,7 +167,8 @@ def load_corpora(
                     sides[side].extend(rows)
                     loading.count(rows, side, seen)
             if not read:
-                raise UsageError(f"{source.path} in data holds no document. Check the file, or take it out of data.")
+                bad = f" (all {loading.report.bad:,} rows are bad; the first: {loading.report.first_bad})" if loading.report.bad else ""
+                raise UsageError(f"{source.path} in data holds no document{bad}. Check the file, or take it out of data.")
     held_hashes = [(row.source, hash(row.ids.tobytes())) for row in sides[1]]
     for index, digest in held_hashes:
         report.sources[index].seen_in_training += digest in seen

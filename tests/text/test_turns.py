@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmkit.errors import TemplateError
 from llmkit.text import ChatTemplate, Tokenizer, encode_prompt, encode_turns, load_tokenizer
@@ -122,6 +124,25 @@ def test_chosen_turns_and_first_messages(tokenizer: Tokenizer) -> None:
     assert sum(mask) == sum(encode_turns(tokenizer, TALK)[0][1])
     assert encode_turns(tokenizer, TALK[:1]) == []
     assert encode_turns(tokenizer, TALK[1:2]) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(said=st.lists(st.text(alphabet="a \n\té<|\u3000", max_size=6), min_size=2, max_size=6), source=st.sampled_from([CHATML, GENERATION]))
+def test_any_content_is_trained_as_it_is_served(tokenizers: dict[str, Tokenizer], said: list[str], source: str) -> None:
+    """White space at the seams of turns, where tokens like to join."""
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+    prompts = len(messages) // 2
+    for name, tokenizer in tokenizers.items():
+        with_template(tokenizer, source)
+        examples = encode_turns(tokenizer, messages)
+        starts = [(ids, k) for ids, mask in examples for k in range(1, len(mask)) if mask[k] and not mask[k - 1]]
+        assert len(starts) == prompts, name
+        for (ids, k), turn in zip(starts, range(1, len(messages), 2), strict=True):
+            assert ids[:k] == encode_prompt(tokenizer, messages[:turn]), name
+        assert tokenizer.chat_template is not None
+        text = tokenizer.chat_template.render(messages[: 2 * prompts], add_generation_prompt=False)
+        trained = tokenizer.decode(examples[-1][0], skip_special=False)
+        assert "".join(trained.split()) == "".join(text.split()), name  # but for the spaces that vocabularies add or swallow
 
 
 def test_batches_equal_single_texts(tokenizers: dict[str, Tokenizer]) -> None:
