@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,7 +146,7 @@ def _reader(path: Path, source: Source, preference: bool) -> Callable[[], Rows]:
             elif kind in (".json", ".json.gz"):
                 yield from _json_rows(path, preference, source)
             elif kind == ".csv":
-                csv.field_size_limit(2**31 - 1 if sys.maxsize > 2**31 else sys.maxsize)
+                csv.field_size_limit(2**31 - 1)  # a cell may be a whole book
                 with path.open(encoding=ENCODING, newline="") as lines:
                     table = csv.DictReader(lines, strict=True)
                     for record in table:
