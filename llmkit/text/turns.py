@@ -79,7 +79,7 @@ def encode_turns(
 ) -> list[Example]:
     """The training examples of a conversation, as `draft_turns` describes them."""
     draft = draft_turns(tokenizer, messages, tools, turns, **kwargs)
-    return [_trimmed(*example) for example in draft.finish([tokenizer.encode_spans(text) for text in draft.texts])]
+    return draft.finish([tokenizer.encode_spans(text) for text in draft.texts])
 
 
 def draft_turns(
@@ -95,7 +95,7 @@ def draft_turns(
     then has to generate, up to and with the turn's end token (end-of-text where the template writes none). One example holds
     the whole conversation where that is true of every turn in it. Where it is not (templates that drop earlier reasoning, or
     whose prompt opens a thought that finished turns do not show), each turn has an example of its own. A turn that nothing
-    precedes has no prompt and is not learned.
+    precedes has no prompt and is not learned; what follows the last learned token is left out.
 
     Raises TemplateError where the template refuses the messages, or renders a turn so that no prompt leads to it.
     """
@@ -113,16 +113,17 @@ def _assistant_turns(messages: Sequence[Message]) -> list[int]:
 
 
 def _draft(tokenizer: Tokenizer, renderings: list[_Rendering], again: Callable[[], list[_Rendering]] | None) -> ChatDraft:
-    """`again` renders turn by turn what turns out to be no sequence of served ids."""
+    """`again` renders turn by turn what turns out to be no sequence of served ids; None: that is an error, and nothing is left out."""
 
     def finish(encodings: Sequence[Encoding]) -> list[Example]:
         given = iter(encodings)
         examples = [_masked(tokenizer, r, next(given), [next(given)[0] for _ in r.turns]) for r in renderings]
         if all(example is not None for example in examples):
-            return [example for example in examples if example is not None]
+            found = [example for example in examples if example is not None]
+            return found if again is None else [_trimmed(*example) for example in found]
         if again is None:
             raise _ambiguous(None)
-        return [_stitched(tokenizer, rendering) for rendering in again()]
+        return [_trimmed(*_stitched(tokenizer, rendering)) for rendering in again()]
 
     return ChatDraft([text for r in renderings for text in (r.text, *(r.text[:start] for start, _ in r.turns))], finish)
 

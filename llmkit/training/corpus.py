@@ -46,11 +46,6 @@ class Corpus:
         first[self.offsets[:-1]] = True  # nothing comes before a document's first token to predict it from
         return int((self.learned & ~first).sum())
 
-    def longer_than(self, max_length: int) -> tuple[int, int]:
-        """How many documents do not fit into a row: those that go on in further rows, and those that are cut."""
-        long = self.offsets[1:] - self.offsets[:-1] - 1 > max_length
-        return int((long & self.divisible).sum()), int((long & ~self.divisible).sum())
-
     def select(self, documents: Ints) -> Corpus:
         """The corpus of some of the documents."""
         spans = [slice(self.offsets[d], self.offsets[d + 1]) for d in documents]

@@ -37,7 +37,7 @@ def key(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasse
 class Source:
     """One entry of `data`."""
 
-    path: str = key("a .jsonl, .json, .csv, .parquet, .txt or .md file, a folder of them or of train/valid/test.jsonl, or a hub id")
+    path: str = key("a .jsonl, .json, .csv, .parquet, .txt or .md file, *.jsonl, a folder, one of train/valid/test.jsonl, or a hub id")
     weight: float = key("how often each document is seen per epoch; 0.5: a fresh random half each epoch", 1.0)
     format: Literal["auto", "text", "jsonl", "hub"] = key("auto: by the file's ending; hub: path is a data set's id", "auto")
     separator: str = key("parts the documents of a text file", "<|endoftext|>")

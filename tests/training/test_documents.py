@@ -87,6 +87,7 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     write_lines(tmp_path / "b.jsonl", ROWS[1:])
     (tmp_path / "notes.json").write_text('{"author": "me"}')  # beside rows it is none
     assert sorted(map(str, completions(tmp_path))) == EXPECTED
+    assert completions(tmp_path / "*.jsonl") == EXPECTED[1:]
     only = tmp_path / "only"
     only.mkdir()
     (only / "a.json").write_text(json.dumps(ROWS))
