@@ -150,8 +150,21 @@ def _render(
             if not split:
                 raise _ambiguous(k)
             return [_one_turn(template, messages[: n + 1], tools, kwargs) for n in wanted]
-        turns.append((len(prompt), len(whole) if until is whole else end))
+        end = len(whole) if until is whole else end
+        _check_calls(messages[k], whole[len(prompt) : end], k)
+        turns.append((len(prompt), end))
     return [_Rendering(whole, tuple(turns), tuple(blocks))]
+
+
+def _check_calls(message: Message, text: str, k: int) -> None:
+    """Templates without tools render a call as nothing, and a model would learn to say nothing."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, (list, tuple)) else ():
+        name = call.get("function", call).get("name")
+        if str(name) not in text:
+            raise TemplateError(
+                f"The chat template leaves out that message {k} calls {name!r}; take a template that shows calls, or leave the row out."
+            )
 
 
 def _tails(template: ChatTemplate, text: str) -> list[str]:
@@ -165,6 +178,7 @@ def _one_turn(
     """The prompt of the last message as it is served, and the message as the model has to generate it."""
     prompt = template.render(messages[:-1], tools, True, **kwargs)
     until, blocks = template.render_spans(messages, tools, False, **kwargs)
+    _check_calls(messages[-1], until, len(messages) - 1)
     if until.startswith(prompt):
         return _Rendering(until, ((len(prompt), len(until)),), tuple(blocks))
     before = template.render(messages[:-1], tools, False, **kwargs)

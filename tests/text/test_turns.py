@@ -116,6 +116,11 @@ def test_the_end_is_always_learned(tokenizer: Tokenizer) -> None:
             assert ids[-1] in {*tokenizer.eos_ids, *tokenizer.special_ids}
 
 
+def test_a_call_that_the_template_leaves_out_is_an_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(TemplateError, match="leaves out that message 1 calls 'look'"):
+        encode_turns(with_template(tokenizer, CHATML), CALLS)
+
+
 def test_chosen_turns_and_first_messages(tokenizer: Tokenizer) -> None:
     tokenizer = with_template(tokenizer, CHATML)
     ((ids, mask),) = encode_turns(tokenizer, TALK, turns=[3])
