@@ -11,7 +11,7 @@ from llmkit.text.codec import Span
 from llmkit.text.tokenizer import Tokenizer
 from llmkit.text.turns import Encoding, Example, draft_turns
 from llmkit.training.recipe import Source
-from llmkit.training.rows import Document
+from llmkit.training.rows import Document, Message
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,22 @@ def _chat_draft(document: Document, tokenizer: Tokenizer, source: Source) -> Dra
             return Draft("chat", [text], lambda encodings: [_all_of(tokenizer, text, *encodings[0])])
         draft = draft_turns(tokenizer, messages, document.tools, turns[-1:] if source.learn == "last" else turns, **variables)
     except TemplateError as error:
-        raise UsageError(f"{document.place}: {error}") from None
+        raise _refused(document, messages, error) from None
 
     def finish(encodings: Sequence[Encoding]) -> list[Example]:
         try:
             return draft.finish(encodings)
         except TemplateError as error:
-            raise UsageError(f"{document.place}: {error}") from None
+            raise _refused(document, messages, error) from None
 
     return Draft("chat", draft.texts, finish)
+
+
+def _refused(document: Document, messages: Sequence[Message], error: TemplateError) -> UsageError:
+    """With the order of roles, which is what templates refuse most."""
+    roles = [str(message["role"]) for message in messages]
+    shown = ", ".join(roles if len(roles) <= 8 else [*roles[:8], "..."])
+    return UsageError(f"{document.place} (roles: {shown}): {error}")
 
 
 def _all_of(tokenizer: Tokenizer, text: str, ids: list[int], places: list[Span]) -> Example:

@@ -160,7 +160,7 @@ def test_a_row_that_the_template_refuses(tokenizer_folder: Path, tmp_path: Path)
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer.chat_template = ChatTemplate(refuse + TEMPLATE, tokenizer.special_tokens)
     rows = [*LAYOUTS[4:5], {"messages": [{"role": "system", "content": "s"}, ASK, TELL]}, {"unknown": 1}]
-    with pytest.raises(UsageError, match=r"rows.jsonl:2: .*System role not supported"):
+    with pytest.raises(UsageError, match=r"rows.jsonl:2 \(roles: system, user, assistant\): .*System role not supported"):
         load(tmp_path, rows[:2], tokenizer)
     corpus, report = load(tmp_path, rows, tokenizer, bad_rows="drop")
     assert (len(corpus), report.rows, report.bad) == (1, 3, 2)
