@@ -131,7 +131,7 @@ def test_chosen_turns_and_first_messages(tokenizer: Tokenizer) -> None:
     assert encode_turns(tokenizer, TALK[1:2]) == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(said=st.lists(st.text(alphabet="a \n\té<|\u3000", max_size=6), min_size=2, max_size=6), source=st.sampled_from([CHATML, GENERATION]))
 def test_any_content_is_trained_as_it_is_served(tokenizers: dict[str, Tokenizer], said: list[str], source: str) -> None:
     """White space at the seams of turns, where tokens like to join."""
@@ -200,14 +200,14 @@ def real_templates(data_dir: Path) -> dict[str, tuple[str | dict[str, str], dict
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("kind", ["phi-3-mini", "minimind", "llama3", "mistral/mistral_v3.model"])
-def test_real_templates_train_what_they_serve(data_dir: Path, kind: str) -> None:
-    """Each template with a tokenizer of every kind; its special tokens are then plain text, which is the harder case."""
+@pytest.mark.parametrize(("kind", "step"), [("minimind", 1), ("phi-3-mini", 6), ("llama3", 6), ("mistral/mistral_v3.model", 6)])
+def test_real_templates_train_what_they_serve(data_dir: Path, kind: str, step: int) -> None:
+    """Each template, and some with a tokenizer of every kind; its special tokens are then plain text, which is the harder case."""
     tokenizer = load_tokenizer(data_dir / "tokenizers" / kind)
     templates = real_templates(data_dir)
     assert len(templates) >= 65
     examples = {}
-    for name, (source, roles) in templates.items():
+    for name, (source, roles) in list(templates.items())[::step]:
         with_template(tokenizer, source, roles)
         if name in NEED_MORE:
             with pytest.raises(TemplateError):
@@ -215,8 +215,9 @@ def test_real_templates_train_what_they_serve(data_dir: Path, kind: str) -> None
             continue
         if name not in NEED_TOOLS:
             examples[name] = check_served(tokenizer, TALK)
-    assert sum(count == 1 for count in examples.values()) > 40
-    assert examples["Qwen-Qwen3-0.6B"] == 2
+    assert sum(count == 1 for count in examples.values()) > 40 / step
+    if step == 1:
+        assert examples["Qwen-Qwen3-0.6B"] == 2
 
 
 @pytest.mark.real
@@ -247,5 +248,5 @@ def test_real_tokenizers_with_their_own_templates(data_dir: Path, name: str) -> 
     check_served(tokenizer, TALK)
     rows = json.loads((data_dir / "instruct" / "dummy_conversation.json").read_text(encoding="utf-8"))
     roles = {"human": "user", "gpt": "assistant"}
-    for row in rows[:40]:
+    for row in rows[:15]:
         check_served(tokenizer, [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]])
