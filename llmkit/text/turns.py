@@ -178,8 +178,9 @@ def _one_turn(
     """The prompt of the last message as it is served, and the message as the model has to generate it."""
     prompt = template.render(messages[:-1], tools, True, **kwargs)
     until, blocks = template.render_spans(messages, tools, False, **kwargs)
-    _check_calls(messages[-1], until, len(messages) - 1)
+    k = len(messages) - 1
     if until.startswith(prompt):
+        _check_calls(messages[k], until[len(prompt) :], k)
         return _Rendering(until, ((len(prompt), len(until)),), tuple(blocks))
     before = template.render(messages[:-1], tools, False, **kwargs)
     before = next(
@@ -187,10 +188,22 @@ def _one_turn(
     )
     common = next((n for n, (a, b) in enumerate(zip(prompt, until, strict=False)) if a != b), min(len(prompt), len(until)))
     common = common if until.rfind("<", 0, common) <= until.rfind(">", 0, common) else until.rfind("<", 0, common)  # not within a tag
-    if not before or common < len(before):
-        raise _ambiguous(len(messages) - 1)
-    text = prompt + _generated(prompt[len(before) :], until[common:], messages[-1], len(messages) - 1)
-    return _Rendering(text, ((len(prompt), len(text)),))
+    if before and common >= len(before):
+        answer = _generated(prompt[len(before) :], until[common:], messages[k], k)
+    else:  # the template shows what came before in another way once the turn follows (Mistral leaves the system message out)
+        answer = _after_prompt(prompt, before, until, messages)
+    _check_calls(messages[k], answer, k)
+    return _Rendering(prompt + answer, ((len(prompt), len(prompt + answer)),))
+
+
+def _after_prompt(prompt: str, before: str, until: str, messages: Sequence[Message]) -> str:
+    """What of `until` follows what it shares with the prompt: its last message and the beginning of a turn, or the latter alone."""
+    seen, content = (str(message.get("content") or "").strip() for message in messages[-2:])
+    for anchor in (prompt[prompt.rfind(seen) :] if seen and seen in prompt else "", prompt[len(before) :] if before else ""):
+        answer = until.rpartition(anchor)[2] if anchor and anchor in until else ""
+        if answer.lstrip().startswith(content) and (content or messages[-1].get("tool_calls")):
+            return answer
+    raise _ambiguous(len(messages) - 1)
 
 
 def _generated(opening: str, rest: str, message: Message, k: int) -> str:
