@@ -75,9 +75,9 @@ class Tokenizer:
         """
         return self._surrounded(self._codec.encode(_checked(text), special), bos)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """`encode` of each text; with a tokenizer.json on all cores."""
-        return [self._surrounded(ids, None) for ids in self._codec.encode_batch([_checked(text) for text in texts], False)]
+        return [self._surrounded(ids, None) for ids in self._codec.encode_batch([_checked(text) for text in texts], special)]
 
     def encode_continuation(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text that goes on another: without BOS, and without the space that some vocabularies put before a text."""

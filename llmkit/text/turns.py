@@ -79,7 +79,7 @@ def encode_turns(
 ) -> list[Example]:
     """The training examples of a conversation, as `draft_turns` describes them."""
     draft = draft_turns(tokenizer, messages, tools, turns, **kwargs)
-    return [_trimmed(*example) for example in draft.finish([tokenizer.encode_spans(text) for text in draft.texts])]
+    return draft.finish([tokenizer.encode_spans(text) for text in draft.texts])
 
 
 def draft_turns(
@@ -95,7 +95,7 @@ def draft_turns(
     then has to generate, up to and with the turn's end token (end-of-text where the template writes none). One example holds
     the whole conversation where that is true of every turn in it. Where it is not (templates that drop earlier reasoning, or
     whose prompt opens a thought that finished turns do not show), each turn has an example of its own. A turn that nothing
-    precedes has no prompt and is not learned.
+    precedes has no prompt and is not learned; what follows the last learned token is left out.
 
     Raises TemplateError where the template refuses the messages, or renders a turn so that no prompt leads to it.
     """
@@ -113,16 +113,17 @@ def _assistant_turns(messages: Sequence[Message]) -> list[int]:
 
 
 def _draft(tokenizer: Tokenizer, renderings: list[_Rendering], again: Callable[[], list[_Rendering]] | None) -> ChatDraft:
-    """`again` renders turn by turn what turns out to be no sequence of served ids."""
+    """`again` renders turn by turn what turns out to be no sequence of served ids; None: that is an error, and nothing is left out."""
 
     def finish(encodings: Sequence[Encoding]) -> list[Example]:
         given = iter(encodings)
         examples = [_masked(tokenizer, r, next(given), [next(given)[0] for _ in r.turns]) for r in renderings]
         if all(example is not None for example in examples):
-            return [example for example in examples if example is not None]
+            found = [example for example in examples if example is not None]
+            return found if again is None else [_trimmed(*example) for example in found]
         if again is None:
             raise _ambiguous(None)
-        return [_stitched(tokenizer, rendering) for rendering in again()]
+        return [_trimmed(*_stitched(tokenizer, rendering)) for rendering in again()]
 
     return ChatDraft([text for r in renderings for text in (r.text, *(r.text[:start] for start, _ in r.turns))], finish)
 
@@ -149,8 +150,21 @@ def _render(
             if not split:
                 raise _ambiguous(k)
             return [_one_turn(template, messages[: n + 1], tools, kwargs) for n in wanted]
-        turns.append((len(prompt), len(whole) if until is whole else end))
+        end = len(whole) if until is whole else end
+        _check_calls(messages[k], whole[len(prompt) : end], k)
+        turns.append((len(prompt), end))
     return [_Rendering(whole, tuple(turns), tuple(blocks))]
+
+
+def _check_calls(message: Message, text: str, k: int) -> None:
+    """Templates without tools render a call as nothing, and a model would learn to say nothing."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, (list, tuple)) else ():
+        name = call.get("function", call).get("name")
+        if str(name) not in text:
+            raise TemplateError(
+                f"The chat template leaves out that message {k} calls {name!r}; take a template that shows calls, or leave the row out."
+            )
 
 
 def _tails(template: ChatTemplate, text: str) -> list[str]:
@@ -164,7 +178,9 @@ def _one_turn(
     """The prompt of the last message as it is served, and the message as the model has to generate it."""
     prompt = template.render(messages[:-1], tools, True, **kwargs)
     until, blocks = template.render_spans(messages, tools, False, **kwargs)
+    k = len(messages) - 1
     if until.startswith(prompt):
+        _check_calls(messages[k], until[len(prompt) :], k)
         return _Rendering(until, ((len(prompt), len(until)),), tuple(blocks))
     before = template.render(messages[:-1], tools, False, **kwargs)
     before = next(
@@ -172,10 +188,22 @@ def _one_turn(
     )
     common = next((n for n, (a, b) in enumerate(zip(prompt, until, strict=False)) if a != b), min(len(prompt), len(until)))
     common = common if until.rfind("<", 0, common) <= until.rfind(">", 0, common) else until.rfind("<", 0, common)  # not within a tag
-    if not before or common < len(before):
-        raise _ambiguous(len(messages) - 1)
-    text = prompt + _generated(prompt[len(before) :], until[common:], messages[-1], len(messages) - 1)
-    return _Rendering(text, ((len(prompt), len(text)),))
+    if before and common >= len(before):
+        answer = _generated(prompt[len(before) :], until[common:], messages[k], k)
+    else:  # the template shows what came before in another way once the turn follows (Mistral leaves the system message out)
+        answer = _after_prompt(prompt, before, until, messages)
+    _check_calls(messages[k], answer, k)
+    return _Rendering(prompt + answer, ((len(prompt), len(prompt + answer)),))
+
+
+def _after_prompt(prompt: str, before: str, until: str, messages: Sequence[Message]) -> str:
+    """What of `until` follows what it shares with the prompt: its last message and the beginning of a turn, or the latter alone."""
+    seen, content = (str(message.get("content") or "").strip() for message in messages[-2:])
+    for anchor in (prompt[prompt.rfind(seen) :] if seen and seen in prompt else "", prompt[len(before) :] if before else ""):
+        answer = until.rpartition(anchor)[2] if anchor and anchor in until else ""
+        if answer.lstrip().startswith(content) and (content or messages[-1].get("tool_calls")):
+            return answer
+    raise _ambiguous(len(messages) - 1)
 
 
 def _generated(opening: str, rest: str, message: Message, k: int) -> str:
@@ -214,7 +242,9 @@ def _masked(tokenizer: Tokenizer, rendering: _Rendering, encoded: Encoding, prom
             return None
         inside = [n for n in range(len(prompt), len(ids)) if places[n][0] < end]
         blocks = [(a, b) for a, b in rendering.blocks if a < end and b > start]
-        learned = [n for n in inside if any(places[n][0] < b and places[n][1] > a for a, b in blocks)] if blocks else inside
+        learned = inside
+        if blocks:  # all but one of the bytes of a character have an empty span
+            learned = [n for n in inside if any(places[n][0] < b and max(places[n][1], places[n][0] + 1) > a for a, b in blocks)]
         stop = max((n for n in inside if ids[n] in tokenizer.eos_ids), default=None)
         if stop is None:  # another end token, as Gemma's <end_of_turn>, with nothing but white space after it
             stop = max((n for n in inside if ids[n] in ends and not rendering.text[places[n][1] : end].strip()), default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,11 +46,6 @@ class Corpus:
         first[self.offsets[:-1]] = True  # nothing comes before a document's first token to predict it from
         return int((self.learned & ~first).sum())
 
-    def longer_than(self, max_length: int) -> tuple[int, int]:
-        """How many documents do not fit into a row: those that go on in further rows, and those that are cut."""
-        long = self.offsets[1:] - self.offsets[:-1] - 1 > max_length
-        return int((long & self.divisible).sum()), int((long & ~self.divisible).sum())
-
     def select(self, documents: Ints) -> Corpus:
         """The corpus of some of the documents."""
         spans = [slice(self.offsets[d], self.offsets[d + 1]) for d in documents]
@@ -85,6 +81,7 @@ class SourceReport:
     bad: int = 0  # rows dropped by bad_rows: drop
     first_bad: str = ""
     split: int = 0  # conversations that gave one document per turn
+    written: int = 0  # texts in which special tokens stand that are read as plain text
     duplicates: int = 0  # documents that were there before
     seen_in_training: int = 0  # held-out documents that stand in the training data, too
 
@@ -99,6 +96,8 @@ class SourceReport:
             (self.cut, f"documents are cut at max_length={max_length}"),
             (self.continued, f"texts are longer than max_length={max_length} and go on in further rows"),
             (self.split, "chats become one document per turn, because the chat template shows earlier turns differently"),
+            (self.written, "texts hold special tokens, as <|im_end|>, that are learned as plain text; special_tokens: true parses them"),
+            (not self.ended and self.documents, "documents, none of which ends with a learned end token"),
             (self.duplicates, "documents are duplicates"),
             (self.seen_in_training, "held-out documents stand in the training data, too"),
         ]
@@ -147,9 +146,11 @@ def load_corpora(
     report = DataReport(max_length=max_length)
     sides: tuple[list[_Row], list[_Row]] = ([], [])
     seen: set[int] = set()
+    special = _special_pattern(tokenizer)
     with _progress() as advance:
         for index, source in enumerate(sources):
-            loading = _Loading(index, source, tokenizer, max_length, preference, SourceReport(source.path))
+            written = None if source.special_tokens else special
+            loading = _Loading(index, source, tokenizer, max_length, preference, SourceReport(source.path), written)
             report.sources.append(loading.report)
             read = 0
             documents = loading.documents()
@@ -161,7 +162,8 @@ def load_corpora(
                     sides[side].extend(rows)
                     loading.count(rows, side, seen)
             if not read:
-                raise UsageError(f"{source.path} in data holds no document. Check the file, or take it out of data.")
+                bad = f" (all {loading.report.bad:,} rows are bad; the first: {loading.report.first_bad})" if loading.report.bad else ""
+                raise UsageError(f"{source.path} in data holds no document{bad}. Check the file, or take it out of data.")
     held_hashes = [(row.source, hash(row.ids.tobytes())) for row in sides[1]]
     for index, digest in held_hashes:
         report.sources[index].seen_in_training += digest in seen
@@ -169,6 +171,14 @@ def load_corpora(
         notes = "".join(f" {line}." for line in report.lines())
         raise UsageError(f"data holds no document to learn from (all are empty or held out).{notes} Check data and held_out.")
     return _corpus(sides[0]), _corpus(sides[1]), report
+
+
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    tokens = [token for token in map(tokenizer.token, tokenizer.special_ids) if len(token) > 2]
+    if not tokens:
+        return None
+    first = re.escape("".join({token[0] for token in tokens}))
+    return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, tokens))})")
 
 
 @contextmanager
@@ -190,6 +200,7 @@ class _Loading:
     max_length: int | None
     preference: bool
     report: SourceReport
+    written: re.Pattern[str] | None  # finds special tokens in text that is not parsed for them
 
     def documents(self) -> Iterator[Document]:
         dropped: list[UsageError] = []
@@ -217,8 +228,14 @@ class _Loading:
                 self.report.bad += 1
                 self.report.first_bad = self.report.first_bad or str(error)
         flat = [draft for _, parts in drafts for _, draft in parts]
+        if self.written is not None:
+            self.report.written += sum(draft.kind != "chat" and any(map(self.written.search, draft.texts)) for draft in flat)
         encoded = {
-            kind: iter(encode_texts(self.tokenizer, kind, [text for draft in flat if draft.kind == kind for text in draft.texts]))
+            kind: iter(
+                encode_texts(
+                    self.tokenizer, kind, [t for draft in flat if draft.kind == kind for t in draft.texts], self.source.special_tokens
+                )
+            )
             for kind in ("text", "plain", "chat")
         }
         for document, parts in drafts:

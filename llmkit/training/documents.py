@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import os
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +79,7 @@ def _good(rows: Rows, source: Source, dropped: list[UsageError] | None) -> Itera
 
 def _parts(source: Source, preference: bool) -> list[tuple[Split | None, Callable[[], Rows]]]:
     """What a source is read from, part after part, with the split that each belongs to."""
-    path = Path(source.path)
+    path = Path(os.path.expanduser(source.path))
     folder, file = os.path.isdir(path), os.path.isfile(path)  # os.path, because pathlib raises where a name is too long
     hub = source.format == "hub" or not (folder or file or (path.parent != Path(".") and os.path.isdir(path.parent)))
     hub = hub and _HUB_ID.fullmatch(source.path) is not None and _kind(path) is None
@@ -103,6 +103,9 @@ def _parts(source: Source, preference: bool) -> list[tuple[Split | None, Callabl
     if file:
         return [(None, _reader(path, source, preference))]
     if not folder:
+        matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+        if matched:
+            return [(None, _reader(f, source, preference)) for f in matched]
         raise UsageError(f"{path} in data does not exist. Check the path (it is relative to where you run the command).")
     every = sorted(f for f in path.rglob("*") if f.is_file())
     for endings in ((*TEXT_ENDINGS, *ROW_ENDINGS), OTHER_ENDINGS):
@@ -147,7 +150,7 @@ def _reader(path: Path, source: Source, preference: bool) -> Callable[[], Rows]:
             elif kind in (".json", ".json.gz"):
                 yield from _json_rows(path, preference, source)
             elif kind == ".csv":
-                csv.field_size_limit(2**31 - 1 if sys.maxsize > 2**31 else sys.maxsize)
+                csv.field_size_limit(2**31 - 1)  # a cell may be a whole book
                 with path.open(encoding=ENCODING, newline="") as lines:
                     table = csv.DictReader(lines, strict=True)
                     for record in table:
@@ -285,11 +288,11 @@ def _dataset_errors(source: Source, hub: bool) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = " ".join(str(error).split()) or type(error).__name__
         if not hub:
             raise UsageError(f"the data set in {source.path} cannot be read ({said:.200}). Save it again.") from None
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
         remedy = "Unset HF_HUB_OFFLINE to fetch it" if offline else "Check the id, name and split, and the connection"
         raise UsageError(
-            f"{source.path} in data is no file or folder, and as a data set of the hub it cannot be loaded ({said:.200}). {remedy}."
+            f"{source.path} in data is no file or folder, and as a data set of the hub it cannot be loaded ({said:.400}). {remedy}."
         ) from None

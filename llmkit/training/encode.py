@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmkit.errors import TemplateError, UsageError
+from llmkit.text.codec import Span
 from llmkit.text.tokenizer import Tokenizer
 from llmkit.text.turns import Encoding, Example, draft_turns
 from llmkit.training.recipe import Source
-from llmkit.training.rows import Document
+from llmkit.training.rows import Document, Message
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,24 @@ def encode_document(document: Document, tokenizer: Tokenizer, source: Source) ->
         UsageError: a chat without a chat template, or one that the template refuses.
     """
     draft = draft_document(document, tokenizer, source)
-    return draft.finish(encode_texts(tokenizer, draft.kind, draft.texts))
+    return draft.finish(encode_texts(tokenizer, draft.kind, draft.texts, source.special_tokens))
 
 
 def draft_document(document: Document, tokenizer: Tokenizer, source: Source) -> Draft:
     """The document's examples, but for the encoding of their texts; raises as `encode_document`."""
-    end = list(tokenizer.eos_ids[:1])
+    has_template = tokenizer.chat_template is not None
+    if document.messages is not None or (document.text is None and (has_template if source.chat is None else source.chat)):
+        if not has_template:
+            raise UsageError(
+                f"{document.place} is a chat, but the tokenizer has no chat template. "
+                "Give it one (a chat_template.jinja in its folder), or use prompt/completion rows with chat: false."
+            )
+        return _chat_draft(document, tokenizer, source)
+    if not tokenizer.eos_ids:
+        raise UsageError(
+            "The tokenizer names no end-of-text token, so a model could not learn to stop. Set eos_token in its tokenizer_config.json."
+        )
+    end = [tokenizer.eos_ids[0]]
     if document.text is not None:
 
         def whole(encodings: Sequence[Encoding]) -> list[Example]:
@@ -47,21 +60,14 @@ def draft_document(document: Document, tokenizer: Tokenizer, source: Source) -> 
             return [(ids, [True] * len(ids))]
 
         return Draft("text", [document.text], whole)
-    has_template = tokenizer.chat_template is not None
-    if document.messages is not None or (has_template if source.chat is None else source.chat):
-        if not has_template:
-            raise UsageError(
-                f"{document.place} is a chat, but the tokenizer has no chat template. "
-                "Give it one (a chat_template.jinja in its folder), or use prompt/completion rows with chat: false."
-            )
-        return _chat_draft(document, tokenizer, source)
     prompt = "\n\n".join(part for part in (document.system, document.prompt) if part)
 
     def joined(encodings: Sequence[Encoding]) -> list[Example]:
         ids = encodings[0][0]
-        ids = ids[: -len(end)] if end and ids[1:][-1:] == end else ids
-        answer = tokenizer.encode_continuation(document.completion or "")
-        return [(ids + answer + end, [source.learn == "all"] * len(ids) + [True] * (len(answer) + len(end)))]
+        ids = ids[:-1] if ids[1:][-1:] == end else ids
+        answer = tokenizer.encode_continuation(document.completion or "", special=source.special_tokens)
+        answer += end if answer[-1:] != end else []
+        return [(ids + answer, [source.learn == "all"] * len(ids) + [True] * len(answer))]
 
     return Draft("plain", [prompt], joined)
 
@@ -77,22 +83,38 @@ def _chat_draft(document: Document, tokenizer: Tokenizer, source: Source) -> Dra
         if source.learn == "all":
             assert tokenizer.chat_template is not None
             text = tokenizer.chat_template.render(messages, document.tools, False, **variables)
-            return Draft("chat", [text], lambda encodings: [(ids, [True] * len(ids)) for ids, _ in encodings])
+            return Draft("chat", [text], lambda encodings: [_all_of(tokenizer, text, *encodings[0])])
         draft = draft_turns(tokenizer, messages, document.tools, turns[-1:] if source.learn == "last" else turns, **variables)
     except TemplateError as error:
-        raise UsageError(f"{document.place}: {error}") from None
+        raise _refused(document, messages, error) from None
 
     def finish(encodings: Sequence[Encoding]) -> list[Example]:
         try:
             return draft.finish(encodings)
         except TemplateError as error:
-            raise UsageError(f"{document.place}: {error}") from None
+            raise _refused(document, messages, error) from None
 
     return Draft("chat", draft.texts, finish)
 
 
-def encode_texts(tokenizer: Tokenizer, kind: str, texts: list[str]) -> list[Encoding]:
-    """The texts of drafts of one kind."""
+def _refused(document: Document, messages: Sequence[Message], error: TemplateError) -> UsageError:
+    """With the order of roles, which is what templates refuse most."""
+    roles = [str(message["role"]) for message in messages]
+    shown = ", ".join(roles if len(roles) <= 8 else [*roles[:8], "..."])
+    return UsageError(f"{document.place} (roles: {shown}): {error}")
+
+
+def _all_of(tokenizer: Tokenizer, text: str, ids: list[int], places: list[Span]) -> Example:
+    """A chat that is learned whole, with an end token where the template writes none."""
+    ends = {*tokenizer.eos_ids, *tokenizer.special_ids}
+    last = max((n for n, token in enumerate(ids) if token in ends), default=None)
+    if last is None or text[places[last][1] :].strip():
+        ids = [*ids, *tokenizer.eos_ids[:1]]
+    return ids, [True] * len(ids)
+
+
+def encode_texts(tokenizer: Tokenizer, kind: str, texts: list[str], special: bool) -> list[Encoding]:
+    """The texts of drafts of one kind; `special`: special tokens written in them count as such, as in a chat they always do."""
     if kind == "chat":
         return tokenizer.encode_spans_batch(texts)
-    return [(ids, []) for ids in tokenizer.encode_batch(texts)]
+    return [(ids, []) for ids in tokenizer.encode_batch(texts, special=special)]

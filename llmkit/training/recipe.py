@@ -37,10 +37,11 @@ def key(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasse
 class Source:
     """One entry of `data`."""
 
-    path: str = key("a .jsonl, .json, .csv, .parquet, .txt or .md file, a folder of them or of train/valid/test.jsonl, or a hub id")
+    path: str = key("a .jsonl, .json, .csv, .parquet, .txt or .md file, *.jsonl, a folder, one of train/valid/test.jsonl, or a hub id")
     weight: float = key("how often each document is seen per epoch; 0.5: a fresh random half each epoch", 1.0)
     format: Literal["auto", "text", "jsonl", "hub"] = key("auto: by the file's ending; hub: path is a data set's id", "auto")
     separator: str = key("parts the documents of a text file", "<|endoftext|>")
+    special_tokens: bool = key("of text, and of prompts without a template: special tokens written in it count as such", False)
     columns: dict[str, Any] = key("a layout's key -> the key that the rows have instead, as {text: story}", factory=dict)
     chat: bool | None = key("prompt/completion rows through the chat template; default: where there is a template", None)
     chat_template_kwargs: dict[str, Any] = key("variables of the chat template, as {enable_thinking: false}", factory=dict)

@@ -160,7 +160,7 @@ def test_a_row_that_the_template_refuses(tokenizer_folder: Path, tmp_path: Path)
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer.chat_template = ChatTemplate(refuse + TEMPLATE, tokenizer.special_tokens)
     rows = [*LAYOUTS[4:5], {"messages": [{"role": "system", "content": "s"}, ASK, TELL]}, {"unknown": 1}]
-    with pytest.raises(UsageError, match=r"rows.jsonl:2: .*System role not supported"):
+    with pytest.raises(UsageError, match=r"rows.jsonl:2 \(roles: system, user, assistant\): .*System role not supported"):
         load(tmp_path, rows[:2], tokenizer)
     corpus, report = load(tmp_path, rows, tokenizer, bad_rows="drop")
     assert (len(corpus), report.rows, report.bad) == (1, 3, 2)
@@ -180,3 +180,30 @@ def test_splits_go_where_they_belong(tokenizer: Tokenizer, tmp_path: Path) -> No
     train, held, report = load_corpora([Source(str(tmp_path))], tokenizer, 0.5)
     assert (len(train), len(held)) == (2, 2)
     assert report.sources[0].seen_in_training == 1
+
+
+def test_special_tokens_in_text_are_pointed_out_or_parsed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": "<|user|>A cat?<|assistant|>The cat.<|end|>"}, {"text": "The cat."}]
+    corpus, report = load(tmp_path, rows, tokenizer)
+    assert report.written == 1
+    assert "special_tokens: true" in report.notes(None)[0]
+    parsed, report = load(tmp_path, rows, tokenizer, special_tokens=True)
+    assert report.written == 0
+    ids = parsed.tokens[: parsed.offsets[1]].tolist()
+    assert ids == [0, *encode_prompt(tokenizer, [ASK])[1:], *tokenizer.encode("The cat.", bos=False), 0]
+    assert len(corpus.tokens) > len(parsed.tokens)
+
+
+def test_a_tokenizer_without_an_end_is_refused(plain: Tokenizer) -> None:
+    plain.eos_ids = ()
+    for row in LAYOUTS[:2]:
+        with pytest.raises(UsageError, match="names no end-of-text token"):
+            encode_document(read_row(row, "here"), plain, Source(""))
+
+
+def test_learning_everything_learns_an_end_too(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = ChatTemplate(TEMPLATE.replace("<|end|>", ""), tokenizer.special_tokens)
+    ((ids, learned),) = encode_document(read_row(LAYOUTS[4], "here"), tokenizer, Source("", learn="all"))
+    assert ids[-1] == tokenizer.eos_ids[0]
+    assert all(learned)

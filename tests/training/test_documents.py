@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
 from llmkit.training.documents import is_held_out, read_documents
@@ -84,6 +87,7 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     write_lines(tmp_path / "b.jsonl", ROWS[1:])
     (tmp_path / "notes.json").write_text('{"author": "me"}')  # beside rows it is none
     assert sorted(map(str, completions(tmp_path))) == EXPECTED
+    assert completions(tmp_path / "*.jsonl") == EXPECTED[1:]
     only = tmp_path / "only"
     only.mkdir()
     (only / "a.json").write_text(json.dumps(ROWS))
@@ -146,6 +150,33 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, said: str) -> 
     with pytest.raises(UsageError, match=said) as caught:
         completions(tmp_path / name)
     assert name in str(caught.value)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ending=st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz"]), at=st.integers(0, 10**6), junk=st.binary(max_size=4))
+def test_any_bytes_are_documents_or_our_error(tmp_path: Path, ending: str, at: int, junk: bytes) -> None:
+    """Each kind of file with a few bytes changed."""
+    import pyarrow
+    import pyarrow.parquet
+
+    whole = tmp_path / "whole.parquet"
+    if not whole.exists():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), whole)
+    lines = "\n".join(map(json.dumps, ROWS)).encode()
+    table = b"prompt,completion\na,b\n"
+    good = {
+        ".jsonl": lines,
+        ".json": json.dumps(ROWS).encode(),
+        ".csv": table,
+        ".parquet": whole.read_bytes(),
+        ".jsonl.gz": gzip.compress(lines),
+    }
+    content = good[ending]
+    at %= len(content) + 1
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(content[:at] + junk + content[at + len(junk) :])
+    with contextlib.suppress(UsageError):
+        completions(path)
 
 
 def test_keys_without_effect_are_refused(tmp_path: Path) -> None:
