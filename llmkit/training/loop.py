@@ -132,6 +132,7 @@ class Trainer:
                 self.report.say(f"stopped at step {done.step}; go on with --resume")
                 raise KeyboardInterrupt
             self._evaluate()
+            self.report.draw()
             self.save()
         return done
 
@@ -276,7 +277,7 @@ class Trainer:
             self.report.say(f"step {self.done.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         for text in texts:
             self.report.say(f"  {text!r}")
-        self.report.draw()
+        self.report.draw(last=self.share >= 1)
 
     def _compare(self, figures: dict[str, float]) -> None:
         """Notes whether these are the best weights so far, and exports them where those are to be kept."""

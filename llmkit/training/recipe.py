@@ -374,7 +374,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         options = [option for option in arguments if option is not type(None)]
         for option in options:
-            if dataclasses.is_dataclass(option) == isinstance(value, Mapping) or get_origin(option) is dict:
+            if _may_be(option, value):
                 return _convert(option, value, where)
         return _convert(options[0], value, where)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -400,6 +400,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif type(value) is hint:
         return value
     raise UsageError(f"{where} is {_SHORT.repr(value)}, which is not {_article(_type_name(hint))}. Correct the value.")
+
+
+def _may_be(hint: Any, value: Any) -> bool:
+    """Whether this of several types is the one that is meant by a mapping, a list or a plain value."""
+    if dataclasses.is_dataclass(hint) or get_origin(hint) is dict:
+        return isinstance(value, Mapping)
+    return isinstance(value, (list, tuple)) == (get_origin(hint) is tuple) and not isinstance(value, Mapping)
 
 
 def _type_name(hint: Any) -> str:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from llmkit.errors import UsageError
 
 PLAIN_SECONDS = 30.0  # between lines where there is no terminal
+PICTURE_SECONDS = 20.0  # between two drawings of loss.png in a run
 
 
 class Tracker(Protocol):
@@ -80,6 +81,7 @@ class Report:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._last_line = 0.0
+        self._drawn_at = 0.0
 
     def __enter__(self) -> Report:
         if self.console.is_terminal and not self.silent:
@@ -134,8 +136,11 @@ class Report:
             kept = [line for line in _entries(self.metrics) if line["step"] <= step]
             self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
-    def draw(self) -> None:
-        """Draw loss.png from metrics.jsonl: training and held-out loss above, learning rate below."""
+    def draw(self, last: bool = True) -> None:
+        """Draw loss.png from metrics.jsonl: training and held-out loss above, learning rate below. Not last: only now and then."""
+        if not last and time.monotonic() - self._drawn_at < PICTURE_SECONDS:
+            return
+        self._drawn_at = time.monotonic()
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
