@@ -162,3 +162,21 @@ def test_dora_of_a_quantized_base(tmp_path: Path) -> None:
         direction = matrix.dequantize() + 8 / 3 * (b @ a).numpy()
         expected = lengths[path].numpy()[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
         np.testing.assert_allclose(rows, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi3", "gpt2"])
+def test_nf4(variant: str, tmp_path: Path) -> None:
+    """A base in the Hugging Face 4-bit layout, fused or transposed: run by PyTorch with the adapter beside it, and merged."""
+    save(base_model(variant), tmp_path / "base")
+    quantize_folder(tmp_path / "base", tmp_path / "nf4", "nf4")
+    config = our_config(hf_config(variant))
+    terms = random_terms(config, ("self_attn.", "mlp."), SETTINGS)
+    write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=folder_fingerprint(tmp_path / "base"), chat_template="{{ messages }}")
+    assert folder_fingerprint(tmp_path / "nf4") == folder_fingerprint(tmp_path / "base")
+    report = merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    assert report.quantized == "nf4"
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "llmkit_source" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    beside = llmkit.load(tmp_path / "nf4", adapter=tmp_path / "adapter", device="cpu")
+    assert difference(llmkit.load(tmp_path / "merged", device="cpu").logits(IDS), beside.logits(IDS)) < PARITY
+    assert difference(beside.logits(IDS, adapter=None), beside.logits(IDS)) > 0.05
