@@ -101,7 +101,7 @@ def load(
         runner=runner,
         ctx_size=context,
         drafter=_drafter(guesser, speculate, folder.config, context, exact=runner.exact),
-        adapters=[one.name for one in adapters],
+        adapters={one.name: one.folder for one in adapters},
     )
 
 
@@ -129,10 +129,11 @@ class LLM:
         runner: Runner,
         ctx_size: int,
         drafter: Drafter | None = None,
-        adapters: Seq[str] = (),
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         self.name = name
-        self.adapters = tuple(adapters)
+        self.adapter_folders = dict(adapters or {})
+        self.adapters = tuple(self.adapter_folders)
         self.folder = folder
         self.config = folder.config
         self.defaults = dict(folder.defaults)

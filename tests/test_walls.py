@@ -105,6 +105,8 @@ def test_rooms_without_torch(where: str) -> None:
         "from llmkit.cli.main import run; assert run(['--help']) == 0",
         "from llmkit.cli.main import run; assert run(['chat', '--help']) == 0",
         "from llmkit.cli.main import run; assert run(['train', '--help']) == 0",
+        "from llmkit.cli.main import run; assert run(['merge', '--help']) == 0",
+        "import llmkit.adapters, llmkit.lora.adapter, llmkit.checkpoint.fingerprint",
         "import llmkit.engine.generate, llmkit.text.tokenizer, llmkit.families, llmkit.checkpoint.files, llmkit.checkpoint.hub",
     ],
 )

@@ -20,7 +20,7 @@ from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.quantized import open_parameters
 from llmkit.checkpoint.weights import Piece
 
-SOURCE = "source"  # where quantization_config keeps the fingerprint of the checkpoint it was made from
+SOURCE = "llmkit_source"  # where the config.json of a quantized folder keeps the fingerprint of the checkpoint it was made from
 _SAMPLE = 64  # numbers of the first, the middle and the last row of each parameter
 
 
@@ -64,9 +64,8 @@ def weights_fingerprint(pieces: Mapping[str, Piece]) -> Fingerprint:
 def folder_fingerprint(folder: str | Path) -> Fingerprint | None:
     """Of the model in a folder; of a quantized one what it remembers of its source, None where that is nothing."""
     config = load_config(Path(folder))
-    said = config.hf.get("quantization_config")
-    if said:
-        return parse_fingerprint(said.get(SOURCE)) if isinstance(said, Mapping) else None
+    if config.hf.get("quantization_config"):
+        return parse_fingerprint(config.hf.get(SOURCE))
     return weights_fingerprint(open_parameters(Path(folder), config))
 
 

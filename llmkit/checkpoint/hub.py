@@ -188,10 +188,12 @@ def _unreachable(endpoint: str) -> str | None:
 
 
 def _formats(names: list[str], kind: Kind) -> str:
+    pickles = ", ".join([name for name in names if name.endswith(PICKLES)][:3])
     if kind is not MODEL:
-        return f"Choose a repository with {kind.config} and {kind.weights}."
-    if pickles := [name for name in names if name.endswith(PICKLES)]:
-        return f"It has pickle files ({', '.join(pickles[:3])}). {CONVERT}"
+        which = f"Pickle files ({pickles}) can run code and are never opened. " if pickles else ""
+        return f"{which}Choose a repository with {kind.config} and {kind.weights}."
+    if pickles:
+        return f"It has pickle files ({pickles}). {CONVERT}"
     if any(name.endswith(".gguf") for name in names):
         return f"It has GGUF files. {GGUF}"
     return "Choose a repository with config.json and safetensors."

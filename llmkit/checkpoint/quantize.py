@@ -92,7 +92,7 @@ def quantize_folder(
         else:
             record = _record(pieces, choices)
             size = _write(partial / SINGLE, pieces, choices, threads, progress)
-        write_json(partial / "config.json", {**hf, "quantization_config": record})
+        write_json(partial / "config.json", {**hf, SOURCE: weights_fingerprint(pieces).to_dict(), "quantization_config": record})
     before = {(piece.tensor.file, piece.tensor.name): piece.tensor.nbytes for piece in pieces.values()}
     weights = sum(math.prod(piece.shape) for piece in pieces.values())
     return QuantizeReport(folder, scheme, weights, sum(before.values()), size, time.perf_counter() - began)
@@ -105,8 +105,7 @@ def _record(pieces: Mapping[str, Piece], choices: Mapping[str, Choice | None]) -
         for name, choice in choices.items()
         if choice is not None
     }
-    made_from = weights_fingerprint(pieces).to_dict()
-    return {"quant_method": METHOD, "version": VERSION, "codebook": list(CODEBOOK), SOURCE: made_from, "tensors": tensors}
+    return {"quant_method": METHOD, "version": VERSION, "codebook": list(CODEBOOK), "tensors": tensors}
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,15 @@ def save_weights(
     realise: Callable[[str], Tensor],
     *,
     source: str | Path | None = None,
+    more: Sequence[Path] = (),
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """As `save_model`, of weights that are made one by one: `weights` give shapes and dtypes (meta tensors will do), `realise` numbers."""
+    """As `save_model`, of weights that are made one by one: `weights` give shapes and dtypes (meta tensors will do), `realise` numbers.
+
+    more: files that are copied, too, in the place of those of `source`.
+    """
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes is {max_shard_bytes}, but a shard holds at least one byte. Leave it out for 5 GB.")
     if source is not None and not Path(source).is_dir():
@@ -106,6 +110,8 @@ def save_weights(
         write_json(partial / "config.json", said)
         if source is not None:
             copy_side_files(Path(source), partial)
+        for file in more:
+            shutil.copyfile(file, partial / file.name)
         _write_weights(partial, [_Entry(stored, weights, realise, dtype) for stored in layout], max_shard_bytes)
 
 

@@ -53,5 +53,5 @@ def merge(
     print(f"{report.folder}: {report.dtype}, {report.nbytes / 1e6:.1f} MB")
     if report.quantized:
         print(f"The model was quantized ({report.quantized}); merged it is not. llmkit quantize makes it small again.")
-    print(f"KL divergence from the model with the adapter: {kl:.2g} nats per token, mean of {tokens}")
+    print(f"KL divergence from the model with the adapter: {kl:.2g} nats per token, over {tokens} tokens")
     return 0

@@ -13,7 +13,6 @@ from llmkit.checkpoint.load import NoInit
 from llmkit.lora.adapter import Adapter, LowRank
 from llmkit.model.layers import Embedding, Linear
 from llmkit.model.transformer import Transformer
-from llmkit.quant.linear import QuantizedLinear
 
 
 def adapted(model: Transformer, adapter: Adapter) -> Transformer:
@@ -130,12 +129,12 @@ def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
     if leaf in module._parameters:
         module._parameters[leaf] = parameter  # of the copied tree: the original module has its own table
         return
-    dense: nn.Module
+    embeds = hasattr(module, "num_embeddings")
     with torch.device("meta"), NoInit():
-        dense = Embedding(*tensor.shape) if hasattr(module, "num_embeddings") else Linear(tensor.shape[1], tensor.shape[0], bias=False)
+        dense: nn.Module = Embedding(*tensor.shape) if embeds else Linear(tensor.shape[1], tensor.shape[0], bias=False)
     dense._parameters["weight"] = parameter
-    if isinstance(module, QuantizedLinear):
-        dense._parameters["bias"] = module.bias
+    if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+        dense._parameters["bias"] = bias
     _put(model, path, dense)
 
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmkit.checkpoint.arrays import dtype_name
+from llmkit.checkpoint.arrays import dtype_name, parameter_array, parameter_shapes
+from llmkit.checkpoint.files import load_config
+from llmkit.checkpoint.fingerprint import SOURCE
 from llmkit.checkpoint.hub import resolve
 from llmkit.checkpoint.load import DTYPES
-from llmkit.checkpoint.quantized import read_quantized
+from llmkit.checkpoint.nf4 import open_nf4
+from llmkit.checkpoint.quantized import is_bitsandbytes, read_quantized
 from llmkit.checkpoint.save import save_weights
 from llmkit.checkpoint.weights import EMBEDDING, HEAD
 from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels.format import QuantizedMatrix, Weight, widen
 from llmkit.lora.adapter import Adapter, check_base, read_adapter
+from llmkit.quant.nf4 import Nf4Matrix
 
 Progress = Callable[[int, int], None]  # weights done, weights in all
 
@@ -53,22 +56,48 @@ def merge(
     Raises CheckpointError for what is damaged or does not fit, UsageError for an output that may not be replaced.
     """
     source = resolve(model)
-    config, weights = read_quantized(source)
+    config, weights = _read(source)
     wanted = read_adapter(adapter, config)
     if not any_base:
         check_base(wanted, source)
     target = Path(output).expanduser()
     if target.exists() and any(target.resolve() in (one.resolve(), *one.resolve().parents) for one in (source, wanted.folder)):
         raise UsageError(f"{target} would be replaced while it is read. Choose another output folder.")
-    schemes = sorted({weight.scheme for weight in weights.values() if isinstance(weight, QuantizedMatrix)})
+    schemes = sorted({scheme for weight in weights.values() if (scheme := _scheme(weight)) is not None})
     kind = DTYPES[_dtype(config, weights, bool(schemes)) if dtype is None else dtype_name(dtype)]
     merger = _Merger(config, weights, wanted, progress)
-    save_weights(merger.config, target, merger.meta(kind), merger.realise, source=source, dtype=kind, overwrite=overwrite)
+    template = wanted.folder / "chat_template.jinja"  # the one it was trained with, in place of the model's
+    more = (template,) if template.is_file() else ()
+    save_weights(merger.config, target, merger.meta(kind), merger.realise, source=source, more=more, dtype=kind, overwrite=overwrite)
     nbytes = sum(tensor.nbytes for tensor in merger.meta(kind).values())
     return MergeReport(target, str(kind).removeprefix("torch."), nbytes, " and ".join(schemes))
 
 
-def _dtype(config: ModelConfig, weights: dict[str, Weight], quantized: bool) -> str:
+Stored = Weight | Nf4Matrix
+
+
+def _read(folder: Path) -> tuple[ModelConfig, dict[str, Stored]]:
+    """The weights of a folder in whatever layout, mapped."""
+    config = load_config(folder)
+    if not is_bitsandbytes(config):
+        return config, dict(read_quantized(folder)[1])
+    assignment, matrices = open_nf4(folder, config)
+    found = {name: parameter_array(piece) for name, piece in assignment.pieces.items()}
+    return config, {name: matrices[name] if name in matrices else found[name] for name in parameter_shapes(config)}
+
+
+def _scheme(weight: Stored) -> str | None:
+    return weight.scheme if isinstance(weight, QuantizedMatrix) else weight.kind if isinstance(weight, Nf4Matrix) else None
+
+
+def _dense(weight: Stored) -> Tensor:
+    """A weight, float32, in memory of its own."""
+    if isinstance(weight, Nf4Matrix):
+        return weight.dequantize()
+    return torch.from_numpy(np.array(weight.dequantize() if isinstance(weight, QuantizedMatrix) else widen(weight), np.float32))
+
+
+def _dtype(config: ModelConfig, weights: dict[str, Stored], quantized: bool) -> str:
     if quantized:
         return config.dtype if config.dtype in ("float16", "bfloat16") else "bfloat16"
     largest = max((weight for weight in weights.values() if isinstance(weight, np.ndarray)), key=lambda weight: weight.nbytes)
@@ -78,11 +107,11 @@ def _dtype(config: ModelConfig, weights: dict[str, Weight], quantized: bool) -> 
 class _Merger:
     """The merged weights, each made when it is asked for."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Weight], adapter: Adapter, progress: Progress | None) -> None:
+    def __init__(self, config: ModelConfig, weights: dict[str, Stored], adapter: Adapter, progress: Progress | None) -> None:
         self.weights, self.adapter, self.progress = weights, adapter, progress
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.done, self.config = 0, config
-        hf = {name: value for name, value in config.hf.items() if name != "quantization_config"}
+        hf = {name: value for name, value in config.hf.items() if name not in ("quantization_config", SOURCE)}
         if config.tie_word_embeddings and self._parts_head():
             self.shapes[HEAD] = self.shapes[EMBEDDING]
             hf["tie_word_embeddings"] = False
@@ -99,10 +128,8 @@ class _Merger:
 
     def realise(self, name: str) -> Tensor:
         """One weight, float32."""
-        stored: Any = self.adapter.replaced.get(name)
-        if stored is None:
-            stored = self.weights[EMBEDDING if name == HEAD and HEAD not in self.weights else name]
-        out = torch.from_numpy(np.array(stored.dequantize() if isinstance(stored, QuantizedMatrix) else widen(stored), np.float32))
+        base = EMBEDDING if name == HEAD and HEAD not in self.weights else name
+        out = _dense(self.adapter.replaced[name] if name in self.adapter.replaced else self.weights[base])
         path = name.removesuffix(".weight")
         term = self.adapter.linears.get(path) if name.endswith(".weight") else None
         if term is not None:

@@ -121,7 +121,7 @@ class _Writer:
         self.rules = writing_rules(family(config.model_type))
         self.linears = {path: (_plain(a), _plain(b)) for path, (a, b) in linears.items()}
         self.magnitudes = {path: _plain(magnitude) for path, magnitude in magnitudes.items()}
-        self.replaced = {name: tensor.detach() for name, tensor in replaced.items()}
+        self.replaced = {name: tensor.detach().cpu() for name, tensor in replaced.items()}
         if config.tie_word_embeddings and EMBEDDING in self.replaced:
             self.replaced.setdefault(HEAD, self.replaced[EMBEDDING])  # ours is the head too; PEFT's is a copy beside it
         self.problems: list[str] = []
@@ -254,8 +254,8 @@ class _Writer:
                 if lacking := [ours for ours in stored.ours if ours not in self.replaced]:
                     self.problems.append(f"{path} trained as a whole without {', '.join(lacking)}, which PEFT saves together with it")
                     continue
-                whole = torch.cat([self.replaced[ours] for ours in stored.ours])
-                out[stored.name] = whole.T if stored.transpose else whole.clone()
+                whole = torch.cat([self.replaced[ours] for ours in stored.ours])  # a copy: two tensors of a file share no memory
+                out[stored.name] = whole.T if stored.transpose else whole
                 module = stored.name.rpartition(".")[0]
                 if module not in self.saved:
                     self.saved.append(module)

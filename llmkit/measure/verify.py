@@ -44,11 +44,19 @@ class Check:
 
 
 def verify(
-    model: str | Path, *, length: int | None = None, seed: int = 0, device: str | None = None, threads: int | None = None
+    model: str | Path,
+    *,
+    length: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    threads: int | None = None,
+    adapter: str | Path | None = None,
+    any_base: bool = False,
 ) -> list[Check]:
     """Check the model in a folder; never raises for a difference, only for a model that does not load.
 
     length: tokens of the random test prompt; by default past the smallest sliding window, within the context.
+    adapter: check the model with it, against PEFT's reading of both, and beside the model without it in one batch.
     """
     from llmkit.folder import read_folder
     from llmkit.llm import load
@@ -63,23 +71,32 @@ def verify(
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, length).tolist()
 
     dtype = None if config.hf.get("quantization_config") else "float32"
-    llm = load(model, dtype=dtype, device=device, threads=threads, kv_bits=32)
-    whole = steps(llm.new_backend(), [ids], [length])[0]
-    checks = _against_transformers(llm, ids, whole, new)
+    llm = load(model, dtype=dtype, device=device, threads=threads, kv_bits=32, adapter=adapter, any_base=any_base)
+    name = llm.adapter_name(...)
+
+    def run(prompts: list[list[int]], sizes: list[int]) -> list[np.ndarray]:
+        return steps(llm.new_backend(), prompts, sizes, [name] * len(prompts))
+
+    whole = run([ids], [length])[0]
+    trained = None if name is None else llm.adapter_folders[name]
+    checks = _against_transformers(llm, ids, whole, new, trained)
     halves = [length // 3, length - length // 3]
     one_by_one = [length - min(length - 1, 32)] + [1] * min(length - 1, 32)
     # The native kernels give equal bits, but never compute without a cache: PyTorch does, the same sums in another order.
     other, same = (PARITY, 0.0) if llm.runner.exact else (CONSISTENCY, CONSISTENCY)
-    uncached = _uncached(folder, ids, dtype, device)
-    checks.append(_compare("cached vs uncached", uncached, lambda: steps(llm.new_backend(), [ids], one_by_one)[0], other))
-    checks.append(_compare("chunked vs whole prefill", whole, lambda: steps(llm.new_backend(), [ids], halves)[0], same))
+    uncached = _uncached(folder, ids, dtype, device, trained)
+    checks.append(_compare("cached vs uncached", uncached, lambda: run([ids], one_by_one)[0], other))
+    checks.append(_compare("chunked vs whole prefill", whole, lambda: run([ids], halves)[0], same))
     ragged = [ids, ids[: length // 2], ids[length // 4 :], ids[-1:]]
-    single = np.concatenate([steps(llm.new_backend(), [row], [len(row)])[0] for row in ragged])
-    checks.append(_compare("batch vs single", single, lambda: np.concatenate(steps(llm.new_backend(), ragged, [length])), same))
+    single = np.concatenate([run([row], [len(row)])[0] for row in ragged])
+    checks.append(_compare("batch vs single", single, lambda: np.concatenate(run(ragged, [length])), same))
+    if name is not None:
+        mixed = steps(llm.new_backend(), [ids, ids], [length], [None, name])
+        checks.append(_compare("beside the base vs alone", whole, lambda: mixed[1], same))
     return checks
 
 
-def _uncached(folder: ModelFolder, ids: list[int], dtype: str | None, device: str | None) -> np.ndarray:
+def _uncached(folder: ModelFolder, ids: list[int], dtype: str | None, device: str | None, adapter: Path | None) -> np.ndarray:
     """The logits of the PyTorch model for a whole text at once, without a cache."""
     import torch
 
@@ -87,6 +104,11 @@ def _uncached(folder: ModelFolder, ids: list[int], dtype: str | None, device: st
 
     place = device or "cpu"
     model = load_model(folder.path, dtype, place).eval()
+    if adapter is not None:
+        from llmkit.lora.adapter import read_adapter
+        from llmkit.lora.apply import adapted
+
+        model = adapted(model, read_adapter(adapter, folder.config))
     with torch.inference_mode():
         return model(torch.tensor([ids], device=place))[0].float().cpu().numpy()
 
@@ -98,8 +120,11 @@ def default_length(config: ModelConfig) -> int:
     return max(2, min(wanted, config.max_position_embeddings - min(GREEDY_TOKENS, config.max_position_embeddings // 2)))
 
 
-def steps(backend: Backend, prompts: list[list[int]], sizes: list[int]) -> list[np.ndarray]:
-    """The logits `[len(prompt), vocab]` of each prompt, all prompts passed side by side in pieces of these sizes."""
+def steps(backend: Backend, prompts: list[list[int]], sizes: list[int], adapters: list[str | None] | None = None) -> list[np.ndarray]:
+    """The logits `[len(prompt), vocab]` of each prompt, all prompts passed side by side in pieces of these sizes.
+
+    adapters: one for each prompt.
+    """
     blocks = -(-max(map(len, prompts)) // backend.block_size)
     table = np.arange(blocks * len(prompts), dtype=np.int32).reshape(len(prompts), blocks)
     contexts = np.asarray([len(prompt) for prompt in prompts], dtype=np.int32)
@@ -116,7 +141,7 @@ def steps(backend: Backend, prompts: list[list[int]], sizes: list[int]) -> list[
             owners,
             [table for _ in backend.cache_windows],
             contexts,
-            [None] * len(prompts),
+            adapters or [None] * len(prompts),
             np.arange(len(tokens), dtype=np.int32),
         )
         for row, owner in enumerate(owners):
@@ -137,8 +162,9 @@ def _compare(name: str, reference: np.ndarray, ours: Callable[[], np.ndarray], l
     return Check(name, difference <= limit, difference, limit, "" if np.isfinite(difference) else NOT_FINITE)
 
 
-def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int) -> list[Check]:
-    names = ("logits vs transformers", "greedy tokens vs transformers")
+def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int, adapter: Path | None) -> list[Check]:
+    other = "transformers" if adapter is None else "PEFT"
+    names = (f"logits vs {other}", f"greedy tokens vs {other}")
     if llm.config.hf.get("quantization_config"):  # transformers would take random weights in their place
         return [Check(name, None, note="quantized: llmkit eval --reference compares it") for name in names]
     import torch
@@ -149,9 +175,13 @@ def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         theirs = transformers.AutoModelForCausalLM.from_pretrained(llm.folder.path, dtype=torch.float32, trust_remote_code=False).eval()
+        if adapter is not None:
+            from peft import PeftModel
+
+            theirs = PeftModel.from_pretrained(theirs, adapter).eval().get_base_model()  # with the adapter in it
     except Exception as error:  # whatever keeps transformers from loading it is the note of the rows
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return [Check(name, None, note=f"transformers could not load it: {reason}") for name in names]
+        return [Check(name, None, note=f"{other} could not load it: {reason}") for name in names]
 
     prompt = torch.tensor([ids])
     with torch.inference_mode():

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from llmkit.checkpoint import hub
-from llmkit.checkpoint.hub import needed_files, resolve
+from llmkit.checkpoint.hub import ADAPTER, needed_files, resolve
 from llmkit.errors import CheckpointError, LLMKitError, UsageError
 
 from . import raw
@@ -123,6 +123,19 @@ def test_only_needed_files_are_fetched(server: FakeHub) -> None:
     server.fetched.clear()
     assert resolve("org/m") == folder
     assert server.fetched == []  # it is in the cache
+
+
+def test_an_adapter_is_a_kind_of_its_own(server: FakeHub) -> None:
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "tokenizer.json": b"{ }"}
+    server.repositories["org/a"] = adapter | CLUTTER | {"model.safetensors": b"x", "adapter_model.bin": b"x"}
+    assert {path.name: path.read_bytes() for path in resolve("org/a", kind=ADAPTER).iterdir()} == adapter
+    assert sorted(server.fetched) == sorted(adapter)
+    server.repositories["org/m"] = SIDE | {"model.safetensors": b"weights"}
+    with pytest.raises(CheckpointError, match=r"org/m on the hub has no adapter_config\.json, so it is no adapter llmkit can load"):
+        resolve("org/m", kind=ADAPTER)
+    server.repositories["org/b"] = {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}
+    with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors. Pickle files \(adapter_model\.bin\) can run code"):
+        resolve("org/b", kind=ADAPTER)
 
 
 def test_shards_are_those_of_the_index(server: FakeHub) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.files import open_checkpoint, read_json
+from llmkit.checkpoint.fingerprint import folder_fingerprint, parse_fingerprint
 from llmkit.checkpoint.load import load_model, load_model_with_report
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.quantized import read_quantized
@@ -167,6 +168,7 @@ def test_the_folder(tmp_path: Path) -> None:
     assert names(out) == ["config.json", "generation_config.json", FILE, "tokenizer.json", "tokenizer_config.json"]
     config = read_json(out / "config.json")
     record = config.pop("quantization_config")
+    assert parse_fingerprint(config.pop("llmkit_source")) == folder_fingerprint(source)
     assert config == {name: value for name, value in read_json(source / "config.json").items() if name != "auto_map"}
     assert (record["quant_method"], record["version"], record["codebook"]) == ("llmkit", 1, list(CODEBOOK))
     assert record["tensors"]["model.embed_tokens.weight"] == {"scheme": "q4", "group": 16, "shape": [config["vocab_size"], 32]}

@@ -260,7 +260,7 @@ class TestBase:
     def test_a_quantized_folder_that_does_not_remember(self, root: Path, tmp_path: Path) -> None:
         shutil.copytree(root / "q4", tmp_path / "q4")
         config = tmp_path / "q4" / "config.json"
-        config.write_text(re.sub(r'"source": \{[^}]*\},', "", config.read_text()))
+        config.write_text(re.sub(r'"llmkit_source": \{[^}]*\},', "", config.read_text()))
         assert folder_fingerprint(tmp_path / "q4") is None
         assert llmkit.load(tmp_path / "q4", adapter=root / "poet", device="cpu").adapters == ("poet",)
 

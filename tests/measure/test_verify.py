@@ -12,13 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmkit
+from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.errors import UsageError
 from llmkit.kernels import NativeBackend, native_problem
+from llmkit.lora.settings import AdapterSettings
+from llmkit.lora.write import write_adapter
 from llmkit.measure.verify import default_length, relative, steps, verify
 from llmkit.model.attention import Attention
 from llmkit.model.backend import TorchBackend
 from tests.families.tiny import tiny_folder
+from tests.lora.peft import random_terms
 from tests.tiny import write_model
 
 
@@ -127,3 +131,17 @@ def test_length(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert default_length(llmkit.load(folder, device="cpu").config) == 16
     with pytest.raises(UsageError, match="length 32 is not between 2 and 31"):
         verify(folder, length=32, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_adapter_is_held_to_peft(tmp_path: Path, runs_in: type) -> None:
+    folder = tiny_folder(tmp_path / "model", "phi3")
+    config, settings = load_config(folder), AdapterSettings(r=3, lora_alpha=5)
+    write_adapter(tmp_path / "adapter", random_terms(config, ("q_proj.", "up_proj."), settings), config, settings)
+    checks = verify(folder, length=40, device="cpu", adapter=tmp_path / "adapter")
+    assert [check.ok for check in checks] == [True] * 6, checks
+    assert [check.name for check in checks[:2]] == ["logits vs PEFT", "greedy tokens vs PEFT"]
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(said | {"target_modules": ["o_proj"]}))  # which PEFT goes by
+    checks = verify(folder, length=40, device="cpu", adapter=tmp_path / "adapter")
+    assert [check.ok for check in checks] == [False, False, True, True, True, True], checks

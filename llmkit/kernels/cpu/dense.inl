@@ -159,3 +159,44 @@ static void dense(const Linear& w, const float* x, int64_t ldx, int64_t tokens, 
 }
 
 static int64_t tile_rows(const Linear& w) { return w.quantized() ? 16 * kQuantPanels : kTile; }
+
+// Low-rank terms: sums over the rank in its order, a lane for each output, so that a result depends on nothing else.
+template <int Tokens, int Vectors>
+static inline void low_rank_tile(const float* b, int64_t n, int64_t rank, const float* x, int64_t ldx, float* y, int64_t ldy) {
+  F acc[Tokens * Vectors];
+#pragma GCC unroll 32
+  for (int i = 0; i < Tokens * Vectors; ++i) acc[i] = zero();
+  for (int64_t r = 0; r < rank; ++r, b += n) {
+    F row[Vectors];
+#pragma GCC unroll 32
+    for (int i = 0; i < Vectors; ++i) row[i] = load(b + 16 * i);
+#pragma GCC unroll 32
+    for (int t = 0; t < Tokens; ++t) {
+      F v = set1(x[t * ldx + r]);
+#pragma GCC unroll 32
+      for (int i = 0; i < Vectors; ++i) acc[t * Vectors + i] = fma(v, row[i], acc[t * Vectors + i]);
+    }
+  }
+  for (int t = 0; t < Tokens; ++t)
+    for (int i = 0; i < Vectors; ++i) store(y + t * ldy + 16 * i, add(load(y + t * ldy + 16 * i), acc[t * Vectors + i]));
+}
+
+template <int Vectors>
+static inline void low_rank_columns(const float* b, int64_t n, int64_t rank, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy) {
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) low_rank_tile<4, Vectors>(b, n, rank, x + t * ldx, ldx, y + t * ldy, ldy);
+  for (; t < tokens; ++t) low_rank_tile<1, Vectors>(b, n, rank, x + t * ldx, ldx, y + t * ldy, ldy);
+}
+
+static void add_low_rank(const float* b, int64_t n, int64_t rank, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last) {
+  int64_t i = first;
+  for (; i + 32 <= last; i += 32) low_rank_columns<2>(b + i, n, rank, x, ldx, tokens, y + i, ldy);
+  for (; i + 16 <= last; i += 16) low_rank_columns<1>(b + i, n, rank, x, ldx, tokens, y + i, ldy);
+  const int rest = int(last - i);
+  for (int64_t t = 0; rest && t < tokens; ++t) {
+    F acc = zero();
+    for (int64_t r = 0; r < rank; ++r) acc = fma(set1(x[t * ldx + r]), load_n(b + r * n + i, rest), acc);
+    float* row = y + t * ldy + i;
+    store_n(row, add(load_n(row, rest), acc), rest);
+  }
+}

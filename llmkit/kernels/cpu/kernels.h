@@ -93,6 +93,8 @@ struct Kernels {
   int64_t (*tile_rows)(const Linear& w);
   void (*dense)(const Linear& w, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, float* scratch);
   void (*quantized)(const Linear& w, const QuantizedRows& x, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, uint8_t* scratch);
+  // y += x B for the columns [first, last) of B [rank, n], for rows x [tokens, ldx] and y [tokens, ldy].
+  void (*add_low_rank)(const float* b, int64_t n, int64_t rank, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last);
   void (*quantize_row)(const float* x, int64_t k, const QuantizedRows& out, int64_t row);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* out);

@@ -4,4 +4,4 @@
 #include "quantized.inl"
 #include "attention.inl"
 
-static const Kernels kTable = {KERNELS_NAME, kSignedDot, tile_rows, dense, quantized, quantize_row, rms_norm, layer_norm, add_scaled, activate, softcap, embed_row, store_kv, attend, merge};
+static const Kernels kTable = {KERNELS_NAME, kSignedDot, tile_rows, dense, quantized, add_low_rank, quantize_row, rms_norm, layer_norm, add_scaled, activate, softcap, embed_row, store_kv, attend, merge};

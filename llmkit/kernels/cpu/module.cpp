@@ -328,7 +328,11 @@ PyObject* plan_add_adapter(PyObject* self, PyObject* list) {
       LowRank& low = adapter.linears[size_t(index)];
       low.rank = rank;
       low.a = floats(item(part, 2));
-      low.b = floats(item(part, 3));
+      const std::vector<float> b = floats(item(part, 3));
+      const size_t columns = size_t(rank), rows = b.size() / columns;
+      low.b.resize(b.size());
+      for (size_t n = 0; n < rows; ++n)
+        for (size_t r = 0; r < columns; ++r) low.b[r * rows + n] = b[n * columns + r];
     }
     int64_t index = 0;
     std::exception_ptr problem;

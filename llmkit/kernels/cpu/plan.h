@@ -19,7 +19,7 @@ struct Norm {
 // y += scale * B (A x), for the tokens of sequences that carry the adapter.
 struct LowRank {
   int64_t rank = 0;
-  std::vector<float> a, b;  // [rank, in_features], [out_features, rank]; b already scaled
+  std::vector<float> a, b;  // [rank, in_features], and transposed [rank, out_features]; b already scaled
 };
 
 enum Slot : int { kQ, kK, kV, kO, kGate, kUp, kDown, kSlots };

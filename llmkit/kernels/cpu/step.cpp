@@ -228,16 +228,14 @@ void Run::product(int thread, const Layer& layer, int slot, const Buffer& in, co
   if (!step.adapters) return;
   const int64_t tile = kernels.tile_rows(w);
   const Range mine = share((w.n + tile - 1) / tile, thread, threads);
-  for (int64_t t = 0; t < step.tokens; ++t) {
+  const int64_t last = std::min(w.n, mine.last * tile);
+  for (int64_t t = 0, end; t < step.tokens && mine.first < mine.last; t = end) {  // runs of tokens with the same adapter
     const Adapter* a = adapter(t);
+    for (end = t + 1; end < step.tokens && adapter(end) == a;) ++end;
     if (!a) continue;
     const LowRank& low = a->linears[size_t(&layer - plan.layers.data()) * kSlots + size_t(slot)];
     const float* reduced = low_rank + (t * kSlots + slot) * max_rank;
-    for (int64_t n = mine.first * tile; low.rank && n < std::min(w.n, mine.last * tile); ++n) {
-      float sum = 0;
-      for (int64_t r = 0; r < low.rank; ++r) sum = std::fma(low.b[size_t(n * low.rank + r)], reduced[r], sum);
-      out.row(t)[n] += sum;
-    }
+    if (low.rank) kernels.add_low_rank(low.b.data(), w.n, low.rank, reduced, kSlots * max_rank, end - t, out.row(t), out.ld, mine.first * tile, last);
   }
 }
 
