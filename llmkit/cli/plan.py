@@ -216,7 +216,7 @@ def _flat(facts: Facts, fit: Fit, device: str) -> dict[str, Any]:
     result: dict[str, Any] = {"model": facts.name, "parameters": facts.parameters, "device": device, **terms}
     result |= {"total_bytes": fit.total, "available_bytes": fit.available, "fits": fit.fits}
     if not fit.fits:
-        result |= {"remedy": " ".join(fit.change.say) if fit.change else None, "remedy_bytes": fit.change.total if fit.change else None}
+        result |= {"remedy": fit.change.text if fit.change else None, "remedy_bytes": fit.change.total if fit.change else None}
         result["remedy_text"] = fit.remedy
     if facts.notes:
         result["note"] = "; ".join(facts.notes)

@@ -42,7 +42,7 @@ class Fit:
         """What to do where it does not fit, in words."""
         if self.change is None:
             return "Nothing that is tried makes it fit: take a smaller model, or a machine with more memory."
-        return f"With {' '.join(self.change.say)} it takes about {shown(self.change.total)}."
+        return f"With {self.change.text} it takes about {shown(self.change.total)}."
 
     def refuse(self) -> None:
         """DoesNotFit, with what takes most, and the remedy."""
@@ -58,8 +58,13 @@ class Fit:
 
 def free(device: str, memory: str | None = None) -> int:
     """The memory to plan with: as given, as LLMKIT_MEMORY says, or what the device has."""
-    said = memory if memory is not None else os.environ.get("LLMKIT_MEMORY")
-    return parse_size(said) if said else available_bytes(device)
+    given = _said(memory)
+    return available_bytes(device) if given is None else given
+
+
+def _said(memory: str | None) -> int | None:
+    text = memory if memory is not None else os.environ.get("LLMKIT_MEMORY")
+    return parse_size(text) if text else None
 
 
 def make_run(config: ModelConfig, positions: int, device: str, **rest: Any) -> Run:
@@ -82,6 +87,7 @@ def check_run(model: str | Path, arguments: Mapping[str, Any]) -> None:
 
     What is wrong with the model or an argument is left to `load`, which says it better.
     """
+    given = _said(None)
     try:
         facts = read_facts(locate(model, arguments.get("revision")), str(model))
         named = arguments.get("draft_model")
@@ -89,10 +95,8 @@ def check_run(model: str | Path, arguments: Mapping[str, Any]) -> None:
         device = arguments.get("device") or default_device()
         positions = arguments.get("ctx_size") or LEAST_POSITIONS
         run = make_run(facts.config, positions, device, dtype=arguments.get("dtype"), kv_bits=arguments.get("kv_bits"))
-        fit = fit_run(facts, run, free(device), draft)
-    except (LLMKitError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, LLMKitError) and os.environ.get("LLMKIT_MEMORY") and "amount of memory" in str(error):
-            raise
+        fit = fit_run(facts, run, available_bytes(device) if given is None else given, draft)
+    except (LLMKitError, OSError, ValueError, RuntimeError):
         return
     fit.refuse()
 

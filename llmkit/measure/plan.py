@@ -159,6 +159,11 @@ class Change:
     say: tuple[str, ...]  # key=value of a recipe, or options of a command
     total: int
 
+    @property
+    def text(self) -> str:
+        first, *rest = self.say
+        return f"{first}, then {' '.join(rest)}," if first.startswith("llmkit") and rest else " ".join(self.say)
+
 
 def cheaper_run(facts: Facts, run: Run, available: int) -> Change | None:
     """The change of an inference run that costs least and fits: a cache of 8 bits, the model in 8 or 4 bits, then a shorter context."""
@@ -169,7 +174,7 @@ def cheaper_run(facts: Facts, run: Run, available: int) -> Change | None:
     caches = [run.kv_bits, 8] if run.on_cpu and run.native and run.kv_bits != 8 else [run.kv_bits]
     options = []
     for (k, (scheme, kind)), (b, bits), (cut, size) in itertools.product(enumerate(kinds), enumerate(caches), enumerate(lengths)):
-        options.append((2 * b + 3 * k + 2 * cut, scheme, kind, bits, size))
+        options.append((b + 2 * k + 3 * cut, scheme, kind, bits, size))
     for _, scheme, kind, bits, size in sorted(options, key=lambda option: option[0]):
         dtype = run.dtype if scheme is None else None
         total = sum(inference(kind, replace(run, positions=size, kv_bits=bits, dtype=dtype)).values())
