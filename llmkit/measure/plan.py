@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from llmkit.config import ModelConfig
 from llmkit.measure.facts import Facts, kv_positions, storage_bytes
-from llmkit.quant.schemes import EMBEDDINGS, Choice, quantizable
+from llmkit.quant.schemes import EMBEDDINGS, NF4, Choice, quantizable
 
 Terms = dict[str, int]  # what takes memory -> bytes at the peak
 
@@ -141,11 +141,14 @@ def _itemsize(dtype: str) -> int:
 
 
 def quantizing(facts: Facts, scheme: str, constants: Constants = CONSTANTS) -> Terms:
-    """`llmkit quantize`: matrix by matrix, so what counts is the largest, as it is stored and as it will be."""
+    """`llmkit quantize`: matrix by matrix, so what counts is the largest as it is stored, and what some rows of it are computed in."""
     largest = max(facts.shapes, key=lambda name: math.prod(facts.shapes[name]))
-    source = storage_bytes(facts.storage[largest], facts.shapes[largest])
-    process = constants.torch_process + (constants.adapter_process if scheme == "nf4" else 0)  # bitsandbytes weighs as much as PEFT
-    return {"process": process, "largest matrix": source, "its codes": math.prod(facts.shapes[largest]), "work": 200_000_000}
+    terms = {"process": constants.torch_process, "largest matrix": storage_bytes(facts.storage[largest], facts.shapes[largest])}
+    if scheme == NF4:
+        terms["process"] += constants.adapter_process  # bitsandbytes weighs as much as PEFT
+        linear = max(map(math.prod, facts.linears.values()))
+        return terms | {"work": 24 * min(1 << 22, linear), "codes": linear // 2}
+    return terms | {"work": 10 * (1 << 21)}
 
 
 def without_zeros(terms: Mapping[str, int]) -> Terms:

@@ -31,7 +31,7 @@ from llmkit.measure import estimate, memory
 from llmkit.measure.facts import config_facts, read_facts
 from llmkit.measure.fit import Fit, fit_run, free, make_run
 from llmkit.measure.fit_training import fit_recipe, recipe_facts
-from llmkit.measure.plan import CONSTANTS, Run, cheaper_run, inference
+from llmkit.measure.plan import CONSTANTS, Run, cheaper_run, inference, quantizing
 from llmkit.measure.plan_training import _saved_numbers, cheaper_recipe, predict, setting, training
 from llmkit.model.backend import TorchBackend
 from llmkit.training.recipe import Recipe, from_dict
@@ -201,6 +201,24 @@ def test_predicted_and_measured_peaks(tmp_path: Path, mid: bool, count: int, ker
     run = Run(count + 4, native=not kernels, **options)
     predicted = sum(inference(read_facts(folder), run).values())
     assert predicted == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)
+
+
+QUANTIZE = """
+import sys
+from llmkit.checkpoint.quantize import quantize_folder
+from llmkit.measure.memory import measured_peak
+quantize_folder(sys.argv[1], sys.argv[2], sys.argv[3], threads=1)
+print(measured_peak())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the constants were measured on Linux")
+@pytest.mark.parametrize("scheme", ["q4", "nf4"])
+def test_predicted_and_measured_peaks_of_quantizing(tmp_path: Path, scheme: str) -> None:
+    folder = zeros_folder(tmp_path / "wide", SMOLLM | {"num_hidden_layers": 1, "vocab_size": 98_304})
+    command = [sys.executable, "-c", QUANTIZE, str(folder), str(tmp_path / "out"), scheme]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert sum(quantizing(read_facts(folder), scheme).values()) == pytest.approx(int(done.stdout), rel=0.15)
 
 
 def test_a_run_on_a_gpu_counts_what_lies_on_it() -> None:
