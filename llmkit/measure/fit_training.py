@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llmkit.backends import default_device
 from llmkit.checkpoint.hub import locate
@@ -51,8 +52,14 @@ def recipe_facts(recipe: Recipe) -> Facts | None:
 
 
 def _teacher(recipe: Recipe) -> Facts | None:
-    named = getattr(recipe, "teacher", None)
-    return None if not named else read_facts(locate(named), named)
+    distill: Any = getattr(recipe, "distill", None)
+    if distill is None:
+        return None
+    try:
+        facts = read_facts(locate(distill.teacher), distill.teacher)
+    except LLMKitError:  # not here yet, or wrong, which the run says better
+        return None
+    return facts.quantized_as(distill.quantize) if distill.quantize is not None and not facts.quantized else facts
 
 
 def data_size(recipe: Recipe) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llmkit.checkpoint.weights import EMBEDDING, HEAD
 from llmkit.config import LayerConfig, ModelConfig
 from llmkit.measure.facts import Facts, Storage, storage_bytes
 from llmkit.measure.plan import CONSTANTS, Change, Constants, Terms, attention_sizes, without_zeros
-from llmkit.quant.schemes import NF4, Choice, choose
+from llmkit.quant.schemes import Choice, choose
 from llmkit.training.recipe import Recipe
 
 
@@ -20,7 +20,6 @@ class Setting:
     """What of a recipe decides its memory."""
 
     tokens: int  # in one forward pass
-    targets: int  # of them, that go through the head
     length: int
     lora: bool
     rank: int
@@ -31,7 +30,7 @@ class Setting:
     accumulates: bool
     optimizer: str
     ema: bool
-    dtype: str
+    bfloat16: bool  # of products, on a GPU
     loss: str
 
     @property
@@ -39,32 +38,26 @@ class Setting:
         return self.factors + self.saved
 
 
-def setting(recipe: Recipe, facts: Facts, checkpointing: bool | None = None) -> Setting:
-    """checkpointing: what "auto" is to mean."""
+def setting(recipe: Recipe, facts: Facts, checkpointing: bool = False) -> Setting:
+    """checkpointing: what the recipe leaves open is decided so."""
     lora: Any = getattr(recipe, "lora", None)
-    adapts = getattr(recipe, "train", "full") == "lora"
     length = recipe.max_length or min(2048, facts.config.max_position_embeddings)
-    loss = getattr(recipe, "loss", "sft")
-    # A preference row is two: chosen and rejected.
-    rows = recipe.batch_size * (2 if loss in ("dpo", "orpo") else 1)
-    factors, saved = _adapter_numbers(lora, facts) if adapts else (0, facts.parameters)
+    factors, saved = (0, facts.parameters) if lora is None else _adapter_numbers(lora, facts)
     said = getattr(recipe, "checkpointing", False)
-    said = checkpointing if said == "auto" else said
     return Setting(
-        tokens=rows * length,
-        targets=rows * length,
+        tokens=recipe.batch_size * length,
         length=length,
-        lora=adapts,
-        rank=lora.r if adapts else 0,
+        lora=lora is not None,
+        rank=0 if lora is None else lora.r,
         factors=factors,
         saved=saved,
-        quantize=getattr(recipe, "quantize", None) if adapts else None,
-        checkpointing=bool(said) and str(said).lower() != "false",
+        quantize=getattr(recipe, "quantize", None),
+        checkpointing=checkpointing if said is None else bool(said),
         accumulates=recipe.grad_accumulation > 1,
         optimizer=recipe.optimizer,
         ema=recipe.ema is not None,
-        dtype=recipe.dtype,
-        loss=loss,
+        bfloat16=recipe.dtype != "float32",
+        loss=getattr(recipe, "loss", "sft"),
     )
 
 
@@ -81,12 +74,12 @@ def _adapter_numbers(lora: Any, facts: Facts) -> tuple[int, int]:
 
 
 def base_storage(name: str, shape: tuple[int, ...], stored: Storage, how: Setting) -> Storage:
-    """How a frozen or trained parameter is held: float32, or the codes of a 4-bit base."""
-    if isinstance(stored, Choice):
-        return stored
-    if how.quantize is not None:
-        return choose(how.quantize, name, shape) or ("F32" if how.quantize != NF4 else stored)
-    return "F32"
+    """How a parameter is held: float32 where it is trained, else as it is stored, or in the codes of a 4-bit base."""
+    if not how.lora:
+        return "F32"
+    if how.quantize is not None and not isinstance(stored, Choice):
+        return choose(how.quantize, name, shape) or stored
+    return stored
 
 
 def training(
@@ -94,44 +87,49 @@ def training(
 ) -> Terms:
     """A training run at its fullest: in the backward pass of a step after the first."""
     config, on_cpu = facts.config, device.startswith("cpu")
+    size = 2 if how.bfloat16 and not on_cpu else 4  # of a number that flows between linears
     terms: Terms = {}
     if on_cpu:
         terms["process"] = constants.training_process + int(constants.tokenizer * facts.tokenizer_bytes)
-        terms["process"] += constants.adapter_process if how.lora or how.quantize == NF4 else 0
+        terms["process"] += constants.adapter_process if how.lora else 0
         terms["data"] = int(constants.data * data_bytes)
     else:
         terms["process"] = constants.cuda_context
     held = {name: base_storage(name, shape, facts.storage[name], how) for name, shape in facts.shapes.items()}
     terms["weights"] = sum(storage_bytes(storage, facts.shapes[name]) for name, storage in held.items())
+    if on_cpu and how.quantize is not None and not facts.quantized:
+        terms["pages of the file it was quantized from"] = facts.stored_bytes
     if how.lora:
-        terms["adapters"] = 4 * how.trained
+        terms["adapters"] = 4 * how.factors
+    elif how.loss == "dpo":
+        terms["the model as it was"] = terms["weights"]
     if teacher is not None:
         terms["teacher"] = teacher.stored_bytes
-    gradients = 4 * how.trained
     terms["optimizer"] = _optimizer_bytes(how, facts)
     if how.ema:
         terms["average of the weights"] = 4 * how.trained
 
-    size = 4 if how.dtype == "float32" or on_cpu else 2
-    saved = [_saved_numbers(config, layer, how) for layer in config.layers]
-    if how.checkpointing:
-        activations = how.tokens * (config.num_hidden_layers * config.hidden_size * 4 + max(saved) * size)
+    layers = [_saved_numbers(config, layer, how) for layer in config.layers]
+    if how.checkpointing:  # what attention gave is kept; see model/transformer.py
+        kept = 4 * config.hidden_size + size * (config.num_attention_heads * config.head_dim + config.num_attention_heads)
+        activations = how.tokens * (len(layers) * kept + size * max(layers))
     else:
-        activations = how.tokens * sum(saved) * size
+        activations = how.tokens * size * sum(layers)
     activations += how.tokens * 3 * config.hidden_size * 4  # embedding, final norm and what the loss keeps
-    rows = min(how.targets, max(1, constants.logit_elements // config.vocab_size))
+    rows = min(how.tokens, max(1, constants.logit_elements // config.vocab_size))
     logits = constants.logit_copies * (2 if how.loss == "distill" else 1) * rows * config.vocab_size * 4
+    head = EMBEDDING if HEAD not in facts.shapes else HEAD
+    logits += 0 if held[head] == "F32" else math.prod(facts.head) * 4  # widened for the product
     inner = max(_mlp_numbers(config, layer) for layer in config.layers)
-    backward = how.tokens * (5 * inner + 3 * config.hidden_size) * size
-    widened = 4 * max(math.prod(shape) for shape in facts.linears.values()) if any(s != "F32" for s in held.values()) else 0
+    narrow = [math.prod(facts.shapes[name]) for name in facts.linears if held[name] != "F32"]
+    backward = how.tokens * (5 * inner // 2 + 3 * config.hidden_size) * size + 4 * max(narrow, default=0)
     terms["activations"] = activations
-    if how.lora:
-        terms["gradients"] = gradients
-        terms["logits and backward buffers"] = max(logits, backward + widened)
-    else:
+    gradients = 4 * how.trained
+    if not how.lora and not how.accumulates:
         # While gradients come, activations go; those of head and embedding come first and last.
-        terms["gradients"] = gradients if how.accumulates else max(0, gradients - activations) + 4 * math.prod(facts.head)
-        terms["logits and backward buffers"] = max(logits, backward)
+        gradients = max(0, gradients - activations) + 4 * math.prod(facts.head)
+    terms["gradients"] = gradients
+    terms["logits or backward buffers"] = max(logits, backward)
     return without_zeros(terms)
 
 
@@ -185,54 +183,45 @@ def cheaper_recipe(
     recipe: Recipe, facts: Facts, available: int, device: str = "cpu", teacher: Facts | None = None, data_bytes: int = 0
 ) -> Change | None:
     """The change of a recipe that costs least and fits: fewer rows at once (with more accumulation the run stays the same), then
-    checkpointing (a third slower), then a base in 8 or 4 bits, then shorter rows, then adapters instead of all weights."""
-    how = setting(recipe, facts, True)
-    rows, length = recipe.batch_size, how.length
+    checkpointing (a quarter slower), then a base in 8 or 4 bits, then shorter rows, then an adapter instead of all weights."""
+    how = setting(recipe, facts)
+    rows = recipe.batch_size
     batches = [rows >> n for n in range(rows.bit_length())]
-    lengths = [size for n in range(8) if (size := length >> n) >= min(length, 128)]
-    checkpoints = [False, True] if hasattr(recipe, "checkpointing") and not how.checkpointing else [how.checkpointing]
-    has_lora = hasattr(recipe, "train")
-    bases: list[tuple[bool, str | None]] = [(how.lora, how.quantize)]
+    lengths = [size for n in range(8) if (size := how.length >> n) >= min(how.length, 128)]
+    # A recipe that leaves checkpointing open turns it on by itself where that makes it fit.
+    open_, known = getattr(recipe, "checkpointing", None) is None, hasattr(recipe, "checkpointing")
+    checkpoints = [True] if open_ and known else [False, True] if known and not how.checkpointing else [how.checkpointing]
+    kinds: list[tuple[bool, str | None]] = [(how.lora, how.quantize)]
     if how.lora and how.quantize is None and not facts.quantized:
-        bases += [(True, "q8"), (True, "q4")]
-    elif not how.lora and has_lora:
-        bases += [(True, None), (True, "q8"), (True, "q4")]
+        kinds += [(True, "q8"), (True, "q4")]
+    elif not how.lora and hasattr(recipe, "lora") and isinstance(recipe.model, str):
+        kinds += [(True, None), (True, "q8"), (True, "q4")]
     options = []
-    for (b, batch), checkpoint, (base, (lora, scheme)), (cut, size) in itertools.product(
-        enumerate(batches), checkpoints, enumerate(bases), enumerate(lengths)
+    for (b, batch), (c, checkpoint), (k, (lora, scheme)), (cut, size) in itertools.product(
+        enumerate(batches), enumerate(checkpoints), enumerate(kinds), enumerate(lengths)
     ):
-        cost = b + (3 if checkpoint and not how.checkpointing else 0) + 10 * base + 20 * cut
+        cost = b + 3 * c + 20 * cut + (10 if how.lora else 15) * k
         options.append((cost, batch, checkpoint, lora, scheme, size))
     for _, batch, checkpoint, lora, scheme, size in sorted(options, key=lambda option: option[0]):
-        tried = _changed(how, recipe, facts, batch, checkpoint, lora, scheme, size)
+        tokens, accumulates = batch * size, how.accumulates or batch < rows
+        tried = replace(how, tokens=tokens, length=size, checkpointing=checkpoint, accumulates=accumulates, quantize=scheme)
+        if lora and not how.lora:
+            factors, saved = _adapter_numbers(_Rank16(), facts)
+            tried = replace(tried, lora=True, rank=_Rank16.r, factors=factors, saved=saved)
         total = sum(training(tried, facts, device, teacher, data_bytes).values())
         if total <= available:
-            return Change(tuple(_recipe_words(recipe, how, batch, checkpoint, lora, scheme, size)), total)
+            words = ["lora={}"] if lora and not how.lora else []
+            if batch != rows:
+                words += [f"batch_size={batch}", f"grad_accumulation={-(-rows * recipe.grad_accumulation // batch)}"]
+            words += ["checkpointing=true"] if checkpoint and not how.checkpointing and not open_ else []
+            words += [f"quantize={scheme}"] if scheme != how.quantize else []
+            words += [f"max_length={size}"] if size != how.length else []
+            return Change(tuple(words), total)
     return None
 
 
-def _changed(
-    how: Setting, recipe: Recipe, facts: Facts, batch: int, checkpoint: bool, lora: bool, scheme: str | None, size: int
-) -> Setting:
-    tokens = how.tokens * batch * size // (recipe.batch_size * how.length)
-    accumulates = how.accumulates or batch < recipe.batch_size
-    changed = replace(how, tokens=tokens, targets=tokens, length=size, checkpointing=checkpoint, accumulates=accumulates, quantize=scheme)
-    if lora and not how.lora:
-        settings: Any = getattr(recipe, "lora", None)
-        factors, saved = _adapter_numbers(settings, facts)
-        changed = replace(changed, lora=True, rank=settings.r, factors=factors, saved=saved)
-    return changed
+@dataclass(frozen=True)
+class _Rank16:
+    """An adapter as `lora: {}` makes it."""
 
-
-def _recipe_words(recipe: Recipe, how: Setting, batch: int, checkpoint: bool, lora: bool, scheme: str | None, size: int) -> Iterator[str]:
-    if lora and not how.lora:
-        yield "train=lora"
-    if batch != recipe.batch_size:
-        yield f"batch_size={batch}"
-        yield f"grad_accumulation={-(-recipe.batch_size * recipe.grad_accumulation // batch)}"
-    if checkpoint and not how.checkpointing:
-        yield "checkpointing=true"
-    if scheme != how.quantize:
-        yield f"quantize={scheme}"
-    if size != how.length:
-        yield f"max_length={size}"
+    r: int = 16

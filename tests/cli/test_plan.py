@@ -93,14 +93,15 @@ def test_a_recipe(said: Said, large: Path, tmp_path: Path) -> None:
     assert result["optimizer_bytes"] == 8 * result["parameters"] == 8 * result["trained_parameters"]
     assert "expected_loss" not in result  # it is not trained from scratch
     assert result["training_flops"] > 6 * 1.2e9 * result["tokens"]
-    code, out, err = said("plan", large, recipe, "--memory", "24GB")
+    needed = json.loads(said("plan", large, recipe, "--memory", "64GB", "--json")[1])["total_bytes"]
+    assert needed > result["total_bytes"]
+    code, out, err = said("plan", large, recipe, "--memory", needed - 1)
     assert (code, err) == (4, "")
     assert "It does not fit. With " in out
     assert "estimate of training" in out
-    code, out, _ = said("plan", large, recipe, "--memory", "29GB", "--json")
-    remedy = json.loads(out)["remedy"].split()
-    assert code == 4
-    assert said("plan", large, recipe, *remedy, "--memory", "29GB")[0] == 0  # what is proposed is taken as it stands
+    remedy = json.loads(said("plan", large, recipe, "--memory", needed - 1, "--json")[1])["remedy"].split()
+    assert remedy == ["batch_size=4", "grad_accumulation=2"]
+    assert said("plan", large, recipe, *remedy, "--memory", needed - 1)[0] == 0  # what is proposed is taken as it stands
 
 
 def test_a_recipe_from_scratch_and_its_cost(said: Said, tmp_path: Path) -> None:
