@@ -92,11 +92,11 @@ def prepare(model: ModelFolder, options: Options, adapters: Sequence[Adapter] = 
     Raises CheckpointError (damaged, or not of this config), UsageError (an option that is wrong or without effect here) and DoesNotFit.
     """
     folder, config = model.path, model.config
-    device = _default_device() if options.device is None else str(options.device)
+    device = default_device() if options.device is None else str(options.device)
     on_cpu = re.fullmatch(r"cpu(:\d+)?", device) is not None
     if on_cpu and _is_quantized(model) and options.dtype is not None:
         raise UsageError(f"dtype {options.dtype!r} has no effect on a CPU where the weights are quantized, as in {folder}. Leave it out.")
-    problem = (native_problem(config) or _layout_problem(config)) if on_cpu else None
+    problem = pytorch_reason(config) if on_cpu else None
     if on_cpu and problem is None:
         problem = next((adapter.native_problem for adapter in adapters if adapter.native_problem is not None), None)
     try:
@@ -113,8 +113,10 @@ def _is_quantized(model: ModelFolder) -> bool:
     return bool(model.config.hf.get("quantization_config"))
 
 
-def _layout_problem(config: ModelConfig) -> str | None:
-    """Why the native kernels cannot run the weights as they are stored."""
+def pytorch_reason(config: ModelConfig) -> str | None:
+    """Why PyTorch runs a model on this CPU: what the native kernels lack, here or for its weights; None: they run it."""
+    if (problem := native_problem(config)) is not None:
+        return problem
     return "they do not run bitsandbytes' 4 bits; a folder of `llmkit quantize --scheme q4` is faster" if is_bitsandbytes(config) else None
 
 
@@ -184,7 +186,7 @@ def _torch(folder: Path, device: str, options: Options, problem: str | None, ada
     )
 
 
-def _default_device() -> str:
+def default_device() -> str:
     """cuda or mps where there is one, else cpu; torch is asked only where there may be one."""
     if not _may_have_gpu():
         return "cpu"

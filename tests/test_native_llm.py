@@ -130,14 +130,14 @@ class TestWhereTheDeviceIsNotSaid:
     def test_without_a_driver_torch_is_not_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, "_may_have_gpu", lambda: False)
         monkeypatch.setitem(sys.modules, "torch", None)  # an import would raise
-        assert backends._default_device() == "cpu"
+        assert backends.default_device() == "cpu"
 
     @pytest.mark.parametrize(("cuda", "mps", "expected"), [(True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")])
     def test_with_one_torch_decides(self, monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
         monkeypatch.setattr(backends, "_may_have_gpu", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        assert backends._default_device() == expected
+        assert backends.default_device() == expected
 
     def test_signs_of_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []

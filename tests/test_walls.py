@@ -35,6 +35,7 @@ NO_TORCH = [
     *("__init__", "config", "errors", "results", "folder", "reply", "drafting", "backends", "llm"),
     *("families", "frequencies", "kernels/__init__", "kernels/native", "text", "engine", "checkpoint/files", "checkpoint/hub", "cli"),
     *("checkpoint/fingerprint", "lora/__init__", "lora/adapter", "lora/settings", "adapters"),
+    *(f"measure/{name}" for name in ("estimate", "facts", "fit", "fit_training", "memory", "plan", "plan_training")),
 ]
 
 
@@ -107,6 +108,7 @@ def test_rooms_without_torch(where: str) -> None:
         "from llmkit.cli.main import run; assert run(['train', '--help']) == 0",
         "from llmkit.cli.main import run; assert run(['merge', '--help']) == 0",
         "import llmkit.adapters, llmkit.lora.adapter, llmkit.checkpoint.fingerprint",
+        "from llmkit.cli.main import run; assert run(['plan', 'llmkit/stories', '--device', 'cpu', '--json']) == 0",
         "import llmkit.engine.generate, llmkit.text.tokenizer, llmkit.families, llmkit.checkpoint.files, llmkit.checkpoint.hub",
     ],
 )

@@ -53,6 +53,21 @@ def resolve(model: str | Path, revision: str | None = None, kind: Kind = MODEL) 
 
     Raises UsageError for a name that can be neither, CheckpointError where the model cannot be had.
     """
+    found = _read_name(model, revision, kind)
+    return found if isinstance(found, Path) else _from_hub(*found, kind)
+
+
+def locate(model: str | Path, revision: str | None = None) -> Path:
+    """As `resolve`, but nothing is downloaded, and no network asked: a folder, or what the hub cache has of a hub id.
+
+    Of a model whose download is not complete that may be config.json alone.
+    """
+    found = _read_name(model, revision, MODEL)
+    return found if isinstance(found, Path) else _from_cache(*found, MODEL, "nothing is downloaded to look at it", "Download it")
+
+
+def _read_name(model: str | Path, revision: str | None, kind: Kind) -> Path | tuple[str, str | None]:
+    """A folder, or the name and revision of a hub id."""
     text = str(model)
     if not text.strip():
         raise UsageError(f"The {kind.name} has no name. Give the path of {kind.article} folder, or a hub id like org/name.")
@@ -77,7 +92,7 @@ def resolve(model: str | Path, revision: str | None = None, kind: Kind = MODEL) 
         raise UsageError(f"{text!r} is neither a folder nor a hub id. Give the path of {kind.article} folder, or a hub id like org/name.")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise UsageError(f"revision {revision!r} cannot be a branch, tag or commit. Give one as the hub shows it, such as main.")
-    return _from_hub(name, revision, kind)
+    return name, revision
 
 
 def needed_files(names: Iterable[str], shards: Iterable[str] = ()) -> list[str]:

@@ -38,6 +38,7 @@ def chat(prompt: str | None, system: str | None, verbose: bool, **_: object) -> 
     the input is one message and only the reply is printed.
     """
     from llmkit.llm import embedded_model, load
+    from llmkit.measure.fit import check_run
 
     interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     message = "" if interactive else read_input("-") if prompt in (None, "-") else str(prompt)
@@ -47,7 +48,9 @@ def chat(prompt: str | None, system: str | None, verbose: bool, **_: object) -> 
     if not interactive and len(arguments.get("adapter", ())) > 1:
         raise click.UsageError("one message is answered with one adapter; give --adapter once.", click.get_current_context())
 
-    llm = load(model_name(embedded_model), **arguments)
+    model = model_name(embedded_model)
+    check_run(model, arguments)
+    llm = load(model, **arguments)
     llm.chat_template  # noqa: B018 - without one there is no chat: say so before the first message
     sampling = sampling_arguments()
     refuse_without_effect(llm.params(**sampling).temperature)

@@ -67,7 +67,9 @@ def generate(
         logging.getLogger("llmkit").setLevel(logging.INFO)
 
     from llmkit.llm import load
+    from llmkit.measure.fit import check_run
 
+    check_run(model_name(), load_arguments())
     llm = load(model_name(), **load_arguments())
     arguments = sampling_arguments()
     refuse_without_effect(llm.params(**arguments).temperature)

@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": ("llmkit.cli.bench:bench", "Measure speed, start-up time and memory, also against transformers."),
     "bench-gpu": ("llmkit.cli.bench_gpu:bench_gpu", "Measure 4 bits on a GPU against bfloat16 and bitsandbytes' NF4."),
     "convert": ("llmkit.cli.convert:convert", "Write a model as a GGUF file for llama.cpp."),
+    "plan": ("llmkit.cli.plan:plan", "Say whether a model or a training run fits into memory, and what it costs."),
     "train": ("llmkit.cli.train:train", "Train or fine-tune a model from a recipe."),
     "finetune": ("llmkit.cli.train:train", "The same as train."),
 }

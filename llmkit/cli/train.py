@@ -32,6 +32,9 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, check_data: bo
             raise UsageError("--resume has no effect with --check-data, which trains nothing. Leave one of them out.")
         _check_data(settings)
         return
+    from llmkit.measure.fit_training import check_recipe
+
+    check_recipe(settings)
     from llmkit.training.run import run_recipe
 
     click.echo(run_recipe(settings, resume=resume, sample=_sample))

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmkit.errors import LLMKitError
+from llmkit.measure.memory import peak_bytes
 
 START_PROMPT = 6  # tokens before the first one of a process
 
@@ -100,21 +101,6 @@ def load_side(settings: dict[str, Any]) -> Side:
 def prompt(length: int, vocab_size: int, seed: int) -> list[int]:
     """Random token ids, different for every seed, so that no run finds another's prefix in a cache."""
     return np.random.default_rng(seed).integers(0, vocab_size, length).tolist()
-
-
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far, mapped file pages included."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage would count what the parent had when it started this process
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    if os.name == "nt":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:

@@ -1,0 +1,87 @@
+"""How much memory there is, and how much a process has used. No torch, but for what a GPU has."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from llmkit.errors import UsageError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_CGROUPS = (  # limit and use of a container: version 2, version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8GB", "512 MiB", "6.5g" or a number; GB is 10^9, GiB 2^30. UsageError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise UsageError(f"{text!r:.40} is no amount of memory. Write it as 8GB, 512MB or 7.5GiB.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def shown(nbytes: float) -> str:
+    """1.23 GB, 45 MB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 0.995e9 else f"{nbytes / 1e6:.0f} MB" if nbytes >= 0.95e6 else f"{nbytes / 1e3:.0f} kB"
+
+
+def available_bytes(device: str = "cpu") -> int:
+    """Memory that this process may still take on a device: what the system calls available, within the container's limit."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(torch.device(device))
+        return int(free)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists() and (found := re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())):
+        free = int(found[1]) * 1024
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return min([free, *(left for paths in _CGROUPS if (left := _left_in(*paths)) is not None)])
+
+
+def _left_in(limit: str, used: str, stat: str, reclaimable: str) -> int | None:
+    """What a control group may still take; the files it has read count as free. None: it has no limit."""
+    try:
+        most, now = Path(limit).read_text().strip(), int(Path(used).read_text())
+        files = re.search(rf"^{reclaimable} (\d+)$", Path(stat).read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    if not most.isdecimal() or int(most) >= 1 << 60:
+        return None
+    return max(0, int(most) - now + (int(files[1]) if files else 0))
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far, mapped file pages included."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage would count what the parent had when it started this process
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    if os.name == "nt":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measured_peak(device: str = "cpu") -> int:
+    """The most memory this process has used: resident on a CPU, reserved by torch on CUDA."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_reserved(torch.device(device)))
+    return peak_bytes()

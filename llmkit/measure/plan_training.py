@@ -1,0 +1,228 @@
+"""How much memory a training run takes, term by term, and what to change in its recipe where it does not fit. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmkit.checkpoint.weights import EMBEDDING, HEAD
+from llmkit.config import LayerConfig, ModelConfig
+from llmkit.measure.facts import Facts, Storage, storage_bytes
+from llmkit.measure.plan import CONSTANTS, Change, Constants, Terms, attention_sizes, without_zeros
+from llmkit.quant.schemes import Choice, choose
+from llmkit.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a recipe decides its memory."""
+
+    tokens: int  # in one forward pass
+    length: int
+    lora: bool
+    rank: int
+    factors: int  # numbers in adapters
+    saved: int  # numbers in modules trained whole beside them
+    quantize: str | None
+    checkpointing: bool
+    accumulates: bool
+    optimizer: str
+    ema: bool
+    bfloat16: bool  # of products, on a GPU
+    loss: str
+
+    @property
+    def trained(self) -> int:
+        return self.factors + self.saved
+
+
+def setting(recipe: Recipe, facts: Facts, checkpointing: bool = False) -> Setting:
+    """checkpointing: what the recipe leaves open is decided so."""
+    lora: Any = getattr(recipe, "lora", None)
+    length = recipe.max_length or min(2048, facts.config.max_position_embeddings)
+    factors, saved = (0, facts.parameters) if lora is None else _adapter_numbers(lora, facts)
+    said = getattr(recipe, "checkpointing", False)
+    return Setting(
+        tokens=recipe.batch_size * length,
+        length=length,
+        lora=lora is not None,
+        rank=0 if lora is None else lora.r,
+        factors=factors,
+        saved=saved,
+        quantize=getattr(recipe, "quantize", None),
+        checkpointing=checkpointing if said is None else bool(said),
+        accumulates=recipe.grad_accumulation > 1,
+        optimizer=recipe.optimizer,
+        ema=recipe.ema is not None,
+        bfloat16=recipe.dtype != "float32",
+        loss=getattr(recipe, "loss", "sft"),
+    )
+
+
+def _adapter_numbers(lora: Any, facts: Facts) -> tuple[int, int]:
+    """Numbers in the factors (DoRA's magnitudes too), and in whole modules."""
+    wanted = getattr(lora, "target_modules", "all-linear")
+    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    linears = {name.removesuffix(".weight"): shape for name, shape in facts.linears.items()}
+    hit = [shape for name, shape in linears.items() if wanted == "all-linear" or any(name == n or name.endswith("." + n) for n in names)]
+    factors = sum(lora.r * (shape[0] + shape[1]) + (shape[0] if getattr(lora, "use_dora", False) else 0) for shape in hit)
+    whole = tuple(getattr(lora, "modules_to_save", None) or ())
+    saved = sum(math.prod(shape) for name, shape in facts.shapes.items() if any(name.rpartition(".")[0].endswith(one) for one in whole))
+    return factors, saved
+
+
+def base_storage(name: str, shape: tuple[int, ...], stored: Storage, how: Setting) -> Storage:
+    """How a parameter is held: float32 where it is trained, else as it is stored, or in the codes of a 4-bit base."""
+    if not how.lora:
+        return "F32"
+    if how.quantize is not None and not isinstance(stored, Choice):
+        return choose(how.quantize, name, shape) or stored
+    return stored
+
+
+def training(
+    how: Setting, facts: Facts, device: str = "cpu", teacher: Facts | None = None, data_bytes: int = 0, constants: Constants = CONSTANTS
+) -> Terms:
+    """A training run at its fullest: in the backward pass of a step after the first."""
+    config, on_cpu = facts.config, device.startswith("cpu")
+    size = 2 if how.bfloat16 and not on_cpu else 4  # of a number that flows between linears
+    terms: Terms = {}
+    if on_cpu:
+        terms["process"] = constants.training_process + int(constants.tokenizer * facts.tokenizer_bytes)
+        terms["process"] += constants.adapter_process if how.lora else 0
+        terms["data"] = int(constants.data * data_bytes)
+    else:
+        terms["process"] = constants.cuda_context
+    held = {name: base_storage(name, shape, facts.storage[name], how) for name, shape in facts.shapes.items()}
+    terms["weights"] = sum(storage_bytes(storage, facts.shapes[name]) for name, storage in held.items())
+    if on_cpu and how.quantize is not None and not facts.quantized:
+        terms["pages of the file it was quantized from"] = facts.stored_bytes
+    if how.lora:
+        terms["adapters"] = 4 * how.factors
+    elif how.loss == "dpo":
+        terms["the model as it was"] = terms["weights"]
+    if teacher is not None:
+        terms["teacher"] = teacher.stored_bytes
+    terms["optimizer"] = _optimizer_bytes(how, facts)
+    if how.ema:
+        terms["average of the weights"] = 4 * how.trained
+
+    layers = [_saved_numbers(config, layer, how) for layer in config.layers]
+    if how.checkpointing:  # what attention gave is kept; see model/transformer.py
+        kept = 4 * config.hidden_size + size * (config.num_attention_heads * config.head_dim + config.num_attention_heads)
+        activations = how.tokens * (len(layers) * kept + size * max(layers))
+    else:
+        activations = how.tokens * size * sum(layers)
+    activations += how.tokens * 3 * config.hidden_size * 4  # embedding, final norm and what the loss keeps
+    rows = min(how.tokens, max(1, constants.logit_elements // config.vocab_size))
+    logits = constants.logit_copies * (2 if how.loss == "distill" else 1) * rows * config.vocab_size * 4
+    head = EMBEDDING if HEAD not in facts.shapes else HEAD
+    logits += 0 if held[head] == "F32" else math.prod(facts.head) * 4  # widened for the product
+    inner = max(_mlp_numbers(config, layer) for layer in config.layers)
+    narrow = [math.prod(facts.shapes[name]) for name in facts.linears if held[name] != "F32"]
+    backward = how.tokens * (5 * inner // 2 + 3 * config.hidden_size) * size + 4 * max(narrow, default=0)
+    terms["activations"] = activations
+    terms["holes between them"] = int(constants.holes * activations) if on_cpu else 0
+    gradients = 4 * how.trained
+    if not how.lora and not how.accumulates:
+        # While gradients come, activations go; those of head and embedding come first and last.
+        gradients = max(0, gradients - activations) + 4 * math.prod(facts.head)
+    terms["gradients"] = gradients
+    terms["logits or backward buffers"] = max(logits, backward)
+    return without_zeros(terms)
+
+
+def _optimizer_bytes(how: Setting, facts: Facts) -> int:
+    """AdamW: two numbers for each that is trained. Muon: one for each of the hidden matrices, and a stack of equal ones on the way."""
+    if how.optimizer != "muon":
+        return 8 * how.trained
+    count = how.factors if how.lora else sum(map(math.prod, facts.linears.values()))
+    return 4 * count + 8 * (how.trained - count)
+
+
+def _saved_numbers(config: ModelConfig, layer: LayerConfig, how: Setting) -> int:
+    """Numbers that a layer keeps for the backward pass, for each token.
+
+    Low-rank (lora/fused.py): the inputs of norms and of linears once each, query, key, value, the attention's result, gate and up, and the
+    rank for every adapter. All weights trained: each norm also its normalised input, and the MLP its activation and product.
+    """
+    hidden, (q, kv) = config.hidden_size, attention_sizes(config)
+    norms = {"pre": 2, "post": 2, "sandwich": 4}[config.norm_placement]
+    own = 1 if how.lora else 2
+    numbers = (own * norms + 2) * hidden + 2 * q + 2 * kv + config.num_attention_heads + 2
+    if config.qk_norm is not None:
+        numbers += own * (q + kv)
+    if config.attn_logit_softcapping is not None:
+        numbers += 4 * config.num_attention_heads * how.length
+    numbers += (1 if how.lora else 2) * _mlp_numbers(config, layer)
+    if layer.moe is not None:
+        numbers += 2 * layer.moe.num_experts_per_tok * hidden + 3 * layer.moe.num_experts
+    return numbers + how.rank * (4 + (3 if layer.moe is None else 3 * layer.moe.num_experts_per_tok))
+
+
+def _mlp_numbers(config: ModelConfig, layer: LayerConfig) -> int:
+    """Gate and up of all experts that a token goes through."""
+    each = 2 if config.gated_mlp else 1
+    if layer.moe is None:
+        return each * config.intermediate_size
+    return each * layer.moe.moe_intermediate_size * layer.moe.num_experts_per_tok
+
+
+def predict(
+    recipe: Recipe, facts: Facts, device: str = "cpu", *, available: int | None = None, teacher: Facts | None = None, data_bytes: int = 0
+) -> Terms:
+    """Bytes of each term of a training run at its peak. available: what `checkpointing: auto` goes by; None: there is enough."""
+    plain = training(setting(recipe, facts, False), facts, device, teacher, data_bytes)
+    if available is None or sum(plain.values()) <= available:
+        return plain
+    return training(setting(recipe, facts, True), facts, device, teacher, data_bytes)
+
+
+def cheaper_recipe(
+    recipe: Recipe, facts: Facts, available: int, device: str = "cpu", teacher: Facts | None = None, data_bytes: int = 0
+) -> Change | None:
+    """The change of a recipe that costs least and fits: fewer rows at once (with more accumulation the run stays the same), then
+    checkpointing (a quarter slower), then a base in 8 or 4 bits, then shorter rows, then an adapter instead of all weights."""
+    how = setting(recipe, facts)
+    rows = recipe.batch_size
+    batches = [rows >> n for n in range(rows.bit_length())]
+    lengths = [size for n in range(8) if (size := how.length >> n) >= min(how.length, 128)]
+    # A recipe that leaves checkpointing open turns it on by itself where that makes it fit.
+    open_, known = getattr(recipe, "checkpointing", None) is None, hasattr(recipe, "checkpointing")
+    checkpoints = [True] if open_ and known else [False, True] if known and not how.checkpointing else [how.checkpointing]
+    kinds: list[tuple[bool, str | None]] = [(how.lora, how.quantize)]
+    if how.lora and how.quantize is None and not facts.quantized:
+        kinds += [(True, "q8"), (True, "q4")]
+    elif not how.lora and hasattr(recipe, "lora") and isinstance(recipe.model, str):
+        kinds += [(True, None), (True, "q8"), (True, "q4")]
+    options = []
+    for (b, batch), (c, checkpoint), (k, (lora, scheme)), (cut, size) in itertools.product(
+        enumerate(batches), enumerate(checkpoints), enumerate(kinds), enumerate(lengths)
+    ):
+        cost = b + 3 * c + 20 * cut + (10 if how.lora else 15) * k
+        options.append((cost, batch, checkpoint, lora, scheme, size))
+    for _, batch, checkpoint, lora, scheme, size in sorted(options, key=lambda option: option[0]):
+        tokens, accumulates = batch * size, how.accumulates or batch < rows
+        tried = replace(how, tokens=tokens, length=size, checkpointing=checkpoint, accumulates=accumulates, quantize=scheme)
+        if lora and not how.lora:
+            factors, saved = _adapter_numbers(_Rank16(), facts)
+            tried = replace(tried, lora=True, rank=_Rank16.r, factors=factors, saved=saved)
+        total = sum(training(tried, facts, device, teacher, data_bytes).values())
+        if total <= available:
+            words = ["lora={}"] if lora and not how.lora else []
+            if batch != rows:
+                words += [f"batch_size={batch}", f"grad_accumulation={-(-rows * recipe.grad_accumulation // batch)}"]
+            words += ["checkpointing=true"] if checkpoint and not how.checkpointing and not open_ else []
+            words += [f"quantize={scheme}"] if scheme != how.quantize else []
+            words += [f"max_length={size}"] if size != how.length else []
+            return Change(tuple(words), total)
+    return None
+
+
+@dataclass(frozen=True)
+class _Rank16:
+    """An adapter as `lora: {}` makes it."""
+
+    r: int = 16
