@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmkit.config import ModelConfig
     from llmkit.engine.sampling import SamplingParams
     from llmkit.errors import LLMKitError
+    from llmkit.finetuning import finetune
     from llmkit.llm import LLM, Stream, embedded_model, load
     from llmkit.results import Chunk, Completion, Score, Timings, TokenLogprob, Usage
 
@@ -25,6 +26,7 @@ _HOMES = {
     "llmkit.config": ("ModelConfig",),
     "llmkit.engine.sampling": ("SamplingParams",),
     "llmkit.errors": ("LLMKitError",),
+    "llmkit.finetuning": ("finetune",),
     "llmkit.llm": ("LLM", "Stream", "embedded_model", "load"),
     "llmkit.results": ("Chunk", "Completion", "Score", "Timings", "TokenLogprob", "Usage"),
 }
@@ -44,6 +46,7 @@ __all__ = [
     "Usage",
     "__version__",
     "embedded_model",
+    "finetune",
     "load",
 ]
 

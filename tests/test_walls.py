@@ -25,6 +25,7 @@ LEVELS = [
     {"engine", "training"},
     {"llm"},
     {"rag", "serve", "measure"},
+    {"finetuning"},
     {"cli"},
 ]
 # The Python API is one room of six files.

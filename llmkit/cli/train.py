@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from llmkit.errors import CheckFailed, UsageError
+from llmkit.finetuning import finetune
 from llmkit.training.recipe import Recipe, keys_help, read_recipe
 
 
@@ -32,12 +32,7 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, check_data: bo
             raise UsageError("--resume has no effect with --check-data, which trains nothing. Leave one of them out.")
         _check_data(settings)
         return
-    from llmkit.measure.fit_training import check_recipe
-
-    check_recipe(settings)
-    from llmkit.training.run import run_recipe
-
-    click.echo(run_recipe(settings, resume=resume, sample=_sample))
+    click.echo(finetune(settings, resume=resume))
 
 
 def _check_data(settings: Recipe) -> None:
@@ -48,16 +43,6 @@ def _check_data(settings: Recipe) -> None:
     print_check(check)
     if check.problems:
         raise CheckFailed(" ".join(check.problems))
-
-
-def _sample(model: str, adapter: Path | None, prompts: Sequence[str]) -> list[str]:
-    """What a person would get: an answer where the model chats, else a continuation."""
-    import llmkit
-
-    llm = llmkit.load(model, adapter=adapter)
-    speak = llm.chat if llm.tokenizer.chat_template is not None else llm.generate
-    length = min(120, llm.config.max_position_embeddings // 2)
-    return [f"{prompt} -> {speak(prompt, max_tokens=length, seed=0).text}" for prompt in prompts]
 
 
 if __name__ == "__main__":

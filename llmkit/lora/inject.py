@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from llmkit.errors import UsageError
@@ -24,6 +22,12 @@ from llmkit.model.attention import Attention
 from llmkit.model.layers import MLP, Activation, Products, feed, project
 from llmkit.model.transformer import Transformer
 from llmkit.quant.linear import QuantizedLinear
+from llmkit.quant.nf4 import bitsandbytes
+
+bitsandbytes()  # before PEFT imports it, so that it says nothing of kernels that are not used
+
+from peft import LoraConfig, inject_adapter_in_model  # noqa: E402
+from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
 NAME = "default"  # PEFT's name for the only adapter
 HEAD = "lm_head"

@@ -23,15 +23,22 @@ def fit_recipe(recipe: Recipe, facts: Facts, available: int, device: str) -> Fit
     return fit if fit.fits else replace(fit, change=cheaper_recipe(recipe, facts, available, device, teacher, data))
 
 
-def check_recipe(recipe: Recipe) -> Fit | None:
-    """DoesNotFit where a recipe cannot be trained here, else what it will take; None where its model is not here yet."""
+def check_recipe(recipe: Recipe) -> tuple[Recipe, Fit | None]:
+    """The recipe with `checkpointing` decided, and what it will take; None where its model is not here yet.
+
+    Raises DoesNotFit where it cannot be trained here.
+    """
     facts = recipe_facts(recipe)
     if facts is None:
-        return None
+        return recipe, None
     device = recipe_device(recipe)
-    fit = fit_recipe(recipe, facts, free(device), device)
+    available = free(device)
+    if recipe.checkpointing is None:
+        plain = fit_recipe(replace(recipe, checkpointing=False), facts, available, device)
+        recipe = replace(recipe, checkpointing=not plain.fits)
+    fit = fit_recipe(recipe, facts, available, device)
     fit.refuse()
-    return fit
+    return recipe, fit
 
 
 def recipe_device(recipe: Recipe) -> str:

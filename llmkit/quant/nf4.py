@@ -91,16 +91,16 @@ def _scales(matrix: Nf4Matrix) -> Tensor:
     return scales.add_(nested.offset)
 
 
-def _bitsandbytes() -> Any:
-    """bitsandbytes, without what it says of kernels that are not used here."""
+def bitsandbytes() -> Any:
+    """The library, without what it says of kernels that are not used here."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        import bitsandbytes
+        import bitsandbytes as found
     finally:
         logger.setLevel(level)
-    return bitsandbytes
+    return found
 
 
 class Quantizer:
@@ -114,7 +114,7 @@ class Quantizer:
         """rows: `[rows, K]`, float32, float16 or bfloat16. ValueError for numbers that are not finite."""
         if not bool(torch.isfinite(rows).all()):
             raise ValueError("it has values that are not finite")
-        codes, state = _bitsandbytes().functional.quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4")
+        codes, state = bitsandbytes().functional.quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4")
         self.codes.append(codes.view(-1))
         self.absmax.append(state.absmax)
         self.values = state.code
@@ -123,7 +123,7 @@ class Quantizer:
         """The matrix, with double quantization over all of it."""
         absmax = torch.cat(self.absmax)
         offset = absmax.mean()
-        codes, state = _bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        codes, state = bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         return Nf4Matrix(shape, torch.cat(self.codes), codes, self.values, Nested(state.code, state.absmax, offset))
 
 
@@ -208,12 +208,12 @@ def product(x: Tensor, matrix: Nf4Matrix) -> Tensor:
 def bitsandbytes_product(x: Tensor, matrix: Nf4Matrix) -> Tensor:
     """The same by bitsandbytes' kernels, which know no part of a block."""
     with torch.no_grad():
-        out: Tensor = _bitsandbytes().matmul_4bit(x, matrix.codes.view(-1, 1), quant_state=_state(matrix, x.dtype))
+        out: Tensor = bitsandbytes().matmul_4bit(x, matrix.codes.view(-1, 1), quant_state=_state(matrix, x.dtype))
     return out
 
 
 def bitsandbytes_dense(matrix: Nf4Matrix, dtype: torch.dtype) -> Tensor:
-    weight: Tensor = _bitsandbytes().functional.dequantize_4bit(matrix.codes.view(-1, 1), _state(matrix, dtype))
+    weight: Tensor = bitsandbytes().functional.dequantize_4bit(matrix.codes.view(-1, 1), _state(matrix, dtype))
     return weight
 
 
@@ -224,7 +224,7 @@ def _dense(matrix: Nf4Matrix, dtype: torch.dtype) -> Tensor:
 
 
 def _state(matrix: Nf4Matrix, dtype: torch.dtype) -> Any:
-    state = _bitsandbytes().functional.QuantState
+    state = bitsandbytes().functional.QuantState
     nested, more = matrix.nested, {}
     if nested is not None:
         state2 = state(absmax=nested.absmax, blocksize=NESTED_BLOCK, code=nested.map, dtype=torch.float32)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmkit.errors import CheckpointError, LLMKitError
 from llmkit.training.corpus import Corpus
@@ -25,7 +25,8 @@ from llmkit.training.parallel import Processes, gathered, scatter_states, scatte
 from llmkit.training.recipe import Recipe
 from llmkit.training.report import Report
 
-Evaluate = Callable[[nn.Module], dict[str, float]]  # held-out figures, among them eval_loss
+Judge = Callable[[Batch], dict[str, float]]  # the objective's sums over a held-out batch
+Evaluate = Callable[[Judge], dict[str, float]]  # held-out figures, among them eval_loss
 Export = Callable[[nn.Module], None]  # writes the model for people
 Sample = Callable[[nn.Module], list[str]]  # texts to look at
 
@@ -53,8 +54,9 @@ class _Learner(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.objective.sum_of(self.model, batch)
+    def forward(self, batch: Batch, judged: bool = False) -> Any:
+        """The sum of the loss, or the sums of everything that an evaluation shows."""
+        return (self.objective.judged if judged else self.objective.sum_of)(self.model, batch)
 
 
 class Trainer:
@@ -266,7 +268,7 @@ class Trainer:
         start = time.monotonic()
         with self.averaged() as model, torch.no_grad():
             model.eval()
-            figures = self.evaluate(model) if self.evaluate is not None else {}
+            figures = self.evaluate(self._judge) if self.evaluate is not None else {}
             model.train()
         self._compare(figures)
         with self.averaged() as model:
@@ -278,6 +280,11 @@ class Trainer:
         for text in texts:
             self.report.say(f"  {text!r}")
         self.report.draw(last=self.share >= 1)
+
+    def _judge(self, batch: Batch) -> dict[str, float]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
+            figures: dict[str, float] = self.learner(batch.to(self.device), judged=True)
+        return figures
 
     def _compare(self, figures: dict[str, float]) -> None:
         """Notes whether these are the best weights so far, and exports them where those are to be kept."""

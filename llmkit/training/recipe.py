@@ -243,6 +243,10 @@ class Recipe:
             raise UsageError("early_stop counts evaluations, and eval_every=0 makes one at the end only. Set eval_every.")
         if lora is not None and self.optimizer == "muon":
             raise UsageError("optimizer=muon makes the updates of whole matrices orthogonal, which the factors of lora are not. Use adamw.")
+        if self.parallel == "fsdp" and (self.ema is not None or self.optimizer == "muon"):
+            raise UsageError(
+                "ema and optimizer=muon need whole matrices, and parallel=fsdp cuts them. Use parallel=ddp, or adamw without ema."
+            )
         if lora is not None and self.ema is not None:
             raise UsageError("ema averages the weights of a model, not of lora. Drop one of them.")
 

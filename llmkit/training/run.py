@@ -34,7 +34,7 @@ from llmkit.training.check import row_length
 from llmkit.training.corpus import Corpus, load_corpora
 from llmkit.training.data import RowStream, sequential_batches
 from llmkit.training.documents import training_texts
-from llmkit.training.loop import Trainer
+from llmkit.training.loop import Judge, Trainer
 from llmkit.training.objective import Distillation, Dpo, Objective, Orpo
 from llmkit.training.parallel import Processes, gathered
 from llmkit.training.recipe import DpoRecipe, LoraRecipe, OrpoRecipe, Recipe, TokenizerRecipe, to_dict
@@ -166,8 +166,7 @@ class _Evaluation:
                 name = Path(source.path).stem
                 self.corpora[name if name not in self.corpora else f"{name}_{index}"] = held.select(documents)
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        device = next(model.parameters()).device
+    def __call__(self, judge: Judge) -> dict[str, float]:
         assert self.recipe.max_length is not None
         figures: dict[str, float] = {}
         total: dict[str, float] = {}
@@ -176,7 +175,7 @@ class _Evaluation:
             sums: dict[str, float] = {}
             count = 0
             for batch in sequential_batches(corpus, self.recipe.max_length, self.recipe.batch_size, self.group):
-                for figure, value in self.objective.judged(model, batch.to(device)).items():
+                for figure, value in judge(batch).items():
                     sums[figure] = sums.get(figure, 0.0) + value
                 count += self.objective.units(batch)
             bytes_ = int(corpus.target_bytes.sum())

@@ -24,7 +24,7 @@ from llmkit.model.transformer import Transformer
 from llmkit.text.tokenizer import Tokenizer
 from llmkit.training.corpus import load_corpora
 from llmkit.training.data import Batch, RowStream
-from llmkit.training.loop import Trainer, TrainingError
+from llmkit.training.loop import Judge, Trainer, TrainingError
 from llmkit.training.loss import cross_entropy
 from llmkit.training.objective import Objective
 from llmkit.training.recipe import Recipe
@@ -204,7 +204,8 @@ def test_epochs_end_the_run_and_a_time_budget_does(make_trainer: MakeTrainer) ->
 def test_evaluation_sees_the_average_and_leaves_no_trace(make_trainer: MakeTrainer) -> None:
     seen: list[bool] = []
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
+    def evaluate(judge: Judge) -> dict[str, float]:
+        model = judged.model
         seen.append(not model.training and torch.equal(next(model.parameters()), judged.average[0]))  # type: ignore[index]
         torch.randn(3)
         return {"eval_loss": 1.0}
