@@ -32,12 +32,17 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, check_data: bo
             raise UsageError("--resume has no effect with --check-data, which trains nothing. Leave one of them out.")
         _check_data(settings)
         return
-    from llmkit.measure.fit_training import check_recipe
+    from llmkit.measure.fit_training import recipe_device, settle
+    from llmkit.measure.memory import measured_peak, shown
 
-    check_recipe(settings)
+    settings, fit = settle(settings)
     from llmkit.training.run import run_recipe
 
-    click.echo(run_recipe(settings, resume=resume, sample=_sample))
+    folder = run_recipe(settings, resume=resume, sample=_sample)
+    if fit is not None:
+        peak = measured_peak(recipe_device(settings))
+        click.echo(f"memory at the peak: {shown(fit.total)} predicted, {shown(peak)} measured", err=True)
+    click.echo(folder)
 
 
 def _check_data(settings: Recipe) -> None:

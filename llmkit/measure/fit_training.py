@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llmkit.backends import default_device
 from llmkit.checkpoint.hub import locate
@@ -23,15 +22,22 @@ def fit_recipe(recipe: Recipe, facts: Facts, available: int, device: str) -> Fit
     return fit if fit.fits else replace(fit, change=cheaper_recipe(recipe, facts, available, device, teacher, data))
 
 
-def check_recipe(recipe: Recipe) -> Fit | None:
-    """DoesNotFit where a recipe cannot be trained here, else what it will take; None where its model is not here yet."""
+def settle(recipe: Recipe) -> tuple[Recipe, Fit | None]:
+    """The recipe with what it leaves to the memory there is (`checkpointing`), and what it will take; None where its model is not here yet.
+
+    Raises DoesNotFit where it cannot be trained here.
+    """
     facts = recipe_facts(recipe)
     if facts is None:
-        return None
+        return recipe, None
     device = recipe_device(recipe)
-    fit = fit_recipe(recipe, facts, free(device), device)
+    available = free(device)
+    fit = fit_recipe(recipe, facts, available, device)
     fit.refuse()
-    return fit
+    if recipe.checkpointing is None:
+        without = fit_recipe(replace(recipe, checkpointing=False), facts, available, device)
+        recipe = replace(recipe, checkpointing=not without.fits)
+    return recipe, fit
 
 
 def recipe_device(recipe: Recipe) -> str:
@@ -52,7 +58,7 @@ def recipe_facts(recipe: Recipe) -> Facts | None:
 
 
 def _teacher(recipe: Recipe) -> Facts | None:
-    distill: Any = getattr(recipe, "distill", None)
+    distill = recipe.distill
     if distill is None:
         return None
     try:
