@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmkit.measure.fit_training import check_recipe, recipe_device
+from llmkit.measure.fit_training import settle, recipe_device
 from llmkit.measure.memory import measured_peak, shown
 from llmkit.training.recipe import Recipe, from_dict, read_recipe
 
@@ -23,7 +23,7 @@ def finetune(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, r
     settings = (
         recipe if isinstance(recipe, Recipe) else from_dict(recipe) if isinstance(recipe, Mapping) else read_recipe(Path(recipe), overrides)
     )
-    settings, fit = check_recipe(settings)
+    settings, fit = settle(settings)
     from llmkit.training.run import run_recipe
 
     folder = run_recipe(settings, resume=resume, sample=_sample)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llmkit.backends import default_device
 from llmkit.checkpoint.hub import locate
@@ -23,8 +22,8 @@ def fit_recipe(recipe: Recipe, facts: Facts, available: int, device: str) -> Fit
     return fit if fit.fits else replace(fit, change=cheaper_recipe(recipe, facts, available, device, teacher, data))
 
 
-def check_recipe(recipe: Recipe) -> tuple[Recipe, Fit | None]:
-    """The recipe with `checkpointing` decided, and what it will take; None where its model is not here yet.
+def settle(recipe: Recipe) -> tuple[Recipe, Fit | None]:
+    """The recipe with what it leaves to the memory there is (`checkpointing`), and what it will take; None where its model is not here yet.
 
     Raises DoesNotFit where it cannot be trained here.
     """
@@ -33,11 +32,11 @@ def check_recipe(recipe: Recipe) -> tuple[Recipe, Fit | None]:
         return recipe, None
     device = recipe_device(recipe)
     available = free(device)
-    if recipe.checkpointing is None:
-        plain = fit_recipe(replace(recipe, checkpointing=False), facts, available, device)
-        recipe = replace(recipe, checkpointing=not plain.fits)
     fit = fit_recipe(recipe, facts, available, device)
     fit.refuse()
+    if recipe.checkpointing is None:
+        without = fit_recipe(replace(recipe, checkpointing=False), facts, available, device)
+        recipe = replace(recipe, checkpointing=not without.fits)
     return recipe, fit
 
 
@@ -59,7 +58,7 @@ def recipe_facts(recipe: Recipe) -> Facts | None:
 
 
 def _teacher(recipe: Recipe) -> Facts | None:
-    distill: Any = getattr(recipe, "distill", None)
+    distill = recipe.distill
     if distill is None:
         return None
     try:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from llmkit.checkpoint.weights import EMBEDDING, HEAD
 from llmkit.config import LayerConfig, ModelConfig
 from llmkit.measure.facts import Facts, Storage, storage_bytes
 from llmkit.measure.plan import CONSTANTS, Change, Constants, Terms, attention_sizes, without_zeros
 from llmkit.quant.schemes import Choice, choose
-from llmkit.training.recipe import Recipe
+from llmkit.training.recipe import LoraRecipe, Recipe
 
 
 @dataclass(frozen=True)
@@ -40,37 +39,40 @@ class Setting:
 
 def setting(recipe: Recipe, facts: Facts, checkpointing: bool = False) -> Setting:
     """checkpointing: what the recipe leaves open is decided so."""
-    lora: Any = getattr(recipe, "lora", None)
+    lora = recipe.lora
     length = recipe.max_length or min(2048, facts.config.max_position_embeddings)
     factors, saved = (0, facts.parameters) if lora is None else _adapter_numbers(lora, facts)
-    said = getattr(recipe, "checkpointing", False)
     return Setting(
-        tokens=recipe.batch_size * length,
+        tokens=recipe.batch_size * length * _group(recipe),
         length=length,
         lora=lora is not None,
         rank=0 if lora is None else lora.r,
         factors=factors,
         saved=saved,
-        quantize=getattr(recipe, "quantize", None),
-        checkpointing=checkpointing if said is None else bool(said),
+        quantize=recipe.quantize,
+        checkpointing=checkpointing if recipe.checkpointing is None else recipe.checkpointing,
         accumulates=recipe.grad_accumulation > 1,
         optimizer=recipe.optimizer,
         ema=recipe.ema is not None,
         bfloat16=recipe.dtype != "float32",
-        loss=getattr(recipe, "loss", "sft"),
+        loss=recipe.loss,
     )
 
 
-def _adapter_numbers(lora: Any, facts: Facts) -> tuple[int, int]:
+def _group(recipe: Recipe) -> int:
+    """Rows of `max_length` for each of a batch: a pair of answers is two."""
+    return 2 if recipe.preference else 1
+
+
+def _adapter_numbers(lora: LoraRecipe, facts: Facts) -> tuple[int, int]:
     """Numbers in the factors (DoRA's magnitudes too), and in whole modules."""
-    wanted = getattr(lora, "target_modules", "all-linear")
-    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    wanted = lora.target_modules
+    names = (wanted,) if isinstance(wanted, str) else wanted
     linears = {name.removesuffix(".weight"): shape for name, shape in facts.linears.items()}
     hit = [shape for name, shape in linears.items() if wanted == "all-linear" or any(name == n or name.endswith("." + n) for n in names)]
-    factors = sum(lora.r * (shape[0] + shape[1]) + (shape[0] if getattr(lora, "use_dora", False) else 0) for shape in hit)
-    whole = tuple(getattr(lora, "modules_to_save", None) or ())
-    saved = sum(math.prod(shape) for name, shape in facts.shapes.items() if any(name.rpartition(".")[0].endswith(one) for one in whole))
-    return factors, saved
+    factors = sum(lora.r * (rows + columns) + (rows if lora.use_dora else 0) for rows, columns in hit)
+    whole = [name for name in facts.shapes if name.rpartition(".")[0].endswith(lora.modules_to_save)]
+    return factors, sum(math.prod(facts.shapes[name]) for name in whole)
 
 
 def base_storage(name: str, shape: tuple[int, ...], stored: Storage, how: Setting) -> Storage:
@@ -155,7 +157,7 @@ def _saved_numbers(config: ModelConfig, layer: LayerConfig, how: Setting) -> int
     if config.qk_norm is not None:
         numbers += own * (q + kv)
     if config.attn_logit_softcapping is not None:
-        numbers += 4 * config.num_attention_heads * how.length
+        numbers += 2 * config.num_attention_heads * how.length + 2 * (q - kv)  # tanh and softmax; keys and values for every head
     numbers += (1 if how.lora else 2) * _mlp_numbers(config, layer)
     if layer.moe is not None:
         numbers += 2 * layer.moe.num_experts_per_tok * hidden + 3 * layer.moe.num_experts
@@ -190,12 +192,11 @@ def cheaper_recipe(
     batches = [rows >> n for n in range(rows.bit_length())]
     lengths = [size for n in range(8) if (size := how.length >> n) >= min(how.length, 128)]
     # A recipe that leaves checkpointing open turns it on by itself where that makes it fit.
-    open_, known = getattr(recipe, "checkpointing", None) is None, hasattr(recipe, "checkpointing")
-    checkpoints = [True] if open_ and known else [False, True] if known and not how.checkpointing else [how.checkpointing]
+    checkpoints = [True] if recipe.checkpointing is None or how.checkpointing else [False, True]
     kinds: list[tuple[bool, str | None]] = [(how.lora, how.quantize)]
     if how.lora and how.quantize is None and not facts.quantized:
         kinds += [(True, "q8"), (True, "q4")]
-    elif not how.lora and hasattr(recipe, "lora") and isinstance(recipe.model, str):
+    elif not how.lora and isinstance(recipe.model, str):
         kinds += [(True, None), (True, "q8"), (True, "q4")]
     options = []
     for (b, batch), (c, checkpoint), (k, (lora, scheme)), (cut, size) in itertools.product(
@@ -204,25 +205,18 @@ def cheaper_recipe(
         cost = b + 3 * c + 20 * cut + (10 if how.lora else 15) * k
         options.append((cost, batch, checkpoint, lora, scheme, size))
     for _, batch, checkpoint, lora, scheme, size in sorted(options, key=lambda option: option[0]):
-        tokens, accumulates = batch * size, how.accumulates or batch < rows
+        tokens, accumulates = batch * size * _group(recipe), how.accumulates or batch < rows
         tried = replace(how, tokens=tokens, length=size, checkpointing=checkpoint, accumulates=accumulates, quantize=scheme)
         if lora and not how.lora:
-            factors, saved = _adapter_numbers(_Rank16(), facts)
-            tried = replace(tried, lora=True, rank=_Rank16.r, factors=factors, saved=saved)
+            factors, saved = _adapter_numbers(LoraRecipe(), facts)
+            tried = replace(tried, lora=True, rank=LoraRecipe().r, factors=factors, saved=saved)
         total = sum(training(tried, facts, device, teacher, data_bytes).values())
         if total <= available:
             words = ["lora={}"] if lora and not how.lora else []
             if batch != rows:
                 words += [f"batch_size={batch}", f"grad_accumulation={-(-rows * recipe.grad_accumulation // batch)}"]
-            words += ["checkpointing=true"] if checkpoint and not how.checkpointing and not open_ else []
+            words += ["checkpointing=true"] if checkpoint and recipe.checkpointing is False else []
             words += [f"quantize={scheme}"] if scheme != how.quantize else []
             words += [f"max_length={size}"] if size != how.length else []
             return Change(tuple(words), total)
     return None
-
-
-@dataclass(frozen=True)
-class _Rank16:
-    """An adapter as `lora: {}` makes it."""
-
-    r: int = 16

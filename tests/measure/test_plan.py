@@ -27,14 +27,15 @@ from llmkit.families import read_config
 from llmkit.folder import read_folder
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.llm import embedded_model
+from llmkit.lora.inject import LoraSettings, inject
 from llmkit.measure import estimate, memory
 from llmkit.measure.facts import config_facts, read_facts
 from llmkit.measure.fit import Fit, fit_run, free, make_run
-from llmkit.measure.fit_training import fit_recipe, recipe_facts
+from llmkit.measure.fit_training import fit_recipe, recipe_facts, settle
 from llmkit.measure.plan import CONSTANTS, Run, cheaper_run, inference, quantizing
 from llmkit.measure.plan_training import _saved_numbers, cheaper_recipe, predict, setting, training
 from llmkit.model.backend import TorchBackend
-from llmkit.training.recipe import Recipe, from_dict
+from llmkit.training.recipe import LoraRecipe, Recipe, from_dict
 from tests.checkpoint import raw
 from tests.families.tiny import VARIANTS, tiny_folder
 
@@ -269,12 +270,15 @@ def recipe(**keys: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "gemma3", "olmo2", "mixtral", "phi3", "gpt2", "granite"])
-def test_what_a_layer_keeps_for_the_backward_pass(tmp_path: Path, variant: str) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_a_layer_keeps_for_the_backward_pass(tmp_path: Path, variant: str, lora: bool) -> None:
     """Counted by torch: every storage that autograd saves, once."""
     sizes = {"n_embd": 48} if variant.startswith("gpt2") else {"hidden_size": 48, "head_dim": 16, "intermediate_size": 96}
     if variant == "phi3":
         del sizes["head_dim"]
     model = load_model(tiny_folder(tmp_path / "source", variant, **sizes))
+    if lora:
+        inject(model, LoraSettings(r=4))
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -287,54 +291,84 @@ def test_what_a_layer_keeps_for_the_backward_pass(tmp_path: Path, variant: str) 
     tokens = torch.arange(64).view(2, 32) % 97
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, hidden=True)
-    how = setting(recipe(max_length=32, batch_size=2), read_facts(tmp_path / "source"), False)
+    how = setting(recipe(max_length=32, batch_size=2, lora={"r": 4} if lora else None), read_facts(tmp_path / "source"))
     predicted = 4 * 64 * (sum(_saved_numbers(model.config, layer, how) for layer in model.config.layers) + 3 * model.config.hidden_size)
     assert predicted == pytest.approx(sum(size for size, _ in kept.values()), rel=0.15)
 
 
 def test_terms_of_training() -> None:
     facts = config_facts(read_config(SMOLLM), "small")
-    how = setting(recipe(max_length=512, batch_size=4), facts, False)
+    plain = recipe(max_length=512, batch_size=4)
+    how = setting(plain, facts)
     terms = training(how, facts)
     assert terms["weights"] == 4 * facts.parameters
     assert terms["optimizer"] == 8 * facts.parameters
-    fewer = training(replace(how, checkpointing=True), facts)
+    fewer = training(setting(plain, facts, checkpointing=True), facts)
     assert fewer["activations"] < 0.2 * terms["activations"]
     assert training(replace(how, optimizer="muon"), facts)["optimizer"] < 0.7 * terms["optimizer"]
     assert training(replace(how, ema=True), facts)["average of the weights"] == 4 * facts.parameters
-    lora = replace(how, lora=True, rank=16, factors=4_884_480, saved=0)
-    frozen = training(lora, facts)
-    assert frozen["weights"] == facts.stored_bytes
-    assert (frozen["adapters"], frozen["gradients"], frozen["optimizer"]) == (4 * 4_884_480, 4 * 4_884_480, 8 * 4_884_480)
-    for scheme, share in (("q8", 0.53), ("q4", 0.31)):
-        assert training(replace(lora, quantize=scheme), facts)["weights"] < share * frozen["weights"]
+    assert training(replace(how, loss="dpo"), facts)["the model as it was"] == 4 * facts.parameters
     assert training(how, facts, "cuda")["process"] == CONSTANTS.cuda_context
+    adapter = recipe(max_length=512, batch_size=4, lora={})
+    frozen = training(setting(adapter, facts), facts)
+    count = 30 * 16 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))  # q and o, k and v, gate, up and down
+    assert frozen["weights"] == facts.stored_bytes
+    assert (frozen["adapters"], frozen["gradients"], frozen["optimizer"]) == (4 * count, 4 * count, 8 * count)
+    for scheme, share in (("q8", 0.53), ("q4", 0.31)):
+        assert training(setting(replace(adapter, quantize=scheme), facts), facts)["weights"] < share * frozen["weights"]
+    pairs = setting(recipe(max_length=512, batch_size=4, lora={}, loss="orpo"), facts)
+    assert pairs.tokens == 2 * setting(adapter, facts).tokens
+    few = setting(recipe(lora={"r": 2, "target_modules": ["q_proj"], "use_dora": True}, max_length=64), facts)
+    assert few.trained == 30 * (2 * (576 + 576) + 576)
 
 
-def test_checkpointing_by_need() -> None:
-    facts = config_facts(read_config(SMOLLM), "small")
-    plain = predict(recipe(max_length=512, batch_size=4), facts)
-    assert predict(recipe(max_length=512, batch_size=4), facts, available=sum(plain.values())) == plain
+def test_checkpointing_by_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = recipe(max_length=512, batch_size=4, model=str(zeros_folder(tmp_path / "m", SMOLLM)), device="cpu")
+    facts = recipe_facts(wanted)
+    assert facts is not None
+    plain, fewer = (sum(training(setting(wanted, facts, on), facts).values()) for on in (False, True))
+    assert sum(predict(wanted, facts).values()) == plain
+    for memory_, expected, total in ((plain, False, plain), (plain - 1, True, fewer), (fewer, True, fewer)):
+        monkeypatch.setenv("LLMKIT_MEMORY", str(memory_))
+        settled, fit = settle(wanted)
+        assert (settled.checkpointing, fit and fit.total) == (expected, total)
+        assert settle(replace(wanted, checkpointing=True))[0].checkpointing
+    monkeypatch.setenv("LLMKIT_MEMORY", str(fewer - 1))
+    with pytest.raises(DoesNotFit, match="With batch_size=2 grad_accumulation=2 it takes"):
+        settle(wanted)
+
+
+def test_adapters_are_proposed_for_trained_models_only() -> None:
+    facts, wanted = config_facts(read_config(SMOLLM), "small"), recipe(max_length=128, batch_size=1, checkpointing=True)
+    change = cheaper_recipe(wanted, facts, 1_600_000_000)
+    assert change is not None
+    assert change.say == ("lora={}",)
+    change = cheaper_recipe(replace(wanted, lora=LoraRecipe(), checkpointing=False), facts, 10**8)
+    assert change is None
+    scratch = recipe(max_length=128, model=SMOLLM, tokenizer={"vocab_size": 49152}, checkpointing=True)
+    assert cheaper_recipe(scratch, facts, 1_600_000_000) is None
 
 
 @settings(max_examples=40, deadline=None)
 @given(available=st.integers(3 * 10**8, 6 * 10**9), batch=st.integers(1, 64), length=st.sampled_from([64, 512, 2048]))
 def test_what_is_proposed_for_a_recipe_fits(available: int, batch: int, length: int) -> None:
-    facts, wanted = config_facts(read_config(SMOLLM), "small"), recipe(max_length=length, batch_size=batch)
+    facts, wanted = config_facts(read_config(SMOLLM), "small"), recipe(max_length=length, batch_size=batch, checkpointing=False)
     fit = fit_recipe(wanted, facts, available, "cpu")
     change = fit.change
     if fit.fits or change is None:
         return
     assert change.total <= available
     keys = dict(word.split("=") for word in change.say)
-    changed = recipe(**({"max_length": length, "batch_size": batch} | {k: int(v) for k, v in keys.items() if v.isdigit()}))
+    changed = recipe(
+        checkpointing=False, **({"max_length": length, "batch_size": batch} | {k: int(v) for k, v in keys.items() if v.isdigit()})
+    )
     if keys.keys() <= {"batch_size", "grad_accumulation", "max_length"}:
         assert sum(predict(changed, facts).values()) == change.total
         assert changed.batch_size * changed.grad_accumulation >= batch
 
 
 def test_fewer_rows_come_before_shorter_ones() -> None:
-    facts, wanted = config_facts(read_config(SMOLLM), "small"), recipe(max_length=512, batch_size=16)
+    facts, wanted = config_facts(read_config(SMOLLM), "small"), recipe(max_length=512, batch_size=16, checkpointing=False)
     need = sum(predict(wanted, facts).values())
     change = cheaper_recipe(wanted, facts, int(0.7 * need))
     assert change is not None
