@@ -169,6 +169,15 @@ def product(weight: Weight, bias: NDArray[np.float32] | None, x: NDArray[np.floa
     return out
 
 
+def dequantize(weight: QuantizedMatrix, threads: int) -> NDArray[np.float32]:
+    """`weight.dequantize()`, the same bits, a hundred times as fast."""
+    from llmkit.kernels.cpu import _native
+
+    out = np.empty(weight.shape, np.float32)
+    _native.dequantize(threads, _linear(weight, None), out)
+    return out
+
+
 def _linear(weight: Weight, bias: NDArray[np.float32] | None) -> tuple[Any, ...]:
     """A linear in the words of the plan."""
     rows, columns = weight.shape

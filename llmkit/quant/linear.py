@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkit.kernels import reference
+from llmkit.kernels import native_problem, reference
 from llmkit.kernels.format import QuantizedMatrix
 from llmkit.kernels.reference import Packed
 
@@ -39,9 +39,7 @@ class _Quantized(nn.Module):
     @property
     def matrix(self) -> QuantizedMatrix:
         """The same memory as arrays; on a CPU only."""
-        codebook = None if self.codebook is None else self.codebook.numpy()
-        scheme = "q8" if codebook is None else "q4"
-        return QuantizedMatrix(scheme, self.group, self.shape, self.codes.numpy(), self.scales.numpy(), self.row_scale.numpy(), codebook)
+        return _matrix(self.packed)
 
     @property
     def qweight(self) -> Tensor:
@@ -49,8 +47,8 @@ class _Quantized(nn.Module):
         return self.codes
 
     def dequantize(self) -> Tensor:
-        """The weight, float32 `[out_features, in_features]`."""
-        return reference.dequantize(self.packed)
+        """The weight, float32 `[out_features, in_features]`: by the native kernels on a CPU where there are any, the same bits."""
+        return _widened(self.packed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to(dtype)` must not round the row scales: they are part of the stored format."""
@@ -113,7 +111,21 @@ def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 def _dense(packed: Packed, dtype: torch.dtype) -> Tensor:
     kernels = _kernels(packed.codes.device)
-    return reference.dequantize(packed).to(dtype) if kernels is None else kernels.dequantize(packed, dtype)
+    return _widened(packed).to(dtype) if kernels is None else kernels.dequantize(packed, dtype)
+
+
+def _matrix(packed: Packed) -> QuantizedMatrix:
+    codebook = None if packed.codebook is None else packed.codebook.numpy()
+    codes, scales, row_scale = (t.numpy() for t in (packed.codes, packed.scales, packed.row_scale))
+    return QuantizedMatrix("q8" if codebook is None else "q4", packed.group, packed.shape, codes, scales, row_scale, codebook)
+
+
+def _widened(packed: Packed) -> Tensor:
+    if packed.codes.device.type != "cpu" or native_problem() is not None:
+        return reference.dequantize(packed)
+    from llmkit.kernels.native import dequantize
+
+    return torch.from_numpy(dequantize(_matrix(packed), torch.get_num_threads()))
 
 
 def _kernels(device: torch.device) -> ModuleType | None:

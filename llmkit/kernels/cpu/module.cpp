@@ -423,7 +423,27 @@ PyObject* one_product(PyObject*, PyObject* args) {
   });
 }
 
+// dequantize(threads, linear, out)
+PyObject* widened(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    int threads = 0;
+    PyObject *weight, *out;
+    if (!PyArg_ParseTuple(args, "iOO", &threads, &weight, &out)) throw PythonError();
+    check_threads(threads);
+    std::vector<View> views;
+    const Linear w = linear(weight, views, "the weight");
+    if (!w.present() || !w.quantized()) throw std::invalid_argument("the weight is not quantized");
+    View to(out, true);
+    float* result = to.as<float>(w.n * w.k, "the result");
+    PyThreadState* thread = PyEval_SaveThread();
+    dequantize(threads, w, result);
+    PyEval_RestoreThread(thread);
+    Py_RETURN_NONE;
+  });
+}
+
 PyMethodDef functions[] = {
+    {"dequantize", widened, METH_VARARGS, nullptr},
     {"product", one_product, METH_VARARGS, nullptr},
     {"available", available, METH_NOARGS, nullptr},
     {"physical_cores", cores, METH_NOARGS, nullptr},

@@ -1,5 +1,6 @@
-// One product by itself, for training: y = x W^T + bias with the arithmetic of a step.
+// What training asks for: one product by itself, y = x W^T + bias with the arithmetic of a step, and the numbers of a quantized matrix.
 #include <algorithm>
+#include <cstring>
 
 #include "plan.h"
 
@@ -32,7 +33,51 @@ struct Product {
   }
 };
 
+struct Widening {
+  const Linear& w;
+  float* out;
+  Pool& pool;
+
+  // The panels of this thread; a panel is read once, 16 rows of 32 columns at a time.
+  void work(int thread) {
+    const int64_t panels = (w.n + 15) / 16, blocks = round_up(w.k, 32) / 32, per_block = 32 / w.group;
+    const bool four = w.kind == Kind::Q4;
+    int8_t numbers[16] = {};
+    for (int i = 0; four && i < 16; ++i) numbers[i] = int8_t(int(w.codebook[i]) - 64);
+    for (int64_t panel = panels * thread / pool.threads(); panel < panels * (thread + 1) / pool.threads(); ++panel) {
+      const int rows = int(std::min<int64_t>(16, w.n - panel * 16));
+      for (int64_t b = 0; b < blocks; ++b) {
+        const uint8_t* codes = static_cast<const uint8_t*>(w.data) + (panel * blocks + b) * (four ? 256 : 512);
+        const int8_t* scales = w.scales + (panel * blocks + b) * per_block * 16;
+        const int columns = int(std::min<int64_t>(32, w.k - b * 32));
+        for (int r = 0; r < rows; ++r) {
+          int8_t values[32];
+          for (int j = 0; j < (four ? 4 : 8); ++j)
+            for (int c = 0; c < 4; ++c) {
+              const uint8_t code = codes[j * 64 + r * 4 + c];
+              values[4 * j + c] = four ? numbers[code & 15] : int8_t(code);
+              if (four) values[16 + 4 * j + c] = numbers[code >> 4];
+            }
+          float wide[32];
+          const float row_scale = w.row_scale[panel * 16 + r];
+          for (int half = 0; half < 2; ++half) {
+            const float scale = float(scales[half * 16 / w.group * 16 + r]);
+            for (int c = 16 * half; c < 16 * half + 16; ++c) wide[c] = float(values[c]) * scale * row_scale;
+          }
+          std::memcpy(out + (panel * 16 + r) * w.k + b * 32, wide, size_t(columns) * 4);
+        }
+      }
+    }
+  }
+};
+
 }  // namespace
+
+void dequantize(int threads, const Linear& w, float* out) {
+  const std::shared_ptr<Pool> pool = pool_of(threads);
+  Widening job{w, out, *pool};
+  pool->run([](void* context, int thread) { static_cast<Widening*>(context)->work(thread); }, &job);
+}
 
 void product(const Kernels& kernels, int threads, Linear w, const float* x, int64_t tokens, float* y) {
   uint8_t entries[16];
