@@ -188,7 +188,7 @@ static inline void low_rank_columns(const float* b, int64_t n, int64_t rank, con
   for (; t < tokens; ++t) low_rank_tile<1, Vectors>(b, n, rank, x + t * ldx, ldx, y + t * ldy, ldy);
 }
 
-static void add_low_rank(const float* b, int64_t n, int64_t rank, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last) {
+static void add_low_rank_rows(const float* b, int64_t n, int64_t rank, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last) {
   int64_t i = first;
   for (; i + 32 <= last; i += 32) low_rank_columns<2>(b + i, n, rank, x, ldx, tokens, y + i, ldy);
   for (; i + 16 <= last; i += 16) low_rank_columns<1>(b + i, n, rank, x, ldx, tokens, y + i, ldy);
@@ -199,4 +199,10 @@ static void add_low_rank(const float* b, int64_t n, int64_t rank, const float* x
     float* row = y + t * ldy + i;
     store_n(row, add(load_n(row, rest), acc), rest);
   }
+}
+
+static void add_low_rank(const float* b, int64_t n, int64_t rank, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last) {
+  constexpr int64_t kRows = 16;  // of y, which stay in the second-level cache beside b
+  for (int64_t t = 0; t < tokens; t += kRows)
+    add_low_rank_rows(b, n, rank, x + t * ldx, ldx, tokens - t < kRows ? tokens - t : kRows, y + t * ldy, ldy, first, last);
 }

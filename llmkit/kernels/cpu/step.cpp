@@ -66,7 +66,15 @@ struct Run {
     const int32_t index = step.adapters ? step.adapters[step.sequence_of[token]] : -1;
     return index < 0 ? nullptr : &plan.adapters[size_t(index)];
   }
+  // The end of the run of tokens from `token` on that have its adapter.
+  int64_t run_end(int64_t token, int64_t last) const {
+    const Adapter* a = adapter(token);
+    while (++token < last && adapter(token) == a) {}
+    return token;
+  }
+  const LowRank& term(const Adapter& a, const Layer& layer, int slot) const { return a.linears[size_t(&layer - plan.layers.data()) * kSlots + size_t(slot)]; }
   void ready(int64_t token, const float* row, const Layer& layer, std::initializer_list<int> slots);
+  void reduce(int thread, const Buffer& in, const Layer& layer, std::initializer_list<int> slots);
   void product(int thread, const Linear& w, const Buffer& in, int64_t tokens, float* out, int64_t ld);
   void product(int thread, const Layer& layer, int slot, const Buffer& in, const Buffer& out);
   void rotate(int64_t token, const Layer& layer);
@@ -170,7 +178,7 @@ void Run::prepare() {
   }
 }
 
-// The token's row is complete: round it for the quantized linears that read it, and take it through the adapters' A.
+// The token's row is complete: round it for the quantized linears that read it.
 void Run::ready(int64_t token, const float* row, const Layer& layer, std::initializer_list<int> slots) {
   bool any = false;
   int64_t columns = 0;
@@ -180,14 +188,24 @@ void Run::ready(int64_t token, const float* row, const Layer& layer, std::initia
     rows.k_padded = round_up(columns, 32);
     kernels.quantize_row(row, columns, rows, token);
   }
-  if (const Adapter* a = adapter(token)) {
-    const size_t base = size_t(&layer - plan.layers.data()) * kSlots;
+}
+
+// Takes the thread's own rows, all complete, through the A of their adapters.
+void Run::reduce(int thread, const Buffer& in, const Layer& layer, std::initializer_list<int> slots) {
+  if (!step.adapters) return;
+  const Range mine = share(step.tokens, thread, threads);
+  for (int64_t t = mine.first, end; t < mine.last; t = end) {
+    const Adapter* a = adapter(t);
+    end = run_end(t, mine.last);
+    if (!a) continue;
     for (int slot : slots) {
-      const LowRank& low = a->linears[base + size_t(slot)];
+      const LowRank& low = term(*a, layer, slot);
       if (!low.rank) continue;
       Linear down;
-      down.n = low.rank, down.k = columns, down.data = low.a.data();
-      kernels.dense(down, row, columns, 1, low_rank + (token * kSlots + slot) * max_rank, max_rank, 0, (low.rank + kernels.tile_rows(down) - 1) / kernels.tile_rows(down), nullptr);
+      down.n = low.rank, down.k = layer.linears[slot].k, down.data = low.a.data();
+      const int64_t tile = kernels.tile_rows(down);
+      kernels.dense(down, in.row(t), in.ld, end - t, low_rank + (t * kSlots + slot) * max_rank, kSlots * max_rank, 0, (low.rank + tile - 1) / tile,
+                    scratch + thread * scratch_size);
     }
   }
 }
@@ -205,6 +223,7 @@ void Run::settle(int thread, const Norm* after, const Norm* before, bool add, co
     else std::memcpy(h.row(t), x.row(t), size_t(c.hidden) * 4);
     ready(t, h.row(t), *layer, slots);
   }
+  if (layer) reduce(thread, h, *layer, slots);
 }
 
 void Run::product(int thread, const Linear& w, const Buffer& in, int64_t tokens, float* out, int64_t ld) {
@@ -229,11 +248,11 @@ void Run::product(int thread, const Layer& layer, int slot, const Buffer& in, co
   const int64_t tile = kernels.tile_rows(w);
   const Range mine = share((w.n + tile - 1) / tile, thread, threads);
   const int64_t last = std::min(w.n, mine.last * tile);
-  for (int64_t t = 0, end; t < step.tokens && mine.first < mine.last; t = end) {  // runs of tokens with the same adapter
+  for (int64_t t = 0, end; t < step.tokens && mine.first < mine.last; t = end) {
     const Adapter* a = adapter(t);
-    for (end = t + 1; end < step.tokens && adapter(end) == a;) ++end;
+    end = run_end(t, step.tokens);
     if (!a) continue;
-    const LowRank& low = a->linears[size_t(&layer - plan.layers.data()) * kSlots + size_t(slot)];
+    const LowRank& low = term(*a, layer, slot);
     const float* reduced = low_rank + (t * kSlots + slot) * max_rank;
     if (low.rank) kernels.add_low_rank(low.b.data(), w.n, low.rank, reduced, kSlots * max_rank, end - t, out.row(t), out.ld, mine.first * tile, last);
   }
@@ -381,6 +400,7 @@ void Run::work(int thread) {
     barrier();
     attend(thread, layer, index);
     for (int64_t t = mine.first; t < mine.last; ++t) ready(t, attended.row(t), layer, {kO});
+    reduce(thread, attended, layer, {kO});
     barrier();
     product(thread, layer, kO, attended, delta);
     barrier();
@@ -396,6 +416,7 @@ void Run::work(int thread) {
       kernels.activate(c.activation, inner.row(t), gated ? up.row(t) : nullptr, c.intermediate);
       ready(t, inner.row(t), layer, {kDown});
     }
+    reduce(thread, inner, layer, {kDown});
     barrier();
     product(thread, layer, kDown, inner, delta);
     barrier();
