@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmkit.checkpoint.arrays import check_assignment, dtype_name, log_skipped
+from llmkit.checkpoint.arrays import check_assignment, dtype_name, log_skipped, release
 from llmkit.checkpoint.files import AUTO_MAP, Checkpoint, TensorFile, load_config, open_checkpoint
 from llmkit.checkpoint.nf4 import open_nf4
 from llmkit.checkpoint.quantized import is_bitsandbytes, quantization, read_quantized
@@ -28,7 +28,8 @@ from llmkit.errors import ConfigError, UsageError
 from llmkit.families import family
 from llmkit.kernels.format import QuantizedMatrix
 from llmkit.model.transformer import Transformer
-from llmkit.quant.apply import install
+from llmkit.quant.apply import install, quantize_matrix
+from llmkit.quant.schemes import choose
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +58,18 @@ class LoadReport:
     notes: tuple[str, ...]
 
 
-def load_model(folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+def load_model(
+    folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", quantize: str | None = None
+) -> Transformer:
     """The model in a Hugging Face folder.
 
     dtype: float32, float16 or bfloat16; by default that of the checkpoint. device: cpu, cuda, mps, ...
+    quantize: q4, q8 or nf4: what `quant.apply.quantize_model` would make of it, matrix by matrix, so that it is never there as a whole.
     Raises CheckpointError (files that are damaged or do not belong to the config: every name in one message),
     ConfigError (a config that llmkit does not run) or UsageError (unknown dtype or device). Logs what was skipped (as
     info) and that code the folder brings was not run (as a warning, which Python prints unless told otherwise).
     """
-    model, report = load_model_with_report(folder, dtype, device)
+    model, report = load_model_with_report(folder, dtype, device, quantize)
     log_report(report)
     return model
 
@@ -77,13 +81,15 @@ def log_report(report: LoadReport) -> None:
 
 
 def load_model_with_report(
-    folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+    folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", quantize: str | None = None
 ) -> tuple[Transformer, LoadReport]:
     """As `load_model`, with the report of what was mapped, copied and skipped."""
     folder = Path(folder)
     wanted, place = None if dtype is None else parse_dtype(dtype), _device(device)
     config = load_config(folder)
     notes = (AUTO_MAP,) if "auto_map" in config.hf else ()
+    if quantize is not None and config.hf.get("quantization_config"):
+        raise UsageError(f"quantize {quantize!r} has no effect: the weights in {folder} are quantized already. Leave it out.")
     if is_bitsandbytes(config):
         return _load_nf4(folder, config, wanted, place, notes)
     record = quantization(folder, config)
@@ -98,11 +104,31 @@ def load_model_with_report(
     if wanted is None:
         wanted = _checkpoint_dtype(config, checkpoint)
 
+    packed = 0 if quantize is None else _quantize(model, assignment.pieces, quantize, wanted, place)
     state, mapped, copied = _realise_all(assignment.pieces, wanted, place)
-    model.load_state_dict(state, strict=True, assign=True)
-    count = sum(tensor.numel() for tensor in state.values())
-    report = LoadReport(str(wanted).removeprefix("torch."), str(place), count, mapped, copied, tuple(assignment.skipped), notes)
+    model.load_state_dict(state, strict=quantize is None, assign=True)
+    if quantize is not None:
+        model.to(place)
+    count = sum(math.prod(shape) for shape in expected.values())
+    said = str(wanted).removeprefix("torch.") if quantize is None else f"{quantize} and {str(wanted).removeprefix('torch.')}"
+    report = LoadReport(said, str(place), count, mapped, copied + packed, tuple(assignment.skipped), notes)
     return model, report
+
+
+def _quantize(model: Transformer, pieces: dict[str, Piece], scheme: str, dtype: torch.dtype, device: torch.device) -> int:
+    """Takes the matrices that the scheme stores in codes out of the pieces and puts them into the model (CPU); returns their bytes."""
+    packed = 0
+    for name in list(pieces):
+        choice = choose(scheme, name, pieces[name].shape)
+        if choice is None:
+            continue
+        piece = pieces.pop(name)
+        weight, _ = _realise(piece, dtype, torch.device("cpu"))
+        matrix = quantize_matrix(weight, choice)
+        install(model, {name: matrix}, torch.float32 if device.type == "cpu" else dtype)
+        packed += matrix.nbytes
+        release(piece.tensor)
+    return packed
 
 
 def _load_quantized(

@@ -103,7 +103,7 @@ def _training(
     from llmkit.errors import UsageError
     from llmkit.measure.facts import read_facts
     from llmkit.measure.fit import free
-    from llmkit.measure.fit_training import fit_recipe, recipe_device, recipe_facts
+    from llmkit.measure.fit_training import checkpoints, fit_recipe, recipe_device, recipe_facts
     from llmkit.measure.plan_training import setting
     from llmkit.training.recipe import read_recipe
 
@@ -122,10 +122,11 @@ def _training(
     chosen = device or recipe_device(recipe)
     available = free(chosen, memory)
     fit = fit_recipe(recipe, facts, available, chosen)
-    plain = setting(recipe, facts, False)
+    plain = setting(recipe, facts, checkpoints(recipe, facts, available, chosen))
     result = _flat(facts, fit, chosen) | {
         "recipe": path,
         "trained_parameters": plain.trained,
+        "checkpointing": plain.checkpointing,
         "tokens_per_step": plain.tokens * recipe.grad_accumulation,
     }
     count, how = (tokens, "as asked") if tokens is not None else _tokens(recipe, plain.tokens * recipe.grad_accumulation)
@@ -144,6 +145,7 @@ def _training(
         scratch=scratch,
         lora=plain.lora,
         factors=plain.trained if plain.lora else 0,
+        checkpointing=plain.checkpointing,
         minutes=recipe.max_minutes,
     )
 
@@ -173,12 +175,13 @@ def _costs(
     scratch: bool,
     lora: bool = False,
     factors: int = 0,
+    checkpointing: bool = False,
     minutes: float | None = None,
 ) -> dict[str, Any]:
     """What training takes beside memory. minutes: where only the clock ends it, tokens is None."""
     from llmkit.measure import estimate
 
-    each = estimate.flops_per_token(facts, length, lora=lora, factors=factors)
+    each = estimate.flops_per_token(facts, length, lora=lora, factors=factors, checkpointing=checkpointing)
     threads = os.cpu_count() or 1
     if flops is not None:
         speed, said = flops * estimate.UTILISATION, f"{estimate.UTILISATION:.0%} of {flops:.3g} operations/s"
@@ -240,6 +243,8 @@ def _print(result: dict[str, Any]) -> None:
     table.add_row("in all", shown(result["total_bytes"]))
     table.add_row("available", shown(result["available_bytes"]))
     console.print(table)
+    if result.get("checkpointing"):
+        console.print("Activations are computed again on the way back (checkpointing).")
     if "note" in result:
         console.print(f"Note: {result['note']}.", markup=False)
     if result["fits"]:

@@ -34,10 +34,15 @@ def settle(recipe: Recipe) -> tuple[Recipe, Fit | None]:
     available = free(device)
     fit = fit_recipe(recipe, facts, available, device)
     fit.refuse()
-    if recipe.checkpointing is None:
-        without = fit_recipe(replace(recipe, checkpointing=False), facts, available, device)
-        recipe = replace(recipe, checkpointing=not without.fits)
-    return recipe, fit
+    return replace(recipe, checkpointing=checkpoints(recipe, facts, available, device)), fit
+
+
+def checkpoints(recipe: Recipe, facts: Facts, available: int, device: str) -> bool:
+    """Whether activations are computed again on the way back: as the recipe says, else where it would not fit without."""
+    if recipe.checkpointing is not None:
+        return recipe.checkpointing
+    plain = replace(recipe, checkpointing=False)
+    return sum(predict(plain, facts, device, teacher=_teacher(recipe), data_bytes=data_size(recipe)).values()) > available
 
 
 def recipe_device(recipe: Recipe) -> str:

@@ -99,8 +99,6 @@ def training(
         terms["process"] = constants.cuda_context
     held = {name: base_storage(name, shape, facts.storage[name], how) for name, shape in facts.shapes.items()}
     terms["weights"] = sum(storage_bytes(storage, facts.shapes[name]) for name, storage in held.items())
-    if on_cpu and how.quantize is not None and not facts.quantized:
-        terms["pages of the file it was quantized from"] = facts.stored_bytes
     if how.lora:
         terms["adapters"] = 4 * how.factors
     elif how.loss == "dpo":

@@ -12,7 +12,7 @@ from llmkit.quant import nf4
 from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.methods import round_to_nearest
 from llmkit.quant.nf4 import Nf4Linear, Nf4Matrix
-from llmkit.quant.schemes import DEFAULT, NF4, choose
+from llmkit.quant.schemes import DEFAULT, NF4, Choice, choose
 
 
 def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix | Nf4Matrix], dtype: torch.dtype = torch.float32) -> None:
@@ -37,13 +37,14 @@ def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix | Nf4Matrix
 
 
 @torch.no_grad()
+def quantize_matrix(weight: torch.Tensor, choice: Choice) -> QuantizedMatrix | Nf4Matrix:
+    """A matrix `[out, in]` in codes."""
+    return nf4.quantize(weight) if choice.scheme == NF4 else round_to_nearest(weight, choice.scheme, choice.group)
+
+
 def quantize_model(model: nn.Module, scheme: str = DEFAULT) -> None:
     """Quantizes the linears and embeddings of a model in memory, one at a time; nf4 leaves embeddings, head and experts as they are."""
     for name, parameter in list(model.named_parameters()):
         choice = choose(scheme, name, tuple(parameter.shape))
-        if choice is None:
-            continue
-        if choice.scheme == NF4:
-            install(model, {name: nf4.quantize(parameter)})
-        else:
-            install(model, {name: round_to_nearest(parameter, choice.scheme, choice.group)})
+        if choice is not None:
+            install(model, {name: quantize_matrix(parameter, choice)})

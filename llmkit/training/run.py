@@ -28,7 +28,6 @@ from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import write_adapter
 from llmkit.model.backend import keep_freed_memory
 from llmkit.model.transformer import Transformer, init_weights, set_checkpointing
-from llmkit.quant.apply import quantize_model
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
 from llmkit.training.check import row_length
 from llmkit.training.corpus import Corpus, load_corpora
@@ -272,14 +271,12 @@ def _objective(recipe: Recipe, model: Transformer, device: torch.device) -> Obje
         return Orpo((recipe.orpo or OrpoRecipe()).beta)
     if recipe.loss == "distill":
         assert recipe.distill is not None
-        teacher = load_model(resolve(recipe.distill.teacher), device=str(device))
+        teacher = load_model(resolve(recipe.distill.teacher), device=str(device), quantize=recipe.distill.quantize)
         if teacher.config.vocab_size != model.config.vocab_size:
             raise UsageError(
                 f"distill.teacher {recipe.distill.teacher} has a vocabulary of {teacher.config.vocab_size}, the student of "
                 f"{model.config.vocab_size}. Take a teacher with the same tokenizer."
             )
-        if recipe.distill.quantize is not None:
-            quantize_model(teacher, recipe.distill.quantize)
         return Distillation(teacher.requires_grad_(False).eval(), recipe.distill.temperature, recipe.distill.weight)
     return Objective()
 
@@ -312,7 +309,7 @@ def _model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Transf
     if isinstance(recipe.model, str):
         folder = resolve(recipe.model)
         if recipe.lora is not None:
-            return _adapted(recipe, recipe.lora, load_model(folder, device=str(device)))
+            return _adapted(recipe, recipe.lora, load_model(folder, device=str(device), quantize=recipe.quantize))
         if load_config(folder).hf.get("quantization_config"):
             raise UsageError(f"the weights of {recipe.model} are quantized and cannot be trained. Set lora: {{}}, or take the original.")
         model = load_model(folder, dtype="float32", device=str(device))
@@ -339,10 +336,6 @@ def _adapted(recipe: Recipe, lora: LoraRecipe, model: Transformer) -> Transforme
     """The model with an adapter to be trained. PEFT is imported here and in its like: it takes seconds, and only lora needs it."""
     from llmkit.lora.inject import LoraSettings, inject, start_from, use_integers
 
-    if recipe.quantize is not None:
-        if model.config.hf.get("quantization_config"):
-            raise UsageError(f"quantize has no effect: the weights of {recipe.model} are quantized already. Drop quantize.")
-        quantize_model(model, recipe.quantize)
     torch.manual_seed(recipe.seed)
     inject(
         model,

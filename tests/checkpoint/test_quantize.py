@@ -127,6 +127,28 @@ def test_logits(tmp_path: Path, tiny: Callable[[str], Path], variant: str, schem
         assert differences.max() < 0.02
 
 
+@pytest.mark.parametrize("scheme", ["q4", "q8", "nf4"])
+@pytest.mark.parametrize("variant", ["llama", "phi3", "gpt2", "mixtral", "qwen2"])
+def test_quantizing_while_loading(tmp_path: Path, tiny: Callable[[str], Path], variant: str, scheme: str) -> None:
+    """What quantizing the loaded model gives, matrix by matrix."""
+    save_model(load_model(tiny(variant)), tmp_path / "half", dtype="bfloat16")
+    expected = load_model(tmp_path / "half")
+    quantize_model(expected, scheme)
+    found, report = load_model_with_report(tmp_path / "half", quantize=scheme)
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
+    assert report.dtype == f"{scheme} and bfloat16"
+    assert report.num_parameters == sum(parameter.numel() for parameter in load_model(tiny(variant)).parameters())
+    ids = torch.arange(20).view(1, -1)
+    with torch.no_grad():
+        assert torch.equal(found(ids), expected(ids))
+    quantize_folder(tiny(variant), tmp_path / "out", scheme)
+    with pytest.raises(UsageError, match=f"quantize '{scheme}' has no effect: the weights in .* are quantized already"):
+        load_model(tmp_path / "out", quantize=scheme)
+    with pytest.raises(UsageError, match="scheme 'q5' is unknown"):
+        load_model(tmp_path / "half", quantize="q5")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_dtypes_of_the_source(tmp_path: Path, dtype: str) -> None:
     source = tiny_folder(tmp_path / "source")

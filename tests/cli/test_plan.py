@@ -93,6 +93,9 @@ def test_a_recipe(said: Said, large: Path, tmp_path: Path) -> None:
     assert result["optimizer_bytes"] == 8 * result["parameters"] == 8 * result["trained_parameters"]
     assert "expected_loss" not in result  # it is not trained from scratch
     assert result["training_flops"] > 6 * 1.2e9 * result["tokens"]
+    assert not result["checkpointing"]
+    by_need = json.loads(said("plan", large, recipe, "batch_size=32", "checkpointing=null", "--memory", "40GB", "--json")[1])
+    assert (by_need["checkpointing"], by_need["fits"]) == (True, True)
     needed = json.loads(said("plan", large, recipe, "--memory", "64GB", "--json")[1])["total_bytes"]
     assert needed > result["total_bytes"]
     code, out, err = said("plan", large, recipe, "--memory", needed - 1)

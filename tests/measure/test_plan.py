@@ -373,7 +373,6 @@ def test_fewer_rows_come_before_shorter_ones() -> None:
     change = cheaper_recipe(wanted, facts, int(0.7 * need))
     assert change is not None
     assert change.say == ("batch_size=8", "grad_accumulation=2")
-    assert cheaper_recipe(wanted, facts, 10**9) is None or "max_length" not in str(cheaper_recipe(wanted, facts, 10**9))
 
 
 def test_a_recipe_from_scratch(tmp_path: Path) -> None:
@@ -406,7 +405,7 @@ def test_predicted_and_measured_peaks_of_training(tmp_path: Path) -> None:
             "tokenizer": {"vocab_size": 4096},
             "data": [{"path": str(tmp_path / "data.txt")}],
         },
-        **{"output": str(tmp_path / "run"), "max_steps": 3, "eval_every": 0, "held_out": 0, "batch_size": 8, "max_length": 512},
+        **{"output": str(tmp_path / "run"), "max_steps": 3, "eval_every": 0, "held_out": 0, "batch_size": 4, "max_length": 512},
     }
     done = subprocess.run([sys.executable, "-c", TRAIN, json.dumps(wanted)], capture_output=True, text=True, check=True)
     facts = recipe_facts(from_dict(wanted))
