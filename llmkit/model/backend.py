@@ -135,14 +135,16 @@ class TorchBackend:
         return out.float().cpu().numpy()
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int = 32 << 20) -> None:
     """Lets glibc keep freed memory for the next allocation instead of giving it back to the system.
 
     Activations of a few megabytes are allocated and freed in every layer; giving their pages back and faulting them in
     again took a fifth of the time of a prefill. Other systems' allocators keep memory by themselves.
+    largest: bytes that are kept in one piece. In training the pieces that outlive a layer leave holes between them, and
+    fewer pieces mean fewer holes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        mallopt(m_mmap_threshold, 32 << 20)  # the largest that every glibc takes
+        mallopt(m_mmap_threshold, min(largest, 32 << 20))  # the largest that every glibc takes
         mallopt(m_trim_threshold, 512 << 20)

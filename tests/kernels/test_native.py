@@ -20,10 +20,11 @@ from llmkit.engine.backend import Backend
 from llmkit.engine.batch import Engine
 from llmkit.engine.sampling import SamplingParams
 from llmkit.errors import LLMKitError, UsageError
-from llmkit.kernels import NativeBackend, native_problem
+from llmkit.kernels import NativeBackend, native, native_problem, reference
 from llmkit.kernels.format import QuantizedMatrix, Weight, pack
 from llmkit.model.backend import TorchBackend
 from llmkit.model.transformer import Transformer
+from llmkit.quant.methods import round_to_nearest
 from tests.families.tiny import VARIANTS, WINDOW, tiny_folder
 
 pytestmark = pytest.mark.skipif(native_problem() is not None, reason=f"no native kernels: {native_problem()}")
@@ -394,3 +395,36 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMKIT_KERNELS", "altivec")
     with pytest.raises(UsageError, match=r"'altivec', which this processor does not run\. Use one of"):
         native_problem()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(37, 45), (64, 576)])
+def test_a_product_by_itself_has_the_arithmetic_of_a_step(shape: tuple[int, int], threads: int) -> None:
+    """And a row's result does not depend on the rows beside it, nor on the threads."""
+    torch.manual_seed(0)
+    rows, columns = shape
+    weight, x, bias = torch.randn(rows, columns), torch.randn(21, columns), torch.randn(rows)
+    for scheme, group in (("q4", 32), ("q4", 16), ("q8", 32)):
+        matrix = round_to_nearest(weight, scheme, group)
+        found = native.product(matrix, bias.numpy(), x.numpy(), threads)
+        packed = reference.Packed.of(matrix)
+        torch.testing.assert_close(torch.from_numpy(found), reference.linear(x, packed, bias), rtol=1e-6, atol=1e-6)
+        assert np.array_equal(native.product(matrix, bias.numpy(), x[5:6].numpy(), 1), found[5:6])
+        assert np.array_equal(native.dequantize(matrix, threads), reference.dequantize(packed).numpy())
+    found = native.product(weight.numpy(), None, x.numpy(), threads)
+    torch.testing.assert_close(torch.from_numpy(found), x @ weight.T, rtol=1e-5, atol=1e-5 * columns**0.5)
+    assert native.product(weight.numpy(), None, x[:0].numpy(), threads).shape == (0, rows)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    from llmkit.kernels.cpu import _native
+
+    weight = (0, 4, 8, np.zeros((4, 8), np.float32), None, None, None, 32, None)
+    with pytest.raises(ValueError, match="x has"):
+        _native.product(None, 1, weight, np.zeros(9, np.float32), np.zeros(4, np.float32))
+    with pytest.raises(ValueError, match="the result has"):
+        _native.product(None, 1, weight, np.zeros(8, np.float32), np.zeros(5, np.float32))
+    with pytest.raises(ValueError, match="not quantized"):
+        _native.dequantize(1, weight, np.zeros(32, np.float32))
+    with pytest.raises(ValueError, match="threads"):
+        _native.product(None, 0, weight, np.zeros(8, np.float32), np.zeros(4, np.float32))
