@@ -132,7 +132,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
         notes.append(f"largest difference of the loss over {result['steps']} steps: {result['full_loss_difference']:.1e}")
         if "data" in result:
             notes.append(
-                f"chats: transformers is fastest in micro-batches of {result['transformers_chats_micro_batch']}; "
+                f"chats: transformers is fastest in micro-batches of {result['transformers_chats_micro_batch']} "
+                f"(of {result['transformers_chats_micro_batches_tried']}); "
                 f"largest difference of the loss {result['chats_loss_difference']:.1e}"
             )
     return notes

@@ -17,6 +17,7 @@ from llmkit.checkpoint.files import load_config
 from llmkit.config import ModelConfig
 from llmkit.errors import UsageError
 from llmkit.measure.bench_process import Worker
+from llmkit.measure.memory import available_bytes
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # that the rival tries
 _SLOWER = 1.2  # than the fastest so far: longer padding will not make the next one faster
@@ -57,6 +58,7 @@ class Side:
     prefix: str
     worker: Worker
     micro_batch: int = 1
+    tried: tuple[int, ...] = ()  # micro-batches
     peak_bytes: int = 0
     full: list[dict[str, Any]] = field(default_factory=list)  # the answers, step by step; the first is not timed
     chats: list[dict[str, Any]] = field(default_factory=list)
@@ -114,7 +116,8 @@ def _chats(plan: TrainBenchPlan, sides: list[Side], progress: Callable[[str], No
     """Steps on chats, all sides beginning anew, the rival at the micro-batch that is fastest on the first of them."""
     for side in sides:
         if side.prefix == "transformers_":
-            side.micro_batch = _fastest(side, plan.chats, progress)
+            seconds = _micro_batches(side, plan.chats, progress)
+            side.micro_batch, side.tried = min(seconds, key=seconds.__getitem__), tuple(seconds)
         side.worker.ask(do="renew")
     for step in range(plan.repeat + 1):
         for side in sides if step % 2 else reversed(sides):
@@ -124,15 +127,16 @@ def _chats(plan: TrainBenchPlan, sides: list[Side], progress: Callable[[str], No
             side.chats.append(side.worker.ask(do="chats", step=step, micro_batch=side.micro_batch))
 
 
-def _fastest(side: Side, chats: int, progress: Callable[[str], None]) -> int:
-    """Tries micro-batches, smallest first, until one is clearly slower than the fastest before it."""
+def _micro_batches(side: Side, chats: int, progress: Callable[[str], None]) -> dict[int, float]:
+    """Seconds of a step by micro-batch, smallest first, until one is clearly slower than the fastest before it or memory might end."""
     seconds: dict[int, float] = {}
     for size in [size for size in MICRO_BATCHES if size < chats] + [chats]:
         progress(f"{chats} chats: {side.name} in micro-batches of {size}")
         seconds[size] = side.worker.ask(do="chats", step=0, micro_batch=size)["seconds"]
-        if seconds[size] > _SLOWER * min(seconds.values()):
+        # The next size takes at most as much again as this side has ever taken.
+        if seconds[size] > _SLOWER * min(seconds.values()) or side.worker.ask(do="peak")["peak_bytes"] > available_bytes():
             break
-    return min(seconds, key=seconds.__getitem__)
+    return seconds
 
 
 def side_settings(plan: TrainBenchPlan, config: ModelConfig) -> list[tuple[str, str, dict[str, Any]]]:
@@ -223,5 +227,6 @@ def summary(plan: TrainBenchPlan, sides: list[Side]) -> dict[str, Any]:
                 result[f"{side.prefix}chats_loss_difference"] = _difference(side.chats, rival.chats)
         if rival.chats:
             result["transformers_chats_micro_batch"] = rival.micro_batch
+            result["transformers_chats_micro_batches_tried"] = ", ".join(map(str, rival.tried))
         result |= {key: rival.worker.ready[key] for key in ("transformers_version", "peft_version")}
     return result

@@ -168,6 +168,7 @@ def test_figures_belong_together(workers: type[FakeWorker], folder: Path, capsys
     assert (found["chats_target_tok_s"], found["chats_tok_s"], found["transformers_chats_target_tok_s"]) == (12, 24, 3)
     assert (found["chats_ratio"], found["q4_chats_ratio"], found["transformers_chats_micro_batch"]) == (4, 8, 2)
     assert found["base_share"] == 0.3
+    assert found["transformers_chats_micro_batches_tried"] == "1, 2, 4"
     tried = [size for name, do, size in workers.asked if name == "transformers" and do == "chats"]
     assert tried == [1, 2, 4, *[2] * (plan.repeat + 1)]  # 8 and more are not tried after 4 was slower
     assert not any(name == "transformers, checkpointing" and do == "chats" for name, do, _ in workers.asked)
@@ -177,6 +178,13 @@ def test_figures_belong_together(workers: type[FakeWorker], folder: Path, capsys
     out = " ".join(capsys.readouterr().out.split())
     for text in ("48 tok/s", "2.00x", "0.30", "micro-batches of 2", "over 3 steps: 0.0e+00", "flags of transformers"):
         assert text in out, text
+
+
+def test_no_larger_micro_batch_where_memory_might_end(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda: 399)  # and the rival has taken 400
+    found = bench_train(replace(PLAN, folder=folder, against="transformers", data=Path("d")))
+    assert found["transformers_chats_micro_batches_tried"] == "1"
+    assert found["transformers_chats_micro_batch"] == 1
 
 
 def test_without_a_rival_there_are_no_ratios(workers: type[FakeWorker], folder: Path) -> None:
