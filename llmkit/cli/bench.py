@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from llmkit.cli.bench_train import measure_training, refuse_idle_options, train_options, train_table
 from llmkit.cli.options import AtLeast, model_name, model_options, option
 
 
@@ -49,6 +50,7 @@ class Counts(click.ParamType):
     "--rival-files", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Keep the files for llama.cpp, or find them."
 )
 @option("--json", "as_json", is_flag=True, envvar="LLMKIT_JSON", help="Print one flat JSON object and nothing else.")
+@train_options
 def bench(
     revision: str | None,
     dtype: str | None,
@@ -64,6 +66,7 @@ def bench(
     against: str | None,
     rival_files: Path | None,
     as_json: bool,
+    train: bool,
     **_: object,
 ) -> int:
     """Measure MODEL: prefill, decode, loading, the first token from the start of a process, peak memory, and the share of the
@@ -71,13 +74,21 @@ def bench(
 
     Against transformers both sides run in float32 unless --dtype says else. llama.cpp runs on the same weights in its own formats
     of about as many bits (F16, Q8_0, or Q4_0 and Q4_K_M), with a float16 cache and the better of flash attention on and off.
+
+    With --train: LoRA (r=16, every linear, AdamW, float32 arithmetic) in tokens per second and peak memory; against transformers
+    and PEFT with the same first adapter on the same ids, so the losses are compared too.
     """
+    refuse_idle_options(train)
     from llmkit.checkpoint.hub import resolve
     from llmkit.measure.bench import BenchPlan
     from llmkit.measure.bench import bench as measure
 
+    folder = resolve(str(model_name()), revision)
+    if train:
+        params = click.get_current_context().params
+        return show(lambda progress: measure_training(params, folder, progress), train_table, as_json)
     plan = BenchPlan(
-        folder=resolve(str(model_name()), revision),
+        folder=folder,
         dtype=dtype or ("float32" if against == "transformers" else None),
         device=device or ("cpu" if against == "llama.cpp" else None),
         threads=threads,

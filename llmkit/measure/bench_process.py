@@ -1,4 +1,4 @@
-"""A `bench_worker` in a process of its own, as the process that measures sees it."""
+"""A worker in a process of its own, as the process that measures sees it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llmkit.errors import LLMKitError
 
 
 class Worker:
-    """A running `bench_worker`; `ready` is what it said when it was."""
+    """A running `module`, by default `bench_worker`; `ready` is what it said when it was."""
 
-    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, name: str, settings: dict[str, Any], module: str = "llmkit.measure.bench_worker") -> None:
         self._name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
         started = {"started": time.time()}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "llmkit.measure.bench_worker", json.dumps(settings | started)],
+            [sys.executable, "-m", module, json.dumps(settings | started)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

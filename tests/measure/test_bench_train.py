@@ -1,0 +1,277 @@
+"""bench --train: both programs do the same steps, the figures belong together, and what cannot be measured is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from llmkit.checkpoint.files import load_config
+from llmkit.checkpoint.quantize import quantize_folder
+from llmkit.cli.bench_train import train_table
+from llmkit.cli.main import run
+from llmkit.errors import UsageError
+from llmkit.kernels import native_problem
+from llmkit.measure import bench_train as module
+from llmkit.measure.bench_train import TrainBenchPlan, bench_train, check_train_plan, side_settings
+from llmkit.measure.bench_train_worker import Chats, Side, factors, load_side, padded, random_rows, start_adapter
+from llmkit.training.data import IGNORE
+from tests.families.tiny import tiny_folder
+from tests.tiny import write_model
+
+PLAN = TrainBenchPlan(Path(), threads=1, rows=2, length=24, steps=3, repeat=2, chats=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose matrices are large enough to be quantized everywhere."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return write_model(tmp_path_factory.mktemp("bench_train") / "model", **sizes)
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Path:
+    """Prompts and answers of several lengths, some longer than a row."""
+    file = folder.parent / "chats.jsonl"
+    rows = [{"prompt": "the dog ran " * (1 + n % 5), "completion": "to the ball " * (1 + n % 3)} for n in range(9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def started(folder: Path, name: str, **changes: Any) -> Side:
+    """A side as the worker loads it."""
+    plan = replace(PLAN, folder=folder, quantize="q4", against="transformers", rival_checkpointing=True)
+    settings = {label: settings for label, _, settings in side_settings(plan, load_config(folder))}[name]
+    side = load_side({**settings, **changes})
+    start_adapter(side.model)
+    return side
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_both_programs_take_the_same_steps(folder: Path, data: Path, checkpointing: bool) -> None:
+    ours, theirs = (started(folder, name, checkpointing=checkpointing) for name in ("llmkit", "transformers"))
+    mine, others = factors(ours.model), factors(theirs.model)
+    assert mine.keys() == others.keys()
+    assert len(mine) == 2 * 7 * 2
+    assert all(torch.equal(mine[name], others[name]) for name in mine)
+    losses = []
+    for step in range(3):
+        ids = random_rows(2, 24, 40, step)
+        losses.append((ours.full(ids), theirs.full(ids)))
+    chats = Chats(str(folder), str(data), 24, 4)
+    for step in range(3):
+        (loss, slots), (other, padded_slots) = ours.chats(chats.of_step(step), 3), theirs.chats(chats.of_step(step), 3)
+        losses.append((loss, other))
+        assert slots > 0
+        assert padded_slots >= sum(len(ids) for ids, _ in chats.of_step(step))
+    assert all(abs(a - b) < 1e-5 for a, b in losses), losses
+    assert all((mine[name] - others[name]).abs().max() < 1e-4 for name in mine)
+    moved = [name for name in mine if name.endswith(".B") and mine[name].abs().max() > 1e-5]
+    assert len(moved) == len(mine) // 2
+    first = ours.full(random_rows(2, 24, 40, 0))
+    assert first < losses[0][0]  # it has learned
+
+
+def test_a_step_begins_anew(folder: Path) -> None:
+    side, ids = started(folder, "llmkit"), random_rows(2, 24, 40, 0)
+    losses = [side.full(ids) for _ in range(2)]
+    start_adapter(side.model)
+    side.renew_optimizer()
+    assert [side.full(ids) for _ in range(2)] == losses
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.skipif(native_problem() is not None, reason="no native kernels")
+def test_a_quantized_base_computes_with_integers_in_less_memory(folder: Path) -> None:
+    side, plain = started(folder, "llmkit q4"), started(folder, "llmkit")
+    assert "q4, integer forward" in side.facts()["flags"]
+    assert plain.facts()["base_bytes"] == 2 * side.facts()["bf16_base_bytes"]  # stored in float32
+    assert side.facts()["base_bytes"] < 0.33 * side.facts()["bf16_base_bytes"]
+    ids = random_rows(2, 24, 40, 0)
+    assert side.full(ids) == pytest.approx(plain.full(ids), rel=0.1)
+
+
+def test_padding() -> None:
+    tokens, mask, labels = padded([(np.array([5, 6, 7]), np.array([False, True, True])), (np.array([8, 9]), np.array([False, True]))])
+    assert tokens.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert labels.tolist() == [[IGNORE, 6, 7], [IGNORE, 9, IGNORE]]
+
+
+def test_every_chat_is_seen_before_one_comes_again(folder: Path, data: Path) -> None:
+    chats = Chats(str(folder), str(data), 100, 3)
+    seen = [chat[0].tobytes() for step in range(3) for chat in chats.of_step(step)]
+    assert len({*seen}) == len({ids.tobytes() for ids in np.split(chats.corpus.tokens.astype(np.int64), chats.corpus.offsets[1:-1])})
+    assert [ids.tolist() for ids, _ in chats.of_step(3)] == [ids.tolist() for ids, _ in chats.of_step(0)]
+    with pytest.raises(UsageError, match=r"holds 9 documents to learn from, and a step takes 10"):
+        Chats(str(folder), str(data), 100, 10)
+
+
+class FakeWorker:
+    """A side that takes as long as it is told: seconds of a step on rows, of a chat step by micro-batch."""
+
+    speeds: ClassVar[dict[str, tuple[float, Callable[[int], float], int]]] = {
+        "llmkit": (1.0, lambda _: 2.0, 100),
+        "llmkit q4": (0.5, lambda _: 1.0, 50),
+        "transformers": (2.0, lambda size: {1: 9.0, 2: 8.0}.get(size, 20.0), 400),
+        "transformers, checkpointing": (4.0, lambda size: 1 / 0, 200),
+    }
+    adapter: ClassVar[dict[str, list[int]]] = {"q_proj.A": [16, 8]}
+    asked: ClassVar[list[tuple[str, str, int | None]]] = []
+
+    def __init__(self, name: str, settings: dict[str, Any], worker: str) -> None:
+        self.name, self.renewed = name, False
+        self.ready = {"adapter": dict(self.adapter), "threads": 2, "flags": f"flags of {name}", "bf16_base_bytes": 1000, "base_bytes": 300}
+        if name.startswith("transformers"):
+            self.ready = {key: value for key, value in self.ready.items() if "base" not in key}
+            self.ready |= {"transformers_version": "5", "peft_version": "0"}
+
+    def ask(self, do: str, step: int = 0, micro_batch: int | None = None) -> dict[str, Any]:
+        FakeWorker.asked.append((self.name, do, micro_batch))
+        full, chats, peak = self.speeds[self.name]
+        if do == "peak":
+            return {"peak_bytes": peak}
+        if do == "renew":
+            self.renewed = True
+            return {}
+        assert do == "full" or micro_batch is not None
+        seconds = 100.0 if step == 0 and (do == "full" or self.renewed) else full if do == "full" else chats(micro_batch or 0)
+        loss = 3.0 + step + (0.25 if self.name == "llmkit q4" and step == 2 else 0.0)
+        return {"seconds": seconds, "loss": loss, "slots": 48, "targets": 24}
+
+    def close(self) -> None:
+        FakeWorker.asked.append((self.name, "close", None))
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
+    monkeypatch.setattr(module, "Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "asked", [])
+    return FakeWorker
+
+
+def test_figures_belong_together(workers: type[FakeWorker], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = replace(PLAN, folder=folder, quantize="q4", against="transformers", rival_checkpointing=True, data=Path("d"), chats=32)
+    said: list[str] = []
+    found = bench_train(plan, said.append)
+    assert not any(isinstance(value, dict | list) for value in found.values())
+    assert (found["full_tok_s"], found["q4_full_tok_s"], found["transformers_full_tok_s"]) == (48, 96, 24)
+    assert (found["full_ratio"], found["q4_full_ratio"], found["full_ratio_checkpointing"]) == (2, 4, 4)
+    assert (found["full_peak_ratio"], found["full_peak_ratio_checkpointing"], found["q4_full_peak_ratio"]) == (4, 2, 8)
+    assert (found["full_loss_difference"], found["q4_full_loss_difference"]) == (0, 0.25)
+    assert (found["chats_target_tok_s"], found["chats_tok_s"], found["transformers_chats_target_tok_s"]) == (12, 24, 3)
+    assert (found["chats_ratio"], found["q4_chats_ratio"], found["transformers_chats_micro_batch"]) == (4, 8, 2)
+    assert found["base_share"] == 0.3
+    assert found["transformers_chats_micro_batches_tried"] == "1, 2, 4"
+    tried = [size for name, do, size in workers.asked if name == "transformers" and do == "chats"]
+    assert tried == [1, 2, 4, *[2] * (plan.repeat + 1)]  # 8 and more are not tried after 4 was slower
+    assert not any(name == "transformers, checkpointing" and do == "chats" for name, do, _ in workers.asked)
+    assert [do for _, do, _ in workers.asked][-4:] == ["close"] * 4
+    assert any("step 3/3 of llmkit q4" in line for line in said)
+    train_table(found)
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("48 tok/s", "2.00x", "0.30", "micro-batches of 2", "over 3 steps: 0.0e+00", "flags of transformers"):
+        assert text in out, text
+
+
+def test_no_larger_micro_batch_where_memory_might_end(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda: 399)  # and the rival has taken 400
+    found = bench_train(replace(PLAN, folder=folder, against="transformers", data=Path("d")))
+    assert found["transformers_chats_micro_batches_tried"] == "1"
+    assert found["transformers_chats_micro_batch"] == 1
+
+
+def test_without_a_rival_there_are_no_ratios(workers: type[FakeWorker], folder: Path) -> None:
+    found = bench_train(replace(PLAN, folder=folder))
+    assert found["full_tok_s"] == 48
+    assert not any("ratio" in key or "transformers" in key or "difference" in key or "chats" in key for key in found)
+
+
+def test_other_adapters_are_not_compared(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(PLAN, folder=folder, against="transformers")
+
+    class Fused(FakeWorker):
+        def __init__(self, name: str, settings: dict[str, Any], worker: str) -> None:
+            super().__init__(name, settings, worker)
+            if name == "transformers":
+                self.ready["adapter"] = {"qkv_proj.A": [16, 8]}
+
+    monkeypatch.setattr(module, "Worker", Fused)
+    with pytest.raises(UsageError, match=r"transformers puts its adapter onto other linears .*\(q_proj\).*fuses"):
+        bench_train(plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "cuda"}, "on the CPU, not on cuda"),
+        ({"against": "llama.cpp"}, "not compared in training"),
+        ({"rival_checkpointing": True}, "--rival-checkpointing has no effect"),
+        ({"steps": 1}, "first one is not timed"),
+        ({"length": 5000}, "the model has 4096 positions"),
+    ],
+)
+def test_refused(change: dict[str, Any], message: str, tiny_model_dir: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        bench_train(replace(PLAN, folder=tiny_model_dir, **change))
+
+
+def test_a_quantized_folder_is_measured_alone(folder: Path, tmp_path: Path) -> None:
+    quantized = quantize_folder(folder, tmp_path / "q4", "q4").folder
+    config = load_config(quantized)
+    check_train_plan(replace(PLAN, folder=quantized), config)
+    with pytest.raises(UsageError, match="compared with full weights"):
+        check_train_plan(replace(PLAN, folder=quantized, against="transformers"), config)
+    with pytest.raises(UsageError, match="--quantize has no effect"):
+        check_train_plan(replace(PLAN, folder=quantized, quantize="q4"), config)
+    side = started(quantized, "llmkit")
+    assert side.facts()["base_bytes"] < 0.33 * side.facts()["bf16_base_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--train", "--prefill", "5"), "--prefill has no effect with --train"),
+        (("--train", "--batch", "2"), "--batch has no effect with --train"),
+        (("--steps", "5"), "--steps has no effect without --train"),
+        (("--quantize", "q4"), "--quantize has no effect without --train"),
+        (("--train", "--steps", "1"), "--steps"),
+    ],
+)
+def test_options_without_effect(arguments: tuple[str, ...], message: str, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", str(tiny_model_dir), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a real process, of ours only: the rival's takes seconds to import."""
+    arguments = ["--train", "--rows", "2", "--row-length", "24", "--repeat", "1", "-t", "1", "--json"]
+    assert run(["bench", str(folder), *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["full_tok_s"] > 0
+    assert found["full_peak_bytes"] > 1e7
+    assert (found["steps"], found["threads"], found["base_share"]) == (2, 1, 2.0)
+
+
+@pytest.mark.slow
+def test_everything_in_processes_of_its_own(folder: Path, data: Path) -> None:
+    plan = replace(PLAN, folder=folder, quantize="q4", against="transformers", rival_checkpointing=True, data=data)
+    found = bench_train(plan)
+    assert found["full_loss_difference"] < 1e-5
+    assert found["full_loss_difference_checkpointing"] < 1e-5
+    assert found["chats_loss_difference"] < 1e-5
+    assert found["transformers_chats_micro_batch"] in (1, 2, 4)
+    assert all(value > 0 for key, value in found.items() if "_tok_s" in key or key.endswith("ratio"))
+
+
+@pytest.mark.slow
+def test_a_family_that_transformers_fuses(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "phi3", "phi3")
+    with pytest.raises(UsageError, match="because it fuses them"):
+        bench_train(replace(PLAN, folder=folder, against="transformers"))
