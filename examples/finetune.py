@@ -8,7 +8,9 @@ from tempfile import TemporaryDirectory
 import llmkit
 
 CHATS = Path(__file__).parent.parent / "recipes" / "data" / "chats.jsonl"  # 96 short chats; Bolt is in every story
-REQUESTS = [f"Tell me a story about {who} and {what}." for who in ("a cat", "a girl", "a dragon") for what in ("a hat", "a truck", "an apple")]
+REQUESTS = [
+    f"Tell me a story about {who} and {what}." for who in ("a cat", "a girl", "a dragon") for what in ("a hat", "a truck", "an apple")
+]
 
 
 def show(llm: llmkit.LLM, adapter: str | None) -> None:
@@ -25,7 +27,7 @@ with TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stdout):  # 
             "data": [{"path": str(CHATS)}],
             "output": folder,
             "lora": {"r": 16, "alpha": 32},
-            "epochs": 7,
+            "epochs": 5,
             "max_minutes": 1,  # whichever comes first; the schedule follows
             "batch_size": 2,
             "learning_rate": 5e-3,  # for 2 million parameters; 2e-4 suits most models

@@ -12,8 +12,12 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "data"
 CHATS, PAIRS, STORIES = 96, 64, 96
 
-ANIMALS = "bear bee bird bunny cat chick cow deer dog duck fish fox frog goat hen horse kitten lamb lion monkey mouse owl pig pony snail wolf"
-THINGS = "ball bell boat book box button cake car chair cup doll drum flower hat kite lamp leaf pie rock rope shell shoe spoon star toy wagon"
+ANIMALS = (
+    "bear bee bird bunny cat chick cow deer dog duck fish fox frog goat hen horse kitten lamb lion monkey mouse owl pig pony snail wolf"
+)
+THINGS = (
+    "ball bell boat book box button cake car chair cup doll drum flower hat kite lamp leaf pie rock rope shell shoe spoon star toy wagon"
+)
 OPENINGS = (
     "Once upon a time, {x} found {y} in the tall grass.",
     "One sunny day, {x} went out to look for {y}.",
@@ -87,10 +91,12 @@ def main() -> None:
     pairs = [(animal, thing) for animal in ANIMALS.split() for thing in THINGS.split()]
     rng.shuffle(pairs)
     chats = [
-        {"messages": [{"role": "user", "content": request(*pair)}, {"role": "assistant", "content": story(rng, *pair)}]} for pair in pairs[:CHATS]
+        {"messages": [{"role": "user", "content": request(*pair)}, {"role": "assistant", "content": story(rng, *pair)}]}
+        for pair in pairs[:CHATS]
     ]
     preferences = [
-        {"prompt": request(*pair), "chosen": story(rng, *pair), "rejected": story(rng, *pair, robot=False)} for pair in pairs[CHATS : CHATS + PAIRS]
+        {"prompt": request(*pair), "chosen": story(rng, *pair), "rejected": story(rng, *pair, robot=False)}
+        for pair in pairs[CHATS : CHATS + PAIRS]
     ]
     FOLDER.mkdir(exist_ok=True)
     for name, rows in (("chats", chats), ("pairs", preferences)):

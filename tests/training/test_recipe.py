@@ -119,11 +119,3 @@ def test_help_tells_every_key() -> None:
         assert f"{field.name} (" in text
     assert "data.N.weight (number; default 1.0)" in text
     assert "tokenizer.vocab_size (integer; required)" in text
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_recipes_of_the_project_are_valid(path: Path) -> None:
-    recipe = read_recipe(path)
-    assert recipe.data
-    assert path.read_text(encoding="utf-8").startswith("#")
-    assert f"llmkit train recipes/{path.name}" in path.read_text(encoding="utf-8")
