@@ -1,4 +1,4 @@
-"""Teach the story teller a robot named Bolt with a LoRA adapter, in a minute on a CPU, and see the difference: `python examples/finetune.py`"""
+"""Teach the story teller about a robot with a LoRA adapter, in a minute on a CPU, and see the difference: `python examples/finetune.py`"""
 
 import contextlib
 import sys

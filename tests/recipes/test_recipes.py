@@ -1,4 +1,4 @@
-"""Every recipe of the project: it says how it is started and what it needs, and runs to its end, through the command, in a small configuration."""
+"""Every recipe says how it is started and what it needs, and in a small configuration runs to its end through the command."""
 
 from __future__ import annotations
 
