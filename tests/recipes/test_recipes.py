@@ -51,7 +51,9 @@ def test_a_recipe_runs_to_its_end(path: Path, tmp_path: Path, monkeypatch: pytes
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2]
     assert entries[-1]["eval_loss"] > 0
     assert (output / "loss.png").is_file()
+    assert len({file.stat().st_mode for file in result.iterdir()}) == 1  # who reads the settings reads the weights
     adapter = result.name == "adapter"
+    assert not adapter or "293,376 of 2,481,696 parameters are trained" in said.err  # in whatever bits the others are held
     llm = llmkit.load(llmkit.embedded_model() if adapter else result, adapter=result if adapter else None)
     assert llm.generate("Once", max_tokens=3, temperature=0).usage.completion_tokens > 0
 
