@@ -352,7 +352,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(path):
         if isinstance(node, dict):
             node = node.setdefault(part, {})
-        elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+            continue
+        if isinstance(node, list) and part == str(len(node)):  # one more source
+            node.append({})
+        if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
         else:
             raise UsageError(f"{name} cannot be set: {'.'.join(path[: depth + 1])} does not exist in the recipe. Check the key.")
