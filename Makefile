@@ -52,7 +52,7 @@ stories-data: $(INSTALLED)  ## write the training text of the embedded model (ne
 	$(BIN)/python recipes/stories_data.py $(DATA) runs/stories-data
 
 stories: stories-data  ## train the embedded model again and judge it (two hours)
-	$(BIN)/llmkit train recipes/stories.yaml
+	$(BIN)/llmkit finetune recipes/stories.yaml
 	$(BIN)/python recipes/stories_eval.py runs/stories/model --data $(DATA)
 
 clean:  ## remove .venv and caches

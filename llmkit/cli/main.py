@@ -28,8 +28,8 @@ COMMANDS = {
     "bench-gpu": ("llmkit.cli.bench_gpu:bench_gpu", "Measure 4 bits on a GPU against bfloat16 and bitsandbytes' NF4."),
     "convert": ("llmkit.cli.convert:convert", "Write a model as a GGUF file for llama.cpp."),
     "plan": ("llmkit.cli.plan:plan", "Say whether a model or a training run fits into memory, and what it costs."),
-    "train": ("llmkit.cli.train:train", "Train or fine-tune a model from a recipe."),
-    "finetune": ("llmkit.cli.train:train", "The same as train."),
+    "finetune": ("llmkit.cli.train:train", "Train or fine-tune a model from a recipe; also called train."),
+    "train": ("llmkit.cli.train:train", "The same as finetune."),
 }
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -1,4 +1,4 @@
-"""`llmkit train RECIPE.yaml [key=value ...]`, also called `finetune`."""
+"""`llmkit finetune RECIPE.yaml [key=value ...]`, also called `train`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, check_data: bo
             raise UsageError("--resume has no effect with --check-data, which trains nothing. Leave one of them out.")
         _check_data(settings)
         return
-    click.echo(finetune(settings, resume=resume))
+    folder = finetune(settings, resume=resume)
+    if settings.lora is not None:
+        click.echo(f"to use it: llmkit chat {settings.model} --adapter {folder}", err=True)
+    click.echo(folder)
 
 
 def _check_data(settings: Recipe) -> None:

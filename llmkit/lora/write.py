@@ -85,6 +85,7 @@ def write_adapter(
         if chat_template is not None:
             (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         save_file(tensors, partial / ADAPTER.weights, metadata={"format": "pt", METADATA: json.dumps(marks)})
+        (partial / ADAPTER.weights).chmod((partial / ADAPTER.config).stat().st_mode)  # safetensors lets nobody else read it
         _sync(partial / ADAPTER.weights)
 
 

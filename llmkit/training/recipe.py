@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -286,7 +287,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise UsageError(f"the recipe {path} is not YAML ({' '.join(str(error).split())}). Mend the line named.") from None
     if not isinstance(raw, dict):
-        raise UsageError(f"the recipe {path} is a {type(raw).__name__}, not a mapping of keys. See llmkit train --help.")
+        raise UsageError(f"the recipe {path} is a {type(raw).__name__}, not a mapping of keys. See llmkit finetune --help.")
     for override in overrides:
         _override(raw, override)
     recipe: Recipe = _build(Recipe, raw, "")
@@ -313,7 +314,7 @@ def from_dict(raw: Mapping[str, Any]) -> Recipe:
 
 
 def keys_help() -> str:
-    """Every key with its type, default and meaning, for `llmkit train --help`."""
+    """Every key with its type, default and meaning, for `llmkit finetune --help`."""
     return "\n".join(_help_lines(Recipe, ""))
 
 
@@ -321,11 +322,21 @@ def _help_lines(cls: type, prefix: str) -> Iterator[str]:
     hints = get_type_hints(cls)
     for item in dataclasses.fields(cls):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        default = "required" if required else f"default {'none' if item.default is None else item.default}"
+        default = "required" if required else f"default {_shown_default(item)}"
         yield f"{prefix}{item.name} ({_type_name(hints[item.name])}; {default}): {item.metadata['help']}"
         for inner in (hints[item.name], *get_args(hints[item.name])):
             if dataclasses.is_dataclass(inner) and isinstance(inner, type):
                 yield from _help_lines(inner, f"{prefix}{item.name}.{'N.' if get_origin(hints[item.name]) is tuple else ''}")
+
+
+def _shown_default(item: dataclasses.Field[Any]) -> str:
+    """As it would stand in YAML."""
+    value = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+    if value is None:
+        return "none"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -341,7 +352,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(path):
         if isinstance(node, dict):
             node = node.setdefault(part, {})
-        elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+            continue
+        if isinstance(node, list) and part == str(len(node)):  # one more source
+            node.append({})
+        if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
         else:
             raise UsageError(f"{name} cannot be set: {'.'.join(path[: depth + 1])} does not exist in the recipe. Check the key.")
@@ -371,7 +385,8 @@ def _build(cls: type, raw: Any, where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`; the only liberties are int for float and YAML 1.1's `1e-3`, which it reads as a string."""
+    """`value` as the type `hint`; the only liberties are int for float, YAML 1.1's `1e-3`, which it reads as a string,
+    and a Path for a string."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -401,6 +416,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 return float(value)
             except (ValueError, OverflowError):  # an integer of a thousand digits does not fit into a float
                 pass
+    elif hint is str and isinstance(value, os.PathLike):  # from Python
+        return os.fspath(value)
     elif type(value) is hint:
         return value
     raise UsageError(f"{where} is {_SHORT.repr(value)}, which is not {_article(_type_name(hint))}. Correct the value.")

@@ -28,6 +28,8 @@ from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import write_adapter
 from llmkit.model.backend import keep_freed_memory
 from llmkit.model.transformer import Transformer, init_weights, set_checkpointing
+from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
+from llmkit.quant.nf4 import Nf4Linear
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
 from llmkit.training.check import row_length
 from llmkit.training.corpus import Corpus, load_corpora
@@ -112,7 +114,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
 
     group = 2 if recipe.preference else 1
     stream = RowStream(train, [source.weight for source in recipe.data], recipe.max_length, recipe.seed, recipe.epochs, group)
-    trained, all_ = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (True, False))
+    trained, all_ = _parameter_counts(model)
     report.say(
         f"{trained:,} of {all_:,} parameters are trained; {len(train):,} documents, {train.target_count:,} targets, "
         f"{stream.rows_per_epoch:,} rows of {group * recipe.max_length} per epoch; {len(held):,} documents held out"
@@ -137,6 +139,14 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
         trainer.resume()
     trainer.train()
     return export.target
+
+
+def _parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Numbers that are trained, and all of them: packed weights, which are no parameters to PyTorch, count as what they stand for."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    packed = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, (QuantizedLinear, Nf4Linear)))
+    packed += sum(m.num_embeddings * m.embedding_dim for m in model.modules() if isinstance(m, QuantizedEmbedding))
+    return trained, packed + sum(p.numel() for p in model.parameters())
 
 
 def _notes(recipe: Recipe, model: Transformer) -> Iterator[str]:

@@ -34,6 +34,15 @@ def test_keys_and_overrides(tmp_path: Path) -> None:
     assert (recipe.optimizer, recipe.epochs, recipe.max_steps, recipe.prompts, recipe.model) == ("muon", 2.0, None, ("a", "b"), "other")
 
 
+def test_a_source_more_and_paths_from_python(tmp_path: Path) -> None:
+    recipe = read(tmp_path, GOOD, "data.2.path=more.jsonl", "data.2.weight=3")
+    assert (recipe.data[2].path, recipe.data[2].weight) == ("more.jsonl", 3.0)
+    keys = {"model": tmp_path, "data": [{"path": tmp_path / "a.jsonl"}], "output": tmp_path, "max_steps": 1}
+    assert from_dict(keys) == from_dict(
+        {**keys, "model": str(tmp_path), "data": [{"path": f"{tmp_path}/a.jsonl"}], "output": str(tmp_path)}
+    )
+
+
 def test_a_stored_recipe_reads_back(tmp_path: Path) -> None:
     tokenizer = "{vocab_size: 300, special_tokens: [<s>], bos: <s>, eos: <s>}"
     recipe = read(tmp_path, GOOD + f"tokenizer: {tokenizer}\n", "model={model_type: llama, hidden_size: 8}", "generation.temperature=0.5")
@@ -118,12 +127,6 @@ def test_help_tells_every_key() -> None:
     for field in dataclasses.fields(Recipe):
         assert f"{field.name} (" in text
     assert "data.N.weight (number; default 1.0)" in text
+    assert "data.N.columns (mapping; default {})" in text
+    assert "prompts (list; default [])" in text
     assert "tokenizer.vocab_size (integer; required)" in text
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_recipes_of_the_project_are_valid(path: Path) -> None:
-    recipe = read_recipe(path)
-    assert recipe.data
-    assert path.read_text(encoding="utf-8").startswith("#")
-    assert f"llmkit train recipes/{path.name}" in path.read_text(encoding="utf-8")
