@@ -237,6 +237,91 @@ def ask(
     return 0
 
 
+@rag.command("eval", short_help="Measure retrieval and answers.")
+@index_option
+@option("--queries", required=True, type=click.Path(exists=True, dir_okay=False), metavar="FILE", help='JSONL rows {"_id", "text"}.')
+@option("--qrels", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Judgements: query-id corpus-id score.")
+@option("--answers", is_flag=True, help='Answer too: rows with {"answers": [...]} or {"answerable": false}.')
+@option("-m", "--model", metavar="MODEL", help="What words the answers [default: none, they are extractive].")
+@reranker_option
+@option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Append the result as a JSON line [default: DIR/evaluations.jsonl].",
+)
+@json_option
+@machine_options
+def evaluate(
+    place: str,
+    queries: str,
+    qrels: str | None,
+    answers: bool,
+    model: str | None,
+    reranker: str | None,
+    output: str | None,
+    as_json: bool,
+    device: str | None,
+    threads: int | None,
+) -> int:
+    """Judge an index on queries in the BEIR layout: recall@k, nDCG@10 and MRR; with --answers exact match, F1, citations and abstention.
+
+    Results are given for all queries and for both halves (every other one), so that settings chosen on one can be judged on the other.
+    """
+    from dataclasses import asdict
+
+    from llmkit.cli.progress import Bar
+    from llmkit.rag import evaluate as judge
+    from llmkit.rag.index import Index
+
+    if model is not None and not answers:
+        raise click.UsageError("--model has no effect without --answers.", click.get_current_context())
+    if qrels is None and not answers:
+        raise click.UsageError("there is nothing to measure. Give --qrels, or --answers, or both.", click.get_current_context())
+    index = Index.open(place)
+    rows = judge.read_queries(Path(queries), None if qrels is None else Path(qrels))
+    embedder, reader = _embedder(index, device, threads), _reranker(reranker, device, threads)
+    settings = {"queries": queries, "qrels": qrels, "model": model, "reranker": reranker, "chunks": len(index), **asdict(index.settings)}
+    result: dict[str, Any] = {"settings": settings}
+    if qrels is not None:
+        with Bar("searching") as progress:
+            result["retrieval"] = judge.evaluate_retrieval(index, rows, embedder=embedder, reranker=reader, progress=progress)
+    if answers:
+        llm = None
+        if model is not None:
+            from llmkit.llm import load
+
+            llm = load(model, device=device, threads=threads)
+        with Bar("answering") as progress:
+            result["answers"] = judge.evaluate_answers(index, rows, llm=llm, embedder=embedder, reranker=reader, progress=progress)
+    line = json.dumps(result, ensure_ascii=False)
+    with Path(output or Path(place) / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    if as_json:
+        print(line)
+    else:
+        _print_evaluation(result)
+    return 0
+
+
+def _print_evaluation(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for name in ("retrieval", "answers"):
+        if name not in result:
+            continue
+        measures = result[name]
+        table = Table("measure", "all", "first half", "second half", title=f"{name}, {measures['queries']} queries")
+        for measure, value in measures["all"].items():
+            halves = (measures[half].get(measure) for half in ("first_half", "second_half"))
+            table.add_row(measure, f"{value:.4f}", *("" if half is None else f"{half:.4f}" for half in halves))
+        if "abstention_precision" in measures:
+            table.add_row("abstention_precision", f"{measures['abstention_precision']:.4f}", "", "")
+        Console().print(table)
+
+
 def _refuse(**options: object) -> None:
     """An option that has no effect without a model is an error."""
     for name, value in options.items():

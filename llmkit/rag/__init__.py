@@ -16,24 +16,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmkit.rag.answer import Answer, Citation, Sentence, ask
+    from llmkit.rag.answer import Answer, Sentence, ask, stream
     from llmkit.rag.embed import load_embedder
     from llmkit.rag.index import Index
     from llmkit.rag.ingest import add
+    from llmkit.rag.prove import Citation
     from llmkit.rag.rerank import load_reranker
     from llmkit.rag.retrieve import Hit, search
 
 _HOMES = {
-    "llmkit.rag.answer": ("Answer", "Citation", "Sentence", "ask"),
+    "llmkit.rag.answer": ("Answer", "Sentence", "ask", "stream"),
     "llmkit.rag.embed": ("load_embedder",),
     "llmkit.rag.index": ("Index",),
     "llmkit.rag.ingest": ("add",),
+    "llmkit.rag.prove": ("Citation",),
     "llmkit.rag.rerank": ("load_reranker",),
     "llmkit.rag.retrieve": ("Hit", "search"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = ["Answer", "Citation", "Hit", "Index", "Sentence", "add", "ask", "load_embedder", "load_reranker", "search"]
+__all__ = ["Answer", "Citation", "Hit", "Index", "Sentence", "add", "ask", "load_embedder", "load_reranker", "search", "stream"]
 
 
 def __getattr__(name: str) -> Any:

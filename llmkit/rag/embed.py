@@ -162,7 +162,7 @@ def fingerprint(folder: Path) -> str:
         digest.update(str(size).encode())
     for name in ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"):
         if (folder / name).exists():
-            digest.update(json.dumps(read_json(folder / name), sort_keys=True).encode())
+            digest.update((folder / name).read_bytes())
     return digest.hexdigest()
 
 

@@ -47,6 +47,7 @@ class Weights:
     similarity: float = 1.0
     feedback: float = 0.5
     feedback_vectors: float = 0.3
+    siblings: float = 0.2
     feedback_passages: int = 5
     feedback_terms: int = 40
     original: float = 0.5  # share of the question itself in an expanded one
@@ -99,6 +100,9 @@ def inverse_frequency(chunks: int, rows: int) -> float:
     return math.log(1 + (rows - chunks + 0.5) / (chunks + 0.5))
 
 
+WEIGHTS = Weights()
+
+
 def search(
     index: Index,
     text: str | Question,
@@ -107,7 +111,7 @@ def search(
     embedder: Embedder | None = None,
     reranker: Reranker | None = None,
     where: str | None = None,
-    weights: Weights = Weights(),
+    weights: Weights = WEIGHTS,
     neighbours: int = 0,
     unique: bool = True,
 ) -> list[Hit]:
@@ -189,6 +193,7 @@ def rank(index: Index, question: Question, candidates: Candidates, weights: Weig
             moved = question.vector + 0.5 * candidates.vectors[best[:3]].mean(0)
             parts["feedback_similarity"] = scaled(candidates.vectors @ moved)
             total = total + weights.feedback_vectors * parts["feedback_similarity"]
+    total = total + weights.siblings * sibling_scores(rows, total)
     hits = []
     wanted = set(question.terms)
     for i in np.argsort(-total, kind="stable"):
@@ -240,6 +245,17 @@ class _Bm25:
         for term in chosen:
             query[term] += (1 - self.weights.original) * model[term] / mass
         return self.scores(query, idf)
+
+
+def sibling_scores(rows: Sequence[Row], scores: Scores) -> Scores:
+    """For each passage the best score of the other candidates out of the same document: two passages on the matter speak for it."""
+    best: dict[str, list[float]] = defaultdict(list)
+    for row, score in zip(rows, scores, strict=True):
+        best[row.key].append(float(score))
+    for found in best.values():
+        found.sort(reverse=True)
+    others = [found[int(found[0] == score)] if len(found := best[row.key]) > 1 else 0.0 for row, score in zip(rows, scores, strict=True)]
+    return np.array(others)
 
 
 def pair_scores(question: Question, rows: Sequence[Row]) -> Scores:
