@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from llmkit.rag.retrieve import Hit
+from llmkit.rag.sentences import sentences
 
 SYSTEM = (
     "You answer a question from passages of the user's documents. Use only what the passages say, in your own short sentences, and "
@@ -19,8 +20,8 @@ ABSTENTION = "The documents do not say."
 _ORDERS = (
     r"\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,40}"
     r"\b(?:instruction|prompt|rule|direction|guideline|context|above|previous|prior|passage)s?\b",
-    r"\b(?:you are|act as|pretend to be|behave as)\b[^.!?\n]{0,30}"
-    r"\b(?:now|an? (?:ai|assistant|language model|chatbot|unrestricted|evil)|dan)\b",
+    r"\b(?:you are|act as|pretend to be|behave as)(?: now)?(?: an?| the)?(?: \w+)?"
+    r" (?:ai|assistant|language model|chatbot|unrestricted|jailbroken|no longer|free from|dan)\b",
     r"\b(?:new|updated|real|important|secret) (?:system )?(?:instructions?|prompt)\b\s*(?:[:=]|for (?:the|any) (?:ai|assistant|model))",
     r"\b(?:system|developer) (?:message|prompt|override)\s*:",
     r"\b(?:reply|respond|answer|say|output|print|write)\b[^.!?\n]{0,30}"
@@ -39,6 +40,21 @@ _FORGED = re.compile(r"<\|[^<>\n]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|
 def instructs(text: str) -> bool:
     """Whether a text speaks to a model: an order to ignore, to play a role, to reply or to reveal something, or a forged role."""
     return _INSTRUCTION.search(_INVISIBLE.sub("", text)) is not None
+
+
+def tainted(text: str) -> list[tuple[int, int]]:
+    """The paragraphs `[start, end)` that speak to a model somewhere: what stands beside an order belongs to it."""
+    paragraphs = [match.span() for match in re.finditer(r"[^\n]*\S[^\n]*(?:\n[^\n]*\S[^\n]*)*", text)]
+    return [(start, end) for start, end in paragraphs if instructs(text[start:end])]
+
+
+def trusted_sentences(text: str) -> list[tuple[int, int]]:
+    """The sentences of a passage that may be quoted."""
+    untrusted = tainted(text)
+    found = sentences(text)
+    return (
+        [(start, end) for start, end in found if not any(start < last and first < end for first, last in untrusted)] if untrusted else found
+    )
 
 
 def fenced(hits: Sequence[Hit], question: str) -> tuple[str, str]:

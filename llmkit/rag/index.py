@@ -35,6 +35,7 @@ FORMAT = 1
 ANALYSIS = {"base_tokenizer": "whitespace", "stem": False, "remove_stop_words": False, "lower_case": False, "ascii_folding": False}
 VECTOR_INDEX_ROWS = 20_000  # fewer vectors are compared one by one, which is exact and as fast
 COUNT_AGAIN = 0.05  # of the chunks changed: the frequencies of terms are counted again
+SAMPLE = 256  # chunks whose vectors stand for all
 KEEP = timedelta(hours=1)  # versions that a reader may still have open
 
 
@@ -89,6 +90,7 @@ class Index:
         self._connection = connection
         self.table = table
         self._statistics: tuple[int, float] | None = None
+        self._sample: NDArray[np.float32] | None = None
 
     # --- opening --------------------------------------------------------------------------------------------------
 
@@ -240,19 +242,34 @@ class Index:
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    def take(self, ids: Sequence[str], extra: Sequence[str] = ()) -> tuple[list[Row], list[Mapping[str, Any]]]:
-        """The chunks of these ids, in their order, and the columns asked for besides."""
-        if not ids:
-            return [], []
-        found = self.table.search().where(any_of("id", ids)).select([*COLUMNS, *extra]).limit(len(ids)).to_arrow().to_pylist()
-        by_id = {row["id"]: row for row in found}
-        rows = [by_id[one] for one in ids if one in by_id]
-        return [as_row(row) for row in rows], [{name: row[name] for name in extra} for row in rows]
+    def take(self, found: Mapping[str, int]) -> tuple[list[Row], NDArray[np.float32] | None]:
+        """The chunks of these ids (and LanceDB row ids), in their order, and their vectors `[rows, dimension]` if they have any."""
+        if not found:
+            return [], None
+        columns = [*COLUMNS, "vector"] if self.settings.dimension else COLUMNS
+        table = self.table.take_row_ids(list(found.values())).select(columns).to_arrow()
+        place = {name: i for i, name in enumerate(table["id"].to_pylist())}
+        order = [place[name] for name in found]
+        vectors = None
+        if self.settings.dimension:
+            vectors = _matrix(table["vector"], self.settings.dimension)[order]
+            table = table.drop_columns(["vector"])
+        rows = table.to_pylist()
+        return [as_row(rows[i]) for i in order], vectors
 
-    def neighbours(self, file: str, numbers: Sequence[int]) -> list[Row]:
-        """Chunks of a file by their number in it."""
-        rows, _ = self.take([f"{file}#{number}" for number in numbers if number >= 0])
-        return rows
+    def neighbours(self, file: str, numbers: Iterable[int]) -> list[Row]:
+        """Chunks of a file by their number in it, in order."""
+        ids = [f"{file}#{number}" for number in numbers if number >= 0]
+        found = self.table.search().where(any_of("id", ids)).select(COLUMNS).limit(len(ids)).to_arrow().to_pylist()
+        by_id = {row["id"]: row for row in found}
+        return [as_row(by_id[one]) for one in ids if one in by_id]
+
+    def background(self, vector: NDArray[np.float32]) -> float:
+        """The mean cosine of a vector with chunks at hand: how similar what is unrelated looks."""
+        if self._sample is None:
+            table = self.table.search().select(["vector"]).limit(SAMPLE).to_arrow()
+            self._sample = _matrix(table["vector"], self.settings.dimension)
+        return float((self._sample @ vector).mean()) if len(self._sample) else 0.0
 
     def source(self, file: str) -> str | None:
         """The extracted text of a document, None for a file that is text itself."""
@@ -321,6 +338,12 @@ class IndexMissing(BrokenIndex):
 def as_row(row: Mapping[str, Any]) -> Row:
     """A stored row, by the columns of `COLUMNS`."""
     return Row(**{name: row[name] for name in COLUMNS if name != "terms"}, terms=tuple(row["terms"].split()))
+
+
+def _matrix(column: pa.ChunkedArray, dimension: int) -> NDArray[np.float32]:
+    """A column of vectors as float32 `[rows, dimension]`."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat, np.float32).reshape(-1, dimension)
 
 
 def any_of(column: str, values: Iterable[str]) -> str:

@@ -15,7 +15,6 @@ from llmkit.rag.evidence import Facts, Support, compare
 from llmkit.rag.index import Index
 from llmkit.rag.read import Unreadable, decode
 from llmkit.rag.retrieve import Hit
-from llmkit.rag.sentences import sentences
 from llmkit.rag.terms import clean, term_list
 
 WINDOW = 3  # sentences of a quote at most
@@ -96,13 +95,14 @@ class Prover:
         if self._windows is None:
             self._windows = []
             for hit in self.hits:
-                parts = [part for part in sentences(hit.text) if not fence.instructs(hit.text[slice(*part)])]
+                parts = fence.trusted_sentences(hit.text)
                 for first in range(len(parts)):
                     for last in range(first, min(first + WINDOW, len(parts))):
                         start, end = parts[first][0], parts[last][1]
+                        if last > first and re.search(r"\w", hit.text[parts[last - 1][1] : parts[last][0]]):
+                            break  # something that may not be quoted stands between
                         text = clean(hit.text[start:end])
-                        if last == first or not fence.instructs(text):
-                            self._windows.append(_Window(hit, hit.start + start, hit.start + end, text, Facts.of(text)))
+                        self._windows.append(_Window(hit, hit.start + start, hit.start + end, text, Facts.of(text)))
         return self._windows
 
     def _source(self, hit: Hit) -> str | None:

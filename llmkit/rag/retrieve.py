@@ -43,11 +43,11 @@ class Weights:
 
     k1: float = 1.2
     b: float = 0.75
-    pairs: float = 0.2
+    pairs: float = 0.4
     similarity: float = 1.0
-    feedback: float = 0.5
+    feedback: float = 1.0
     feedback_vectors: float = 0.3
-    siblings: float = 0.2
+    siblings: float = 0.1
     feedback_passages: int = 5
     feedback_terms: int = 40
     original: float = 0.5  # share of the question itself in an expanded one
@@ -82,6 +82,7 @@ class Question:
     terms: tuple[str, ...]  # in order, as they stand
     idf: Mapping[str, float]
     vector: NDArray[np.float32] | None
+    background: float = 0.0  # mean cosine of the vector with chunks at hand
 
     @classmethod
     def of(cls, text: str, index: Index, embedder: Embedder | None) -> Question:
@@ -91,7 +92,8 @@ class Question:
         rarest = sorted(dict.fromkeys(found), key=lambda term: frequencies.get(term, rows))[:MAX_TERMS]
         idf = {term: inverse_frequency(frequencies.get(term, 0), rows) for term in rarest}
         vector = None if embedder is None or not text.strip() else embedder.queries([text])[0]
-        return cls(text, tuple(term for term in found if term in idf), idf, vector)
+        background = 0.0 if vector is None else index.background(vector)
+        return cls(text, tuple(term for term in found if term in idf), idf, vector, background)
 
 
 def inverse_frequency(chunks: int, rows: int) -> float:
@@ -147,16 +149,18 @@ def find(index: Index, question: Question, pool: int, where: str | None = None) 
     """The candidates; UsageError where the filter is no SQL that the index understands."""
     from lancedb.query import MatchQuery
 
-    ids: dict[str, None] = {}
+    ids: dict[str, int] = {}
     try:
         if question.idf:
             query = index.table.search(MatchQuery(" ".join(question.idf), "terms"), query_type="fts")
             query = query.where(where) if where else query
-            ids.update(dict.fromkeys(query.select(["id", "_score"]).limit(pool).to_arrow()["id"].to_pylist()))
+            found = query.with_row_id(True).select(["id", "_score"]).limit(pool).to_arrow()
+            ids.update(zip(found["id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
         if question.vector is not None:
             nearest = index.table.search(question.vector).distance_type("dot").limit(pool)
             nearest = nearest.where(where, prefilter=True) if where else nearest
-            ids.update(dict.fromkeys(nearest.select(["id", "_distance"]).to_arrow()["id"].to_pylist()))
+            found = nearest.with_row_id(True).select(["id", "_distance"]).to_arrow()
+            ids.update(zip(found["id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
     except (ValueError, RuntimeError) as error:
         if where is None:
             raise
@@ -164,9 +168,7 @@ def find(index: Index, question: Question, pool: int, where: str | None = None) 
             f"the filter {where!r} cannot be applied ({' '.join(str(error).split())[:160]}). "
             "Columns are file, kind, heading, page, key, fields."
         ) from error
-    rows, extra = index.take(list(ids), ["vector"] if index.settings.dimension else [])
-    vectors = np.array([one["vector"] for one in extra], np.float32) if index.settings.dimension and rows else None
-    return Candidates(rows, vectors)
+    return Candidates(*index.take(ids))
 
 
 def rank(index: Index, question: Question, candidates: Candidates, weights: Weights) -> list[Hit]:
