@@ -22,7 +22,7 @@ from llmkit.errors import LLMKitError
 from llmkit.rag.chunk import CHUNK_TOKENS, Chunk, spaced_json
 from llmkit.rag.extra import needs_rag_extra
 from llmkit.rag.read import Document
-from llmkit.rag.terms import term_list
+from llmkit.rag.terms import MAX_TERM, term_list
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,9 +32,17 @@ if TYPE_CHECKING:
 CHUNKS, VOCABULARY = "chunks", "vocabulary"
 FORMAT = 1
 # The analysis is ours (`rag.terms`): LanceDB splits at spaces and changes nothing.
-ANALYSIS = {"base_tokenizer": "whitespace", "stem": False, "remove_stop_words": False, "lower_case": False, "ascii_folding": False}
+ANALYSIS = {
+    "base_tokenizer": "whitespace",
+    "stem": False,
+    "remove_stop_words": False,
+    "lower_case": False,
+    "ascii_folding": False,
+    "max_token_length": MAX_TERM,
+}
 VECTOR_INDEX_ROWS = 20_000  # fewer vectors are compared one by one, which is exact and as fast
 COUNT_AGAIN = 0.05  # of the chunks changed: the frequencies of terms are counted again
+CELL = 1000  # vectors of a cell of the vector index
 SAMPLE = 256  # chunks whose vectors stand for all
 KEEP = timedelta(hours=1)  # versions that a reader may still have open
 
@@ -200,9 +208,11 @@ class Index:
             and rows >= VECTOR_INDEX_ROWS
             and not any("vector" in index.columns for index in self.table.list_indices())
         ):
-            from lancedb.index import HnswSq
+            from lancedb.index import IvfFlat
 
-            self.table.create_index("vector", config=HnswSq(distance_type="dot"))
+            # Exact vectors in cells, of which a search looks into 20; built in seconds.
+            cells = IvfFlat(distance_type="dot", num_partitions=max(rows // CELL, 32), max_iterations=10, sample_rate=64)
+            self.table.create_index("vector", config=cells)
         if abs(rows - self._counted()) > COUNT_AGAIN * rows:
             self._count_terms(rows)
 

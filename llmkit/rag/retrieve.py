@@ -35,6 +35,7 @@ POOL = 100  # candidates of each kind
 MAX_TERMS = 64  # different terms of a question that are searched for: the rarest that the index knows
 NEAR = 0.9  # share of terms that two passages have in common when one is left out as a duplicate
 RERANKED = 20  # candidates that a reranker reads
+PROBES = 20  # cells of a large vector index that a search looks into
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def search(
     candidates = find(index, question, max(POOL, k), where)
     hits = rank(index, question, candidates, weights)
     if unique:
-        hits = distinct(hits)
+        hits = distinct(hits, k if reranker is None else max(k, RERANKED))
     if reranker is not None:
         hits = reranker.rerank(question.text, hits[:RERANKED]) + hits[RERANKED:]
     hits = hits[:k]
@@ -157,7 +158,7 @@ def find(index: Index, question: Question, pool: int, where: str | None = None) 
             found = query.with_row_id(True).select(["id", "_score"]).limit(pool).to_arrow()
             ids.update(zip(found["id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
         if question.vector is not None:
-            nearest = index.table.search(question.vector).distance_type("dot").limit(pool)
+            nearest = index.table.search(question.vector).distance_type("dot").nprobes(PROBES).limit(pool)
             nearest = nearest.where(where, prefilter=True) if where else nearest
             found = nearest.with_row_id(True).select(["id", "_distance"]).to_arrow()
             ids.update(zip(found["id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
@@ -236,9 +237,10 @@ class _Bm25:
         for i, share in zip(best, trust, strict=True):
             for term, count in self.counts[i].items():
                 model[term] += share * count / max(self.lengths[i], 1)
-        frequencies = self.index.frequencies(model)
-        idf = {term: inverse_frequency(frequencies.get(term, 1), self.rows) for term in model} | dict(question.idf)
-        chosen = sorted((term for term in model if len(term) > 1), key=lambda term: (-model[term] * idf[term], term))
+        likely = sorted((term for term in model if len(term) > 1), key=lambda term: (-model[term], term))[: 3 * self.weights.feedback_terms]
+        frequencies = self.index.frequencies(likely)
+        idf = {term: inverse_frequency(frequencies.get(term, 1), self.rows) for term in likely} | dict(question.idf)
+        chosen = sorted(likely, key=lambda term: (-model[term] * idf[term], term))
         chosen = chosen[: self.weights.feedback_terms]
         mass, own = sum(model[term] for term in chosen), Counter(question.terms)
         query: dict[str, float] = defaultdict(float)
@@ -280,10 +282,12 @@ def scaled(values: Scores) -> Scores:
     return np.clip((values - low) / (high - low), 0, None) if high > low else np.zeros_like(values)
 
 
-def distinct(hits: Sequence[Hit]) -> list[Hit]:
-    """Without passages that repeat a better one."""
+def distinct(hits: Sequence[Hit], count: int) -> list[Hit]:
+    """The first `count` hits, without passages that repeat a better one."""
     kept: list[tuple[Hit, frozenset[str]]] = []
     for hit in hits:
+        if len(kept) == count:
+            break
         terms = frozenset(hit.row.terms)
         if not any(terms and len(terms & other) >= NEAR * len(terms | other) for _, other in kept):
             kept.append((hit, terms))
