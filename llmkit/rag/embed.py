@@ -32,6 +32,7 @@ Progress = Callable[[int, int], None]
 
 POOLINGS = {"cls": "cls", "mean": "mean", "max": "max", "mean_sqrt_len": "mean_sqrt_len", "lasttoken": "last"}
 MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers; another one would change the vectors
+ENCODER_TOKENS = 1024  # of one forward pass of an encoder: its activations stay in the cache, an eighth faster than 4096
 INSTRUCTION = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"  # Qwen3-Embedding's model card
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -263,7 +264,7 @@ class EncoderEmbedder:
         encoded = [one.ids for one in self._tokenizer.encode_batch([prompt + text for text in texts])]
         out = np.zeros((len(texts), self.dimension), np.float32)
         with torch.inference_mode():
-            for batch in batches([len(ids) for ids in encoded]):
+            for batch in batches([len(ids) for ids in encoded], ENCODER_TOKENS):
                 longest = max(len(encoded[i]) for i in batch)
                 ids = torch.full((len(batch), longest), self._pad)
                 mask = torch.zeros((len(batch), longest), dtype=torch.long)

@@ -18,7 +18,7 @@ from llmkit.rag.terms import STOP_WORDS, clean, fold, stems, term_list, words
 
 PASSAGES = 8  # that sentences are taken from
 SENTENCES = 3  # of an extractive answer at most
-CLOSE = 0.8  # share of the best sentence's score that a further one must have
+CLOSE = 0.88  # share of the best sentence's score that a further one must have
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def _score(question: Question, hit: Hit, text: str) -> float:
     fits = (wanted == "number" and bool(numbers(text) - numbers(question.text))) or (
         wanted == "name" and any(name not in asked for name in names(text))
     )
-    return own + 0.2 * around + (0.15 if fits else 0.0)
+    fragment = 0.2 if text.count("|") > 1 or text.startswith("![") else 0.0  # a table's row, a picture: not read as a sentence
+    return own + 0.2 * around + (0.15 if fits else 0.0) - fragment
 
 
 def names(text: str) -> list[str]:
