@@ -172,19 +172,19 @@ def judge_answer(answer: Answer, query: Query, index: Index) -> dict[str, float]
         return {"abstains_on_unanswerable": float(answer.abstained)}
     measures = {"abstains_on_answerable": float(answer.abstained)}
     if answer.abstained:
-        return measures | {"citation_recall": 0.0} | ({"exact": 0.0, "f1": 0.0} if query.answers else {})
+        missed = {"exact": 0.0, "f1": 0.0, "answer_in_quotes": 0.0} if query.answers else {}
+        return measures | missed | ({"citation_recall": 0.0} if query.relevant else {})
     quotes = [citation.quote for citation in answer.sources]
     if query.answers:
         measures |= {
             "exact": float(any(normalized(answer.answer) == normalized(gold) for gold in query.answers)),
             "f1": max(f1(answer.answer, gold) for gold in query.answers),
-            "citation_recall": float(any(contains(quote, gold) for quote in quotes for gold in query.answers)),
+            "answer_in_quotes": float(any(contains(quote, gold) for quote in quotes for gold in query.answers)),
         }
     if query.relevant:
         right = [citation for citation in answer.sources if _is_relevant(index, citation.file, citation.start, query.relevant)]
         measures["citation_precision"] = len(right) / len(quotes) if quotes else 0.0
-        if not query.answers:
-            measures["citation_recall"] = float(bool(right))
+        measures["citation_recall"] = float(bool(right))
     if quotes:
         measures["quotes_stand_in_source"] = sum(
             _text(index, citation.file)[citation.start : citation.end] == citation.quote for citation in answer.sources

@@ -115,7 +115,8 @@ class Index:
         except (OSError, RuntimeError, ValueError) as error:
             raise BrokenIndex(f"no index can be made at {place} ({_reason(error)}). Choose another folder.") from error
         index = cls(place, connection, table, settings)
-        index._index_terms()
+        with index.writing():  # makes the search index
+            pass
         return index
 
     @classmethod

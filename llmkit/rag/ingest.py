@@ -76,12 +76,18 @@ def add(
             progress(done, len(files))
             try:
                 data = read_bytes(Path(file), max_bytes)
-                if known.get(file) == digest_of(data):
-                    report.unchanged += 1
-                    continue
+            except Unreadable as error:
+                report.skipped.append((file, str(error)))
+                continue
+            if known.get(file) == digest_of(data):
+                report.unchanged += 1
+                continue
+            try:
                 document = read(Path(file), data)
             except Unreadable as error:
                 report.skipped.append((file, str(error)))
+                if file in known:  # what it said before, it says no more
+                    report.removed.append(file)
                 continue
             if document.note:
                 report.notes.append((file, document.note))
@@ -92,10 +98,9 @@ def add(
         if batch:
             commit()
         if sync:
-            report.removed = sorted(_gone(known, wanted, files))
-            index.remove(report.removed)
-            changed |= bool(report.removed)
-        if changed:
+            report.removed += sorted(_gone(known, wanted, files))
+        index.remove(report.removed)
+        if changed or report.removed:
             index.finish()
     progress(len(files), len(files))
     return report
@@ -108,12 +113,16 @@ def passage(document: Document, piece: Chunk) -> str:
 
 def _walk(paths: Iterable[str], globs: Sequence[str], report: Report) -> Iterator[str]:
     """Files named, and those of a known kind in folders; names that begin with a dot are passed over there."""
+
+    def unopened(error: OSError) -> None:
+        report.skipped.append((str(error.filename), f"it cannot be opened ({error.strerror})"))
+
     for path in paths:
         if not os.path.isdir(path):
             if os.path.lexists(path):
                 yield path
             continue
-        for folder, folders, names in os.walk(path):
+        for folder, folders, names in os.walk(path, onerror=unopened):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 file = os.path.join(folder, name)

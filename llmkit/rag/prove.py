@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from llmkit.rag import fence
 from llmkit.rag.embed import Embedder
-from llmkit.rag.evidence import Facts, Support, compare
+from llmkit.rag.evidence import Facts, compare
 from llmkit.rag.index import Index
 from llmkit.rag.read import Unreadable, decode
 from llmkit.rag.retrieve import Hit
 from llmkit.rag.terms import clean, term_list
 
 WINDOW = 3  # sentences of a quote at most
+TRIED = 8  # quotes that are looked at for a sentence, the likeliest first
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,15 @@ class Prover:
             ((compare(claim, window.facts, about=self._about(window.hit)), window) for window in self._all_windows()),
             key=lambda pair: (bool(pair[0].problems), -pair[0].score, pair[1].end - pair[1].start),
         )
-        for support, window in judged[:8]:
-            if not support.supported and not support.problems:
-                support = self._with_vectors(sentence, claim, window)
+        for support, window in judged[:TRIED]:
+            if support.supported and (citation := self.checked(window.hit, window.start, window.end, support.score)) is not None:
+                return citation
+        open_ones = [window for support, window in judged[:TRIED] if not support.supported and not support.problems]
+        if self.embedder is None or not open_ones:
+            return None
+        vectors = self.embedder.documents([sentence, *(window.text for window in open_ones)])
+        for cosine, window in sorted(zip(vectors[1:] @ vectors[0], open_ones, strict=True), key=lambda pair: -pair[0]):
+            support = compare(claim, window.facts, similarity=float(cosine), about=self._about(window.hit))
             if support.supported and (citation := self.checked(window.hit, window.start, window.end, support.score)) is not None:
                 return citation
         return None
@@ -84,12 +89,6 @@ class Prover:
 
     def _about(self, hit: Hit) -> frozenset[str]:
         return frozenset(term_list(f"{hit.row.heading} {Path(hit.row.file).stem}"))
-
-    def _with_vectors(self, sentence: str, claim: Facts, window: _Window) -> Support:
-        if self.embedder is None:
-            return Support(0.0)
-        mine, theirs = self.embedder.documents([sentence, window.text])
-        return compare(claim, window.facts, similarity=float(np.dot(mine, theirs)), about=self._about(window.hit))
 
     def _all_windows(self) -> list[_Window]:
         if self._windows is None:

@@ -71,6 +71,14 @@ def test_an_unreadable_file_is_reported_and_skipped(index: Index, docs: Path) ->
         add(index, [docs / "missing.txt"])
 
 
+def test_a_file_that_cannot_be_read_any_more_says_nothing_any_more(index: Index, docs: Path) -> None:
+    (docs / "boat.txt").write_bytes(b"\0\0")
+    report = add(index, [docs])
+    assert report.removed == [str(docs / "boat.txt")]
+    assert len(report.skipped) == 1
+    assert set(index.files()) == {str(docs / "guide.md")}
+
+
 def test_two_writers(index: Index, docs: Path) -> None:
     second = Index.open(index.location)
     with index.writing(), pytest.raises(BrokenIndex, match="another process is writing"):
