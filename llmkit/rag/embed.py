@@ -216,9 +216,11 @@ class EncoderEmbedder:
 
     def __init__(self, name: str, folder: Path, *, device: str | None = None, threads: int | None = None) -> None:
         import torch
+        import transformers
         from tokenizers import Tokenizer
-        from transformers import AutoModel
 
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         self.name = name
         self.fingerprint = fingerprint(folder)
         self._recipe = read_recipe(folder, decoder=False)
@@ -231,7 +233,7 @@ class EncoderEmbedder:
         if threads is not None:
             torch.set_num_threads(threads)
         try:
-            self._model: Any = AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
+            self._model: Any = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
             self._model = self._model.eval().to(self._device)
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # transformers and tokenizers raise anything for a damaged folder
