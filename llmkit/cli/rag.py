@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from llmkit.cli.options import AtLeast, load_arguments, option, refuse_without_effect, sampling_arguments, sampling_options
+from llmkit.cli.rag_output import hit_data, show_evaluation, show_hits, show_sources
 
 if TYPE_CHECKING:
-    from llmkit.rag.answer import Answer
     from llmkit.rag.embed import Embedder
     from llmkit.rag.index import Index
-    from llmkit.rag.retrieve import Hit
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -84,9 +83,17 @@ def add(
     from llmkit.cli.progress import Bar
     from llmkit.rag import ingest
 
-    index, model = _open_to_add(place, embedder, chunk_tokens, device, threads)
-    with Bar("indexing") as progress:
-        report = ingest.add(index, paths, embedder=model, globs=globs, sync=sync, max_bytes=max_megabytes << 20, progress=progress)
+    max_bytes = max_megabytes << 20
+    same = None
+    if embedder is None and chunk_tokens is None:
+        same = ingest.nothing_to_do(place, paths, globs=globs, sync=sync, max_bytes=max_bytes)
+    if same is not None:
+        report, total = same
+    else:
+        index, model = _open_to_add(place, embedder, chunk_tokens, device, threads)
+        with Bar("indexing") as progress:
+            report = ingest.add(index, paths, embedder=model, globs=globs, sync=sync, max_bytes=max_bytes, progress=progress)
+        total = len(index)
     for file, note in report.notes:
         print(f"note: {file} {note}.", file=sys.stderr)
     for file, why in report.skipped:
@@ -94,16 +101,12 @@ def add(
     if as_json:
         counts = {"added": report.added, "replaced": report.replaced, "removed": report.removed, "unchanged": report.unchanged}
         skipped = [{"file": file, "reason": why} for file, why in report.skipped]
-        print(
-            json.dumps(
-                counts | {"skipped": skipped, "chunks": report.chunks, "index": place, "total_chunks": len(index)}, ensure_ascii=False
-            )
-        )
+        print(json.dumps(counts | {"skipped": skipped, "chunks": report.chunks, "index": place, "total_chunks": total}, ensure_ascii=False))
     else:
         parts = [f"{len(report.added)} added", f"{len(report.replaced)} replaced", f"{report.unchanged} unchanged"]
         parts += [f"{len(report.removed)} removed"] * bool(report.removed) + [f"{len(report.skipped)} skipped"] * bool(report.skipped)
         parts += [f"{report.unknown} of other kinds passed over"] * bool(report.unknown)
-        print(f"{', '.join(parts)}; {report.chunks} chunks written, {len(index)} in {place}")
+        print(f"{', '.join(parts)}; {report.chunks} chunks written, {total} in {place}")
     done = report.added or report.replaced or report.removed or report.unchanged
     return 0 if done or not report.skipped else 1
 
@@ -150,9 +153,9 @@ def search(
         neighbours=neighbours,
     )
     if as_json:
-        print(json.dumps({"query": text, "hits": [_hit(hit) for hit in found]}, ensure_ascii=False))
+        print(json.dumps({"query": text, "hits": [hit_data(hit) for hit in found]}, ensure_ascii=False))
     else:
-        _show(found)
+        show_hits(found)
     return 0
 
 
@@ -231,7 +234,7 @@ def ask(
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()
-        _sources(pieces.answer)
+        show_sources(pieces.answer)
     for file in pieces.answer.stale:
         print(f"note: {file} has changed since it was indexed, so it was not quoted. Add it again.", file=sys.stderr)
     return 0
@@ -301,25 +304,8 @@ def evaluate(
     if as_json:
         print(line)
     else:
-        _print_evaluation(result)
+        show_evaluation(result)
     return 0
-
-
-def _print_evaluation(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    for name in ("retrieval", "answers"):
-        if name not in result:
-            continue
-        measures = result[name]
-        table = Table("measure", "all", "first half", "second half", title=f"{name}, {measures['queries']} queries")
-        for measure, value in measures["all"].items():
-            halves = (measures[half].get(measure) for half in ("first_half", "second_half"))
-            table.add_row(measure, f"{value:.4f}", *("" if half is None else f"{half:.4f}" for half in halves))
-        if "abstention_precision" in measures:
-            table.add_row("abstention_precision", f"{measures['abstention_precision']:.4f}", "", "")
-        Console().print(table)
 
 
 def _refuse(**options: object) -> None:
@@ -373,75 +359,3 @@ def _reranker(model: str | None, device: str | None, threads: int | None) -> Any
     from llmkit.rag.rerank import load_reranker
 
     return None if model is None else load_reranker(model, device=device, threads=threads)
-
-
-# --- what is shown ----------------------------------------------------------------------------------------------------
-
-
-def _hit(hit: Hit) -> dict[str, Any]:
-    from llmkit.rag.terms import clean
-
-    row = hit.row
-    about = {
-        "file": row.file,
-        "line": hit.line,
-        "page": row.page,
-        "start": hit.start,
-        "end": hit.end,
-        "heading": row.heading,
-        "key": row.key,
-    }
-    return about | {"score": hit.score, "parts": dict(hit.parts), "terms": list(hit.terms), "text": clean(hit.text)}
-
-
-def _place(file: str, line: int, page: int = 0) -> str:
-    try:
-        shown = str(Path(file).relative_to(Path.cwd()))
-    except ValueError:
-        shown = file
-    return f"{shown}, page {page}" if page else f"{shown}:{line}"
-
-
-def _show(hits: list[Hit]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    if not hits:
-        console.print("Nothing found.")
-    for number, hit in enumerate(hits, 1):
-        heading = f"  {hit.row.heading}" if hit.row.heading else ""
-        console.print(Text(f"{number}. {_place(hit.row.file, hit.line, hit.row.page)}{heading}  ({hit.score:.3f})", style="bold"))
-        console.print(_highlighted(hit.text, set(hit.terms)))
-        console.print()
-
-
-def _highlighted(text: str, terms: set[str]) -> Any:
-    from rich.text import Text
-
-    from llmkit.rag.terms import clean, term_list, words
-
-    text = clean(text)
-    shown = Text(text)
-    for word, start, end in words(text):
-        if terms.intersection(term_list(word)):
-            shown.stylize("bold yellow", start, end)
-    return shown
-
-
-def _sources(answer: Answer) -> None:
-    from rich.console import Console
-
-    from llmkit.rag.terms import clean
-
-    console = Console(highlight=False, soft_wrap=True)
-    for number, citation in enumerate(answer.sources, 1):
-        quote = " ".join(citation.quote.split())
-        console.print(f'[{number}] {_place(citation.file, citation.line)} "{quote}"', markup=False, style="dim")
-    if answer.abstained and answer.nearest:
-        console.print("The nearest passages:", style="dim")
-        for hit in answer.nearest[:3]:
-            start = " ".join(clean(hit.text).split())
-            console.print(
-                f"  {_place(hit.row.file, hit.line, hit.row.page)} {start[:120]}{'...' * (len(start) > 120)}", markup=False, style="dim"
-            )

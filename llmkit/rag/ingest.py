@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from llmkit.errors import UsageError
+from llmkit.rag import snapshot
 from llmkit.rag.chunk import Chunk, chunk
 from llmkit.rag.embed import Embedder, check_embedder, words
 from llmkit.rag.index import Index
@@ -52,9 +54,7 @@ def add(
     """
     check_embedder(index.settings, embedder)
     report = Report()
-    wanted = [os.path.abspath(os.path.expanduser(str(path))) for path in paths]
-    if (missing := [path for path in wanted if not os.path.lexists(path)]) and not sync:
-        raise UsageError(f"{missing[0]} does not exist. Check the path; --sync takes files that are gone out of the index.")
+    wanted = _wanted(paths, sync)
     files = list(dict.fromkeys(_walk(wanted, globs, report)))
     count = words if embedder is None else embedder.count
     limit = BATCH_CHUNKS_TEXT if embedder is None else BATCH_CHUNKS
@@ -102,13 +102,40 @@ def add(
         index.remove(report.removed)
         if changed or report.removed:
             index.finish()
+        if snapshot.read(index.location) is None:
+            snapshot.write(index.location, index.files(), len(index))
     progress(len(files), len(files))
     return report
+
+
+def nothing_to_do(
+    place: str, paths: Sequence[str | Path], *, globs: Sequence[str] = (), sync: bool = False, max_bytes: int = MAX_BYTES
+) -> tuple[Report, int] | None:
+    """What `add` would report, and the number of chunks, if all files are in the index as they are; None if it has something to do."""
+    if (said := snapshot.read(place)) is None:
+        return None
+    known, chunks = said
+    report = Report()
+    wanted = _wanted(paths, sync)
+    files = list(dict.fromkeys(_walk(wanted, globs, report)))
+    with suppress(Unreadable):
+        if all(known.get(file) == digest_of(read_bytes(Path(file), max_bytes)) for file in files):
+            report.unchanged = len(files)
+            return None if sync and any(_gone(known, wanted, files)) else (report, chunks)
+    return None
 
 
 def passage(document: Document, piece: Chunk) -> str:
     """What is embedded of a chunk: its headings, its table's header, its text."""
     return clean("\n".join(part for part in (piece.heading, piece.context.strip(), piece.plain) if part))
+
+
+def _wanted(paths: Sequence[str | Path], sync: bool) -> list[str]:
+    """The paths, absolute; UsageError for one that does not exist, unless what is gone is to be taken out."""
+    wanted = [os.path.abspath(os.path.expanduser(str(path))) for path in paths]
+    if (missing := [path for path in wanted if not os.path.lexists(path)]) and not sync:
+        raise UsageError(f"{missing[0]} does not exist. Check the path; --sync takes files that are gone out of the index.")
+    return wanted
 
 
 def _walk(paths: Iterable[str], globs: Sequence[str], report: Report) -> Iterator[str]:

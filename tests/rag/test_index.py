@@ -15,7 +15,7 @@ import pytest
 from llmkit.errors import UsageError
 from llmkit.rag import ingest
 from llmkit.rag.index import BrokenIndex, Index, IndexMissing
-from llmkit.rag.ingest import add
+from llmkit.rag.ingest import add, nothing_to_do
 from llmkit.rag.retrieve import search
 from tests.rag.conftest import BOAT
 
@@ -33,6 +33,26 @@ def test_unchanged_files_are_left_alone_and_changed_ones_replaced(index: Index, 
     assert (report.replaced, report.unchanged) == ([str(boat)], 1)
     assert "Borealis" in search(index, "name of the ferry")[0].text
     assert not any("Aurora" in hit.text for hit in search(index, "Aurora ferry"))
+
+
+def test_nothing_to_do_is_seen_without_the_store_and_never_wrongly(index: Index, docs: Path) -> None:
+    place = index.location
+    found = nothing_to_do(place, [docs])
+    assert found is not None
+    assert (found[0].unchanged, found[1]) == (2, len(index))
+    boat, guide = docs / "boat.txt", docs / "guide.md"
+    for change in (lambda: boat.write_text("Other."), lambda: (docs / "new.txt").write_text("New.")):
+        change()
+        assert nothing_to_do(place, [docs]) is None
+        add(index, [docs])
+        assert nothing_to_do(place, [docs]) is not None
+    guide.unlink()
+    assert nothing_to_do(place, [docs]) is not None
+    assert nothing_to_do(place, [docs], sync=True) is None
+    index.remove([str(boat)])  # as a process that died before the end leaves it
+    assert nothing_to_do(place, [docs]) is None
+    (Path(place) / "files.json").write_text("[]")
+    assert nothing_to_do(place, [docs]) is None
 
 
 def test_sync_takes_out_files_that_are_gone_under_the_paths_named(index: Index, docs: Path, tmp_path: Path) -> None:
