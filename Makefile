@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "llmkit needs Python 3.11 or newer, this is %s; set PYTHON=python3.x" % sys.version.split()[0])'
 	@echo 'Setting up $(VENV) (once, a few minutes)...' >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) -e '.[gpu,test]' >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) -e '.[gpu,rag,test]' >&2
 	@touch $@
 
 chat: $(INSTALLED)  ## talk to the embedded model (or MODEL=folder-or-hub-id)

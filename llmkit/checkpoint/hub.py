@@ -29,7 +29,9 @@ LOOK_UP_SECONDS = 10.0
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./+-]*", re.ASCII)
-_SIDE_FILES = re.compile(r"[^/]*\.(json|jinja|tiktoken)|additional_chat_templates/[^/]*\.jinja|tokenizer\.model|merges\.txt|vocab\.txt")
+_SIDE_FILES = re.compile(  # 1_Pooling/config.json and its like: how an embedder pools
+    r"[^/]*\.(json|jinja|tiktoken)|additional_chat_templates/[^/]*\.jinja|\d_[A-Za-z]+/config\.json|tokenizer\.model|merges\.txt|vocab\.txt"
+)
 
 
 @dataclass(frozen=True)

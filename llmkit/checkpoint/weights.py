@@ -10,6 +10,7 @@ from llmkit.checkpoint.files import Checkpoint, TensorFile
 from llmkit.config import ModelConfig, MoEConfig
 from llmkit.families import Family, Rule
 
+BODY = "model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # transformers 5 keeps all experts of a layer in one tensor [experts, out, in]; saved with `save_original_format=False`
@@ -83,6 +84,9 @@ def assign(checkpoint: Checkpoint, family: Family, config: ModelConfig, expected
     out = Assignment()
     for name, tensor in checkpoint.items():
         parts = parts_of(tensor, rules, config, out.problems)
+        below = {BODY + ours: piece for ours, piece in parts.items()}
+        if not parts.keys() <= expected.keys() and below.keys() <= expected.keys():
+            parts = below  # saved from the body alone, as embedding models are
         if config.tie_word_embeddings and parts.keys() == {HEAD}:
             out.tied_head = tensor
             out.skipped.append(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +21,10 @@ from llmkit.cli.options import (
 )
 from llmkit.cli.terminal import read_input, write_stream
 
+if TYPE_CHECKING:
+    from llmkit.llm import LLM
+    from llmkit.rag.prompt import Grounding
+
 
 @click.command(short_help="Talk to a model in the terminal.")
 @model_options
@@ -27,11 +32,12 @@ from llmkit.cli.terminal import read_input, write_stream
 @option("-p", "--prompt", metavar="TEXT", help="Answer this one message and leave; - reads standard input.")
 @option("-s", "--system", metavar="TEXT", help="System message.")
 @option("--chat-template", metavar="FILE|NAME", help="A Jinja template in place of the model's.")
+@option("--rag", "documents", metavar="DIR", help="Answer from this index (see `llmkit rag`); the proof follows each reply.")
 @option("-v", "--verbose", is_flag=True, help="After each reply: speed, time to first token, cached tokens.")
 @speculation_options
 @adapter_options(several=True)
 @sampling_options
-def chat(prompt: str | None, system: str | None, verbose: bool, **_: object) -> int:
+def chat(prompt: str | None, system: str | None, documents: str | None, verbose: bool, **_: object) -> int:
     """Talk to MODEL (default: the embedded story teller).
 
     On a terminal this is a conversation with history and /commands (try /help). Where standard input or output is a pipe,
@@ -54,14 +60,28 @@ def chat(prompt: str | None, system: str | None, verbose: bool, **_: object) -> 
     llm.chat_template  # noqa: B018 - without one there is no chat: say so before the first message
     sampling = sampling_arguments()
     refuse_without_effect(llm.params(**sampling).temperature)
+    grounding = None if documents is None else _grounding(llm, documents)
     if interactive:
         from llmkit.cli.conversation import Conversation
         from llmkit.cli.repl import Repl
 
-        return Repl(Conversation(llm, system, sampling), verbose).run()
+        return Repl(Conversation(llm, system, sampling, grounding=grounding), verbose).run()
 
     messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": message}]
+    if grounding is not None:
+        messages = grounding.messages(messages, sampling)
     completion = write_stream(llm.chat(messages, stream=True, **sampling))
+    if grounding is not None:
+        print("\n".join(grounding.proof(completion.text)), file=sys.stderr)
     if verbose:
         print(completion.summary(), file=sys.stderr)
     return 130 if completion.finish_reason == "interrupted" else 0
+
+
+def _grounding(llm: LLM, documents: str) -> Grounding:
+    from llmkit.rag.embed import DeferredEmbedder
+    from llmkit.rag.index import Index
+    from llmkit.rag.prompt import Grounding
+
+    index = Index.open(documents)
+    return Grounding(llm, index, DeferredEmbedder(index.settings.embedder) if index.settings.dimension else None)

@@ -14,6 +14,7 @@ from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
     from llmkit.llm import LLM, AdapterChoice, Stream
+    from llmkit.rag.prompt import Grounding
     from llmkit.results import Completion
 
 # What /set understands, and how its value is read.
@@ -41,6 +42,7 @@ class Conversation:
     sampling: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, Any]] = field(default_factory=list)  # without the system message
     adapter: AdapterChoice = ...  # the first that was loaded
+    grounding: Grounding | None = None  # finds passages for each message
     retries: int = 0  # of the last reply: with a fixed seed each one takes the next seed
     _asked: list[dict[str, Any]] = field(default_factory=list)  # the turns the reply in progress answers
 
@@ -51,10 +53,14 @@ class Conversation:
     def _with_system(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] * (self.system is not None) + turns
 
+    def _prompt(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        messages = self._with_system(asked)
+        return messages if self.grounding is None else self.grounding.messages(messages, self.sampling)
+
     def ask(self, text: str) -> Stream:
         """Start the reply to a new user message; both are kept when `answered` is called."""
         asked = [*self.turns, {"role": "user", "content": text}]
-        stream = self.llm.chat(self._with_system(asked), stream=True, adapter=self.adapter, **self.sampling)
+        stream = self.llm.chat(self._prompt(asked), stream=True, adapter=self.adapter, **self.sampling)
         self._asked, self.retries = asked, 0
         return stream
 
@@ -68,7 +74,7 @@ class Conversation:
         sampling = dict(self.sampling)
         if sampling.get("seed") is not None:
             sampling["seed"] += self.retries + 1
-        stream = self.llm.chat(self._with_system(asked), stream=True, adapter=self.adapter, **sampling)
+        stream = self.llm.chat(self._prompt(asked), stream=True, adapter=self.adapter, **sampling)
         self._asked, self.retries = asked, self.retries + 1
         return stream
 

@@ -20,6 +20,7 @@ from llmkit.errors import DoesNotFit, LLMKitError, out_of_memory
 COMMANDS = {
     "chat": ("llmkit.cli.chat:chat", "Talk to a model in the terminal (without MODEL: the embedded story teller)."),
     "generate": ("llmkit.cli.generate:generate", "Continue a prompt and print only the new text."),
+    "rag": ("llmkit.cli.rag:rag", "Index documents, search them, answer from them with a quote for every sentence."),
     "verify": ("llmkit.cli.verify:verify", "Check a model against transformers and against itself; exit code 3 where it differs."),
     "quantize": ("llmkit.cli.quantize:quantize", "Write a model in 4 or 8 bits."),
     "merge": ("llmkit.cli.merge:merge", "Write a model with an adapter in its weights."),

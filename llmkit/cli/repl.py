@@ -172,6 +172,8 @@ class Repl:
             self._say(f"(stopped after {completion.usage.completion_tokens} tokens; /set max_tokens allows more)")
         elif completion.finish_reason == "interrupted":
             self._say("(interrupted; what was said is kept)")
+        if self.conversation.grounding is not None:
+            self._say("\n".join(self.conversation.grounding.proof(completion.text)))
         if self.verbose:
             self._say(completion.summary())
 

@@ -254,7 +254,9 @@ def test_names_that_are_no_hub_ids(server: FakeHub, name: str) -> None:
 
 
 def test_needed_files() -> None:
-    assert needed_files(["model.safetensors", INDEX, "a/config.json", "additional_chat_templates/t.jinja"]) == [
+    names = ["model.safetensors", INDEX, "a/config.json", "1_Pooling/config.json", "additional_chat_templates/t.jinja"]
+    assert needed_files(names) == [
+        "1_Pooling/config.json",
         "additional_chat_templates/t.jinja",
         "model.safetensors",
     ]

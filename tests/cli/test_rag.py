@@ -1,0 +1,94 @@
+"""The rag commands, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmkit.cli.main import run
+from tests.rag.conftest import BOAT, GUIDE
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "guide.md").write_text(GUIDE)
+    (tmp_path / "docs" / "boat.txt").write_text(BOAT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_add_search_ask(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["rag", "add", "docs", "--index", "my.index"]) == 0
+    assert "2 added, 0 replaced, 0 unchanged" in capsys.readouterr().out
+    assert run(["rag", "search", "bearing grease", "--index", "my.index", "-k", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "docs/guide.md:" in out
+    assert "Grease the bearing every 200 hours" in out
+    assert run(["rag", "ask", "Who commands the ferry Aurora?", "--index", "my.index"]) == 0
+    out = capsys.readouterr().out
+    assert "Captain Jonas Berg has commanded the ferry since 2011. [1]" in out
+    assert '[1] docs/boat.txt:1 "Captain Jonas Berg' in out
+    assert run(["rag", "ask", "Which mountain did the queen of Bolivia climb?", "--index", "my.index"]) == 0
+    assert capsys.readouterr().out.startswith("The documents do not say.")
+
+
+def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "docs" / "bad.pdf").write_bytes(b"x")
+    assert run(["rag", "add", "docs", "--index", "my.index", "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert len(report["added"]) == 2
+    assert report["skipped"][0]["file"].endswith("bad.pdf")
+    assert "skipped" in captured.err
+    assert run(["rag", "search", "ferry", "--index", "my.index", "--json"]) == 0
+    assert "Aurora" in json.loads(capsys.readouterr().out)["hits"][0]["text"]
+    assert run(["rag", "ask", "Who commands the ferry?", "--index", "my.index", "--json", "--extractive"]) == 0
+    assert json.loads(capsys.readouterr().out)["abstained"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["search", "x", "--index", "none"], 1, "there is no index at none"),
+        (["search", " ", "--index", "none"], 2, "empty"),
+        (["ask", "x", "--index", "none", "--strict"], 2, "no effect"),
+        (["ask", "x", "--index", "none", "--temperature", "1"], 2, "no effect"),
+        (["add", "missing", "--index", "made"], 2, "does not exist"),
+        (["add", "docs", "--index", "docs/guide.md"], 1, "is a file"),
+        (["add", "docs"], 2, "--index"),
+    ],
+)
+def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str) -> None:
+    assert run(["rag", *arguments]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_changed_chunk_size_needs_a_new_index(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["rag", "add", "docs", "--index", "my.index", "--chunk-tokens", "64"]) == 0
+    assert run(["rag", "add", "docs", "--index", "my.index", "--chunk-tokens", "99"]) == 2
+    assert "new index" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_one_sentence_with_the_remedy(folder: Path) -> None:
+    program = (
+        "import sys; sys.modules['lancedb'] = None; from llmkit.cli.main import run; sys.exit(run(['rag', 'add', 'docs', '--index', 'i']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'llmkit[rag]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_light() -> None:
+    program = "import sys, json; from llmkit.cli.main import run; run(['rag', '--help']); print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    names = {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    assert not names & {"numpy", "lancedb", "pyarrow", "torch", "transformers", "rich"}
