@@ -22,6 +22,21 @@ import yaml
 
 from llmkit.errors import UsageError
 
+_NAMES_ELSEWHERE = {  # what other trainers call our keys, for whoever types those
+    "lr": "learning_rate",
+    "steps": "max_steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accumulation",
+    "max_seq_length": "max_length",
+    "output_dir": "output",
+    "gradient_checkpointing": "checkpointing",
+    "dataset": "data",
+    "base_model": "model",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "load_in_4bit": "quantize",
+}
 _SHORT = reprlib.Repr()  # YAML's aliases let a few lines stand for a value whose whole repr fills the memory
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
@@ -281,7 +296,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UsageError(f"the recipe {path} cannot be read ({error}). Give the path of a YAML file.") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"the recipe {path} cannot be read ({reason}). Give the path of a YAML file.") from None
     try:
         raw = _plain_yaml(text)
     except yaml.YAMLError as error:
@@ -375,7 +391,9 @@ def _build(cls: type, raw: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for name in raw:
         if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
+            near = (
+                [_NAMES_ELSEWHERE[name]] if not prefix and name in _NAMES_ELSEWHERE else difflib.get_close_matches(str(name), hints, 1, 0.5)
+            )
             remedy = f"Did you mean {prefix}{near[0]}?" if near else f"Known keys are {', '.join(hints)}."
             raise UsageError(f"{prefix}{name} is not a key of a recipe. {remedy}")
     for item in dataclasses.fields(cls):

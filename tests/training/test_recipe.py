@@ -38,9 +38,7 @@ def test_a_source_more_and_paths_from_python(tmp_path: Path) -> None:
     recipe = read(tmp_path, GOOD, "data.2.path=more.jsonl", "data.2.weight=3")
     assert (recipe.data[2].path, recipe.data[2].weight) == ("more.jsonl", 3.0)
     keys = {"model": tmp_path, "data": [{"path": tmp_path / "a.jsonl"}], "output": tmp_path, "max_steps": 1}
-    assert from_dict(keys) == from_dict(
-        {**keys, "model": str(tmp_path), "data": [{"path": f"{tmp_path}/a.jsonl"}], "output": str(tmp_path)}
-    )
+    assert from_dict(keys).data[0].path == str(tmp_path / "a.jsonl")
 
 
 def test_a_stored_recipe_reads_back(tmp_path: Path) -> None:
@@ -56,7 +54,7 @@ def test_a_stored_recipe_reads_back(tmp_path: Path) -> None:
     [
         ("learnin_rate=1", "learnin_rate is not a key of a recipe. Did you mean learning_rate?"),
         ("data.0.wieght=1", "data.0.wieght is not a key of a recipe. Did you mean data.0.weight?"),
-        ("lr=1", "lr is not a key of a recipe."),
+        ("lr=1", "lr is not a key of a recipe. Did you mean learning_rate?"),
         ("learning_rate=fast", "learning_rate is 'fast', which is not a number."),
         ("learning_rate=.nan", "learning_rate is nan, which is out of range."),
         ("batch_size=2.5", "batch_size is 2.5, which is not an integer."),
