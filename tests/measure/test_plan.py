@@ -334,7 +334,7 @@ def test_checkpointing_by_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert (settled.checkpointing, fit and fit.total) == (expected, total)
         assert settle(replace(wanted, checkpointing=True))[0].checkpointing
     monkeypatch.setenv("LLMKIT_MEMORY", str(fewer - 1))
-    with pytest.raises(DoesNotFit, match="With batch_size=2 grad_accumulation=2 it takes"):
+    with pytest.raises(DoesNotFit, match=r"With batch_size=1 grad_accumulation=4 it takes"):
         settle(wanted)
 
 
