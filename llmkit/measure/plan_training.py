@@ -117,9 +117,13 @@ def training(
         activations = how.tokens * size * sum(layers)
     activations += how.tokens * 3 * config.hidden_size * 4  # embedding, final norm and what the loss keeps
     rows = min(how.tokens, max(1, constants.logit_elements // config.vocab_size))
-    logits = constants.logit_copies * (2 if how.loss == "distill" else 1) * rows * config.vocab_size * 4
+    # A frozen head's logits stand in one buffer, which becomes their gradient (training/loss.py).
+    once = how.lora and how.loss != "distill" and config.final_logit_softcapping is None and how.saved == 0
+    copies = 1 if once else constants.logit_copies * (2 if how.loss == "distill" else 1)
+    logits = copies * rows * config.vocab_size * 4
     head = EMBEDDING if HEAD not in facts.shapes else HEAD
-    logits += 0 if held[head] == "F32" else math.prod(facts.head) * 4  # widened for the product
+    if held[head] != "F32":  # widened for the product, 16 bits a part at a time
+        logits += constants.logit_elements if once and not isinstance(held[head], Choice) else math.prod(facts.head) * 4
     inner = max(_mlp_numbers(config, layer) for layer in config.layers)
     narrow = [math.prod(facts.shapes[name]) for name in facts.linears if held[name] != "F32"]
     backward = how.tokens * (5 * inner // 2 + 3 * config.hidden_size) * size + 4 * max(narrow, default=0)
