@@ -67,12 +67,7 @@ def write_adapter(
     target = Path(os.path.realpath(os.path.expanduser(folder)))
     _check_target(target, overwrite)
     writer = _Writer(config, settings, linears, magnitudes or {}, modules_to_save or {})
-    tensors = writer.tensors()
-    if writer.problems:
-        listed = "\n  ".join(writer.problems)
-        raise UsageError(f"the adapter cannot be written in PEFT's format:\n  {listed}\nTrain other target modules.")
-    if not tensors:
-        raise UsageError("the adapter has no weights to write. Train at least one module.")
+    tensors = _exchangeable(writer)
     marks: dict[str, Any] = {} if base is None else {"base": base.to_dict()}
     if chat_template is not None:
         marks["chat_template"] = text_fingerprint(chat_template)
@@ -87,6 +82,28 @@ def write_adapter(
         save_file(tensors, partial / ADAPTER.weights, metadata={"format": "pt", METADATA: json.dumps(marks)})
         (partial / ADAPTER.weights).chmod((partial / ADAPTER.config).stat().st_mode)  # safetensors lets nobody else read it
         _sync(partial / ADAPTER.weights)
+
+
+def check_writable(
+    linears: Mapping[str, tuple[Tensor, Tensor]],
+    config: ModelConfig,
+    settings: AdapterSettings,
+    *,
+    magnitudes: Mapping[str, Tensor] | None = None,
+    modules_to_save: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Raises the UsageError of `write_adapter` for what PEFT's format has no place for, without writing: before the training."""
+    _exchangeable(_Writer(config, settings, linears, magnitudes or {}, modules_to_save or {}))
+
+
+def _exchangeable(writer: _Writer) -> dict[str, Tensor]:
+    tensors = writer.tensors()
+    if writer.problems:
+        listed = "\n  ".join(writer.problems)
+        raise UsageError(f"the adapter cannot be written in PEFT's format:\n  {listed}\nTrain other target modules.")
+    if not tensors:
+        raise UsageError("the adapter has no weights to write. Train at least one module.")
+    return tensors
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -80,10 +80,13 @@ class Trainer:
         export: Export | None = None,
         sample: Sample | None = None,
         processes: Processes | None = None,
+        origin: dict[str, Any] | None = None,
     ) -> None:
+        """origin: settings by name that decide what the trained weights mean; a checkpoint with others is refused."""
         self.model, self.stream, self.recipe, self.report, self.checkpoint = model, stream, recipe, report, checkpoint
         self.objective = objective or Objective()
         self.evaluate, self.export, self.sample = evaluate, export, sample
+        self.origin = origin or {}
         self.device = next(model.parameters()).device
         self.processes = processes or Processes(self.device.type == "cpu")
         if recipe.compile:
@@ -239,9 +242,10 @@ class Trainer:
         corpus: Corpus = self.stream.corpus
         places = [corpus.places[d] for batch in batches for d in batch.documents]
         shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
+        again = "go on from the last checkpoint with --resume" if self.checkpoint.exists() else "start again"
         raise TrainingError(
             f"at step {self.done.step + 1} the loss is {loss:g} and the gradient norm {norm:g}; the rows held {shown}. "
-            "Look at those rows; else lower learning_rate or raise warmup_steps, and go on from the last checkpoint with --resume."
+            f"Look at those rows; else lower learning_rate or raise warmup_steps, and {again}."
         )
 
     # -- judging and saving -------------------------------------------------------------------------------------------
@@ -328,6 +332,7 @@ class Trainer:
         """Everything the next step depends on: of the weights those that are trained."""
         state = {
             **asdict(self.done),
+            "origin": self.origin,
             "data": self.stream.fingerprint,
             "epoch": self.stream.epoch,
             "row": self.stream.row,
@@ -350,6 +355,12 @@ class Trainer:
                 raise CheckpointError(
                     f"the data, its weights, max_length or the seed have changed since {self.checkpoint} was written, so its place in them "
                     "means nothing. Restore them, or start a new run from the model saved beside it."
+                )
+            changed = [name for name, value in self.origin.items() if state["origin"].get(name) != value]
+            if changed:
+                raise CheckpointError(
+                    f"the checkpoint {self.checkpoint} was made with another {' and another '.join(changed)}, "
+                    "without which its weights mean something else. Restore the recipe, or start a new run."
                 )
             if state["model"].keys() != self.trained.keys():
                 raise CheckpointError(

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
 
 from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.fingerprint import folder_fingerprint
+from llmkit.checkpoint.fingerprint import Fingerprint, folder_fingerprint
 from llmkit.checkpoint.hub import resolve
 from llmkit.checkpoint.load import empty_model, load_model
 from llmkit.checkpoint.save import save_model
@@ -25,7 +26,7 @@ from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
 from llmkit.lora.adapter import read_adapter
 from llmkit.lora.settings import AdapterSettings
-from llmkit.lora.write import write_adapter
+from llmkit.lora.write import check_writable, write_adapter
 from llmkit.model.backend import keep_freed_memory
 from llmkit.model.transformer import Transformer, init_weights, set_checkpointing
 from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
@@ -122,6 +123,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     for line in (*data_report.lines(), *_notes(recipe, model)):
         report.say(line)
     export = _Exporter(recipe, folder, tokenizer_folder, tokenizer, processes)
+    export.check(model)
     objective = _objective(recipe, model, device)
     trainer = Trainer(
         model,
@@ -134,11 +136,21 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
         export=export,
         sample=None if sample is None or not recipe.prompts else partial(_samples, recipe, export, sample),
         processes=processes,
+        origin=_origin(recipe, export.base),
     )
     if resume:
         trainer.resume()
     trainer.train()
     return export.target
+
+
+def _origin(recipe: Recipe, base: Fingerprint | None) -> dict[str, Any]:
+    """What the weights of a checkpoint depend on beside their shapes: an adapter on its model and its scale, all on the loss."""
+    origin: dict[str, Any] = {"loss": recipe.loss}
+    if recipe.lora is not None:
+        scale = (recipe.lora.alpha, recipe.lora.use_rslora)
+        origin |= {"model": None if base is None else base.to_dict(), "quantize": recipe.quantize, "lora.alpha or use_rslora": scale}
+    return origin
 
 
 def _parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -230,22 +242,39 @@ class _Exporter:
         if self.processes.is_main:
             self._write_adapter(model, trained, target)
 
-    def _write_adapter(self, model: Transformer, trained: dict[str, Tensor], target: Path) -> None:
+    def check(self, model: Transformer) -> None:
+        """Raises UsageError where what is trained could not be written in the end."""
+        if self.recipe.lora is not None:
+            trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+            factors, magnitudes, saved = self._parts(model, trained)
+            check_writable(factors, model.config, self._settings(self.recipe.lora), magnitudes=magnitudes, modules_to_save=saved)
+
+    def _settings(self, lora: LoraRecipe) -> AdapterSettings:
+        assert isinstance(self.recipe.model, str)
+        return AdapterSettings(lora.r, lora.alpha, lora.use_rslora, lora.use_dora, base_model_name_or_path=self.recipe.model)
+
+    def _parts(
+        self, model: Transformer, trained: dict[str, Tensor]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor] | None, dict[str, Tensor]]:
+        """Factors and, of a DoRA, magnitudes by path; weights trained whole by name."""
         from llmkit.lora.inject import NAME, adapted
 
-        lora = self.recipe.lora
-        assert lora is not None
-        assert isinstance(self.recipe.model, str)
+        assert self.recipe.lora is not None
         paths = [path for path, _ in adapted(model)]
         factors = {path: (trained[f"{path}.lora_A.{NAME}.weight"], trained[f"{path}.lora_B.{NAME}.weight"]) for path in paths}
-        magnitudes = {path: trained[f"{path}.magnitude"] for path in paths} if lora.use_dora else None
+        magnitudes = {path: trained[f"{path}.magnitude"] for path in paths} if self.recipe.lora.use_dora else None
         saved = {name: tensor for name, tensor in trained.items() if "lora_" not in name and not name.endswith(".magnitude")}
+        return factors, magnitudes, saved
+
+    def _write_adapter(self, model: Transformer, trained: dict[str, Tensor], target: Path) -> None:
+        assert self.recipe.lora is not None
+        factors, magnitudes, saved = self._parts(model, trained)
         template = self.tokenizer.chat_template
         write_adapter(
             target,
             factors,
             model.config,
-            AdapterSettings(lora.r, lora.alpha, lora.use_rslora, lora.use_dora, base_model_name_or_path=self.recipe.model),
+            self._settings(self.recipe.lora),
             magnitudes=magnitudes,
             modules_to_save=saved,
             base=self.base,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmkit
@@ -28,6 +29,7 @@ from llmkit.training.data import Batch, make_batch, rows_of
 from llmkit.training.objective import Dpo, Orpo
 from llmkit.training.recipe import Recipe, from_dict, to_dict
 from llmkit.training.run import run_recipe
+from tests.families.tiny import tiny_folder
 from tests.training.conftest import MODEL
 
 ADAPTER = "adapter_model.safetensors"
@@ -234,6 +236,37 @@ def test_killed_at_any_moment_it_goes_on_exactly(make: Callable[..., Recipe], tm
     assert same_weights(run_recipe(recipe, resume=True), whole)
     with pytest.raises(CheckpointError, match=r"other weights|does not fit"):
         run_recipe(make(output=str(tmp_path / "killed"), **{**keys, "lora": {"r": 8}}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"lora": {"r": 4, "alpha": 320}}, r"lora\.alpha"),
+        ({"quantize": "q4"}, "quantize"),
+        ({"model": "other"}, "another model"),
+    ],
+)
+def test_no_run_goes_on_with_weights_that_mean_something_else(
+    make: Callable[..., Recipe], base: Path, tmp_path: Path, keys: dict[str, Any], words: str
+) -> None:
+    run_recipe(make(max_steps=1))
+    if "model" in keys:  # of the same shape
+        other = shutil.copytree(base, tmp_path / "other")
+        save_file({name: 1.5 * t for name, t in load_file(base / "model.safetensors").items()}, other / "model.safetensors")
+        keys = {"model": str(other)}
+    with pytest.raises(CheckpointError, match=words):
+        run_recipe(make(max_steps=2, **keys), resume=True)
+
+
+def test_what_cannot_be_exported_is_refused_before_training(make: Callable[..., Recipe], base: Path, tmp_path: Path) -> None:
+    experts = {"num_local_experts": 4, "vocab_size": 300, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    folder = tiny_folder(tmp_path / "mixtral", "mixtral", **experts)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder)
+    recipe = make(model=str(folder), tokenizer=str(base), lora={"r": 2, "use_dora": True}, max_steps=1)
+    with pytest.raises(UsageError, match="DoRA on experts"):
+        run_recipe(recipe)
+    assert not (Path(recipe.output) / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
