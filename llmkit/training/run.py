@@ -86,6 +86,9 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     processes = Processes(recipe.device == "cpu", recipe.parallel)
     if not resume and folder.checkpoint.exists():
         raise UsageError(f"{folder.root} already holds a run. Go on with it (--resume), or choose another output.")
+    result = folder.model if recipe.lora is None else folder.adapter
+    if not resume and result.exists():  # its checkpoint was deleted to free the disk: it is what somebody kept
+        raise UsageError(f"{result} exists and would be replaced. Choose another output, or take it away.")
     folder.root.mkdir(parents=True, exist_ok=True)
     trackers = make_trackers(recipe.trackers, folder.root) if processes.is_main else []
     report = Report(folder.root, trackers=trackers, silent=not processes.is_main)
@@ -124,7 +127,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
         report.say(line)
     export = _Exporter(recipe, folder, tokenizer_folder, tokenizer, processes)
     export.check(model)
-    objective = _objective(recipe, model, device)
+    objective = _objective(recipe, model, tokenizer, device)
     trainer = Trainer(
         model,
         stream,
@@ -299,7 +302,7 @@ def _samples(recipe: Recipe, export: _Exporter, sample: Sampler, model: nn.Modul
             return [f"no samples: {error}"]
 
 
-def _objective(recipe: Recipe, model: Transformer, device: torch.device) -> Objective:
+def _objective(recipe: Recipe, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> Objective:
     if recipe.loss == "dpo":
         settings = recipe.dpo or DpoRecipe()
         if recipe.lora is not None:
@@ -315,6 +318,13 @@ def _objective(recipe: Recipe, model: Transformer, device: torch.device) -> Obje
             raise UsageError(
                 f"distill.teacher {recipe.distill.teacher} has a vocabulary of {teacher.config.vocab_size}, the student of "
                 f"{model.config.vocab_size}. Take a teacher with the same tokenizer."
+            )
+        theirs = load_tokenizer(resolve(recipe.distill.teacher))
+        differs = next((i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) != theirs.token_bytes(i)), None)
+        if differs is not None:
+            raise UsageError(
+                f"distill.teacher {recipe.distill.teacher} has {theirs.token(differs)!r} for id {differs}, the student "
+                f"{tokenizer.token(differs)!r}. Take a teacher with the same tokenizer."
             )
         return Distillation(teacher.requires_grad_(False).eval(), recipe.distill.temperature, recipe.distill.weight)
     return Objective()

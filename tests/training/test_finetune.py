@@ -205,6 +205,25 @@ def test_a_student_learns_its_teacher(make: Callable[..., Recipe], base: Path, t
     assert losses(recipe, "eval_loss")[-1] < 4.5  # log(300) is 5.7
 
 
+def test_a_teacher_with_another_vocabulary_is_refused(make: Callable[..., Recipe], base: Path, tmp_path: Path) -> None:
+    """Of the same size, so that nothing else would notice."""
+    teacher = shutil.copytree(base, tmp_path / "teacher")
+    described = json.loads((teacher / "tokenizer.json").read_text())
+    vocab = described["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (teacher / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(UsageError, match="same tokenizer"):
+        run_recipe(make(loss="distill", distill={"teacher": str(teacher)}))
+
+
+def test_a_result_is_not_replaced_by_another_run(make: Callable[..., Recipe]) -> None:
+    recipe = make(max_steps=1)
+    run_recipe(recipe)
+    (Path(recipe.output) / "checkpoint.pt").unlink()
+    with pytest.raises(UsageError, match="would be replaced"):
+        run_recipe(recipe)
+
+
 def test_the_best_weights_are_kept_and_a_run_that_gains_nothing_ends(make: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make(max_steps=60, held_out=0.3, learning_rate=0.2, eval_every=2, keep="best", early_stop=3, schedule="constant")
     folder = run_recipe(recipe)
