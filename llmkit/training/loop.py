@@ -325,6 +325,8 @@ class Trainer:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.checkpoint)
+        except OSError as error:  # a full disk: a failing write does not name its file
+            raise OSError(error.errno, error.strerror or str(error), str(self.checkpoint)) from None
         finally:
             temporary.unlink(missing_ok=True)
 

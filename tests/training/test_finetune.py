@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,22 @@ def test_killed_at_any_moment_it_goes_on_exactly(make: Callable[..., Recipe], tm
     assert same_weights(run_recipe(recipe, resume=True), whole)
     with pytest.raises(CheckpointError, match=r"other weights|does not fit"):
         run_recipe(make(output=str(tmp_path / "killed"), **{**keys, "lora": {"r": 8}}), resume=True)
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_last_checkpoint(make: Callable[..., Recipe]) -> None:
+    recipe = make(max_steps=1, lora={"r": 64})
+    run_recipe(recipe)
+    checkpoint = Path(recipe.output) / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt"):
+            run_recipe(replace(recipe, max_steps=2), resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.read_bytes() == before
+    assert not list(checkpoint.parent.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(
