@@ -63,7 +63,7 @@ class OurSide:
         from llmkit.quant.apply import quantize_model
         from llmkit.training.objective import Objective
 
-        keep_freed_memory(largest=2 << 20)
+        keep_freed_memory()
         self.rows, self.length = rows, length
         model, report = load_model_with_report(folder, dtype)
         stored = report.dtype

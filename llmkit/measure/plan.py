@@ -29,7 +29,8 @@ class Constants:
     cuda_context: int = 600_000_000  # on the GPU: driver, kernels, the libraries' workspaces
     tokenizer: float = 10.0  # bytes for each of tokenizer.json
     data: float = 2.0  # bytes for each of the data files
-    holes: float = 0.15  # of activations on a CPU: what the C library keeps between them (glibc, with keep_freed_memory of training)
+    holes: float = 0.45  # of activations on a CPU: what the C library keeps between them (glibc, mmap threshold 32 MB)
+    fewer_holes: float = 0.15  # with checkpointing, where the threshold is 2 MB
     nf4_work: int = 30_000_000  # of a dequantization, beside the matrix
     logit_copies: int = 4  # float32 copies of a chunk of logits: they, their log-softmax, and both gradients
     logit_elements: int = 1 << 24  # of a chunk of logits

@@ -128,7 +128,7 @@ def training(
     narrow = [math.prod(facts.shapes[name]) for name in facts.linears if held[name] != "F32"]
     backward = how.tokens * (5 * inner // 2 + 3 * config.hidden_size) * size + 4 * max(narrow, default=0)
     terms["activations"] = activations
-    terms["holes between them"] = int(constants.holes * activations) if on_cpu else 0
+    terms["holes between them"] = int((constants.fewer_holes if how.checkpointing else constants.holes) * activations) if on_cpu else 0
     gradients = 4 * how.trained
     if not how.lora and not how.accumulates:
         # While gradients come, activations go; those of head and embedding come first and last.

@@ -137,8 +137,8 @@ class Trainer:
                 self.report.say(f"stopped at step {done.step}; go on with --resume")
                 raise KeyboardInterrupt
             self._evaluate()
-            self.report.draw()
             self.save()
+            self.report.draw()
         return done
 
     @property
@@ -283,7 +283,7 @@ class Trainer:
             self.report.say(f"step {self.done.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         for text in texts:
             self.report.say(f"  {text!r}")
-        self.report.draw(last=self.share >= 1)
+        self.report.draw(last=False)
 
     def _judge(self, batch: Batch) -> dict[str, float]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
