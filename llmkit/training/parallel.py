@@ -87,7 +87,7 @@ def gathered(value: Any) -> Any:
         return value.full_tensor().cpu()
     if isinstance(value, Mapping):
         return {key: gathered(entry) for key, entry in value.items()}
-    return [gathered(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+    return type(value)(gathered(entry) for entry in value) if isinstance(value, (list, tuple)) else value
 
 
 def scattered(value: Tensor, like: Tensor) -> Tensor:
