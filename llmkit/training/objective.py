@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -61,37 +62,46 @@ class Distillation(Objective):
         return {"loss": float(cross_entropy(model, batch)), "distillation": float(self.sum_of(model, batch))}
 
 
-class Preference(Objective):
+class Preference(Objective, ABC):
     """Pairs of answers: in every row the even documents are chosen ones, each followed by its rejected one."""
 
     def units(self, batch: Batch) -> int:
-        return len(batch.documents) // 2
+        return len(_document_of_targets(batch).unique()) // 2  # a pair of a heavy source may stand in a batch twice
 
     def sum_of(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.losses(*self.answers(model, batch), batch, model).sum()
+        return self._compared(model, batch)[0].sum()
 
     def judged(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        losses, margin = self._compared(model, batch)
+        return {"loss": float(losses.sum()), "accuracy": float((margin > 0).sum())}
+
+    def _compared(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of each pair and its margin, `[pairs]`."""
         chosen, rejected, lengths = self.answers(model, batch)
         margin = self.margin(chosen, rejected, lengths, batch, model)
-        return {"loss": float(self.losses(chosen, rejected, lengths, batch, model).sum()), "accuracy": float((margin > 0).sum())}
+        return self.losses(margin, chosen, lengths), margin
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Log probabilities of chosen and rejected answers, float32 `[pairs]`, and their targets `[2, pairs]`."""
-        losses, rows = token_losses(model, batch)
-        width = int(batch.segments.max()) + 1
-        of_row = torch.arange(len(batch.tokens), device=rows.device).repeat_interleave(batch.tokens.shape[1])[rows]
-        document = of_row * width + batch.segments.flatten()[rows]  # of each target
-        present, index = document.unique(return_inverse=True)  # sorted: row by row, chosen before rejected
+        losses, _ = token_losses(model, batch)
+        present, index = _document_of_targets(batch).unique(return_inverse=True)  # sorted: row by row, chosen before rejected
         sums = torch.zeros(len(present), device=losses.device).index_add(0, index, -losses)
         counts = torch.bincount(index, minlength=len(present))
         return sums[0::2], sums[1::2], torch.stack((counts[0::2], counts[1::2]))
 
-    def losses(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Batch, model: nn.Module) -> Tensor:
-        raise NotImplementedError
-
+    @abstractmethod
     def margin(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Batch, model: nn.Module) -> Tensor:
         """What is above 0 where the chosen answer is preferred, `[pairs]`."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def losses(self, margin: Tensor, chosen: Tensor, lengths: Tensor) -> Tensor:
+        """The loss of each pair, `[pairs]`."""
+
+
+def _document_of_targets(batch: Batch) -> Tensor:
+    """A number for the document of each target, int64 `[targets]`, rising along the flattened batch."""
+    rows = (batch.labels.flatten() != IGNORE).nonzero().squeeze(1)
+    return rows // batch.tokens.shape[1] * (int(batch.segments.max()) + 1) + batch.segments.flatten()[rows]
 
 
 @dataclass
@@ -110,9 +120,9 @@ class Dpo(Preference):
             was_chosen, was_rejected, _ = self.answers(before, batch)
         return (chosen - was_chosen) - (rejected - was_rejected)
 
-    def losses(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Batch, model: nn.Module) -> Tensor:
-        margin = self.beta * self.margin(chosen, rejected, lengths, batch, model)
-        return -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
+    def losses(self, margin: Tensor, chosen: Tensor, lengths: Tensor) -> Tensor:
+        smooth = self.label_smoothing
+        return -(1 - smooth) * F.logsigmoid(self.beta * margin) - smooth * F.logsigmoid(-self.beta * margin)
 
 
 @dataclass
@@ -127,5 +137,5 @@ class Orpo(Preference):
 
         return log_odds(chosen / lengths[0]) - log_odds(rejected / lengths[1])
 
-    def losses(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Batch, model: nn.Module) -> Tensor:
-        return -chosen / lengths[0] - self.beta * F.logsigmoid(self.margin(chosen, rejected, lengths, batch, model))
+    def losses(self, margin: Tensor, chosen: Tensor, lengths: Tensor) -> Tensor:
+        return -chosen / lengths[0] - self.beta * F.logsigmoid(margin)

@@ -182,6 +182,8 @@ def test_preference_losses_are_their_formulas(make: Callable[..., Recipe], pairs
         logprobs.append(float(found[learned[1:]].sum()))
         lengths.append(int(learned[1:].sum()))
     good, bad = torch.tensor(logprobs[0::2]), torch.tensor(logprobs[1::2])
+    twice = make_batch(corpus, rows_of(corpus, [0, 1, 0, 1], 32, group=2))
+    assert Orpo(0.2).units(twice) == 2  # the same pair twice, as of a source with the weight 2
     model, other = load_model(base), load_model(base)
     with torch.no_grad():
         for p in other.parameters():
