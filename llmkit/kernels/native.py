@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_ta
 CACHE_KINDS = {32: 0, 16: 1, 8: Q8}
 SLOTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+Floats = NDArray[np.float32]
 LowRank = tuple[NDArray[np.float32], NDArray[np.float32]]  # A [rank, in], B [out, rank], scaled: y += B (A x)
 
 
@@ -167,6 +169,88 @@ def product(weight: Weight, bias: NDArray[np.float32] | None, x: NDArray[np.floa
     out = np.empty((len(x), weight.shape[0]), np.float32)
     _native.product(os.environ.get("LLMKIT_KERNELS") or None, threads, _linear(weight, bias), x, out)
     return out
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`W + scale B A`: weight `[out, in]` float32, float16 or bfloat16 (its bits in uint16); a `[rank, in]` and b `[out, rank]` or None."""
+
+    weight: NDArray[Any]
+    bias: NDArray[np.float32] | None = None
+    a: NDArray[np.float32] | None = None
+    b: NDArray[np.float32] | None = None
+    scale: float = 1.0
+
+
+def matmul(
+    factors: Sequence[Factor], x: Sequence[NDArray[np.float32]], y: Sequence[NDArray[np.float32]], *, back: bool, threads: int
+) -> None:
+    """Products of training, float32, of all factors U at once.
+
+    Forward: `y[p] [tokens, out of p] = x[0] [tokens, in] U_p^T + bias`.
+    Back: `y[0] [tokens, in] = sum over p of x[p] [tokens, out of p] U_p`.
+    """
+    from llmkit.kernels.cpu import _native
+
+    parts = tuple((_linear(one.weight, one.bias), one.a, one.b, one.scale) for one in factors)
+    _native.matmul(os.environ.get("LLMKIT_KERNELS") or None, threads, back, parts, tuple(x), tuple(y))
+
+
+def attend_documents(
+    sizes: tuple[int, int, int, int, float],
+    lengths: tuple[int, ...],
+    arrays: tuple[Floats, Floats, Floats, Floats, Floats],
+    gradients: tuple[Floats, Floats, Floats, Floats] | None,
+    threads: int,
+) -> None:
+    """Causal attention of whole documents, float32, forward or (with gradients) back.
+
+    sizes: heads, kv_heads, head_dim, window (0: none), scale. arrays: q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads,
+    head_dim]`, and written forward, read back: the result as q, and lse `[tokens, heads]`, the logarithm of each row's sum of
+    exponentials. gradients: that of the result, which is read, and those of q, k, v, which are written.
+    """
+    from llmkit.kernels.cpu import _native
+
+    _native.attend(os.environ.get("LLMKIT_KERNELS") or None, threads, sizes, lengths, *arrays, gradients)
+
+
+def norm(x: Floats, weight: Floats, eps: float, y: Floats, threads: int) -> None:
+    """Root-mean-square norm of the rows of x, float32 `[..., n]`, into y."""
+    _rows("norm", threads, x, weight, eps, y)
+
+
+def norm_back(x: Floats, weight: Floats, eps: float, dy: Floats, dx: Floats, threads: int) -> None:
+    """The gradient of x from that of the result."""
+    _rows("norm_back", threads, x, weight, eps, dy, dx)
+
+
+def rotate(x: Floats, cos: Floats, sin: Floats, y: Floats, threads: int, *, back: bool = False) -> None:
+    """`model.rope.rotate` of x `[..., heads, head_dim]` into y; cos and sin `[..., rotary_dim]`. back: its transpose, for gradients."""
+    _rows("rotate", threads, *x.shape[-2:], x, cos, sin, back, y)
+
+
+def gate(gate: Floats, up: Floats, h: Floats, threads: int) -> None:
+    """`silu(gate) * up`, float32 `[..., n]`, into h."""
+    _rows("gate", threads, gate.shape[-1], gate, up, h)
+
+
+def gate_back(gate: Floats, up: Floats, dh: Floats, dgate: Floats, dup: Floats, threads: int) -> None:
+    """The gradients of gate and up from that of the result."""
+    _rows("gate_back", threads, gate.shape[-1], gate, up, dh, dgate, dup)
+
+
+def _rows(name: str, threads: int, *arguments: Any) -> None:
+    from llmkit.kernels.cpu import _native
+
+    getattr(_native, name)(os.environ.get("LLMKIT_KERNELS") or None, threads, *arguments)
+
+
+def lend(parallel: int, thread: int, threads: int) -> None:
+    """Lets `matmul` and `attend_documents` run on the threads of an OpenMP runtime: the addresses of GOMP_parallel,
+    omp_get_thread_num and omp_get_num_threads."""
+    from llmkit.kernels.cpu import _native
+
+    _native.lend(parallel, thread, threads)
 
 
 def dequantize(weight: QuantizedMatrix, threads: int) -> NDArray[np.float32]:

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmkit.kernels.native import Factor
+from llmkit.model import native
 from llmkit.model.layers import Activation, feed
 
 
@@ -97,11 +100,17 @@ def _weight(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | No
     return whole
 
 
+def _native(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | None]) -> list[Factor]:
+    return [native.factor(part.base.dequantize(), part.base.bias, pair, part.scale) for part, pair in zip(parts, pairs, strict=True)]
+
+
 def _forward(x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | None]) -> list[Tensor]:
     """What each part makes of x `[tokens, in]`."""
     pairs = _pairs(factors, x.dtype)
     if all(part.integer is not None for part in parts) and x.dtype == torch.float32:
         out = [part.integer(x) for part in parts]  # type: ignore[misc]
+    elif native.usable(x):
+        return native.project(x, _native(parts, pairs))
     else:
         out = list((x @ _weight(parts, pairs, x.dtype).T).split([part.base.out_features for part in parts], 1))
         for part, y in zip(parts, out, strict=True):
@@ -122,7 +131,9 @@ def _backward(
     dtype = x.dtype
     pairs = _pairs(factors, dtype)
     dx: Tensor | None = None
-    if wanted:
+    if wanted and native.usable(x):
+        dx = native.project_back(grads, _native(parts, pairs))
+    elif wanted:
         whole = grads[0] if len(grads) == 1 else torch.cat(list(grads), 1)
         dx = whole @ _weight(parts, pairs, dtype)
     present = [(part, pair, grad) for part, pair, grad in zip(parts, pairs, grads, strict=True) if pair is not None]
@@ -145,6 +156,10 @@ def _backward(
     return dx, found
 
 
+def _gated(act: Activation, up: Tensor) -> bool:
+    return act is F.silu and _dtype(up) == torch.float32 and native.usable(up)
+
+
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: tuple[LowRank, ...], *factors: Tensor | None) -> tuple[Tensor, ...]:
@@ -164,7 +179,7 @@ class _Project(torch.autograd.Function):
 class _Feed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor | None, up: Tensor, act: Activation, part: LowRank, a: Tensor | None, b: Tensor | None) -> Tensor:
-        h = (act(up) if gate is None else act(gate) * up).to(_dtype(up))
+        h = native.gated(gate, up) if gate is not None and _gated(act, up) else feed(act, gate, up, nn.Identity()).to(_dtype(up))
         (y,) = _forward(h.reshape(-1, h.shape[-1]), (part,), (a, b))
         ctx.act, ctx.part = act, part
         ctx.save_for_backward(gate, up, a, b)
@@ -174,6 +189,11 @@ class _Feed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         gate, up, a, b = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
+        if gate is not None and _gated(ctx.act, up):
+            h = native.gated(gate, up)
+            dh, found = _backward(h.view(-1, h.shape[-1]), (ctx.part,), (a, b), [grad], True)
+            assert dh is not None
+            return *native.gated_back(gate, up, dh), None, None, *found
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (gate, up) if t is not None]
             h = feed(ctx.act, None if gate is None else inputs[0], inputs[-1], nn.Identity())

@@ -59,6 +59,7 @@ class OurSide:
         from llmkit.checkpoint.load import load_model_with_report
         from llmkit.lora.inject import LoraSettings, inject, use_integers
         from llmkit.model.backend import keep_freed_memory
+        from llmkit.model.native import speed_up
         from llmkit.model.transformer import set_checkpointing
         from llmkit.quant.apply import quantize_model
         from llmkit.training.objective import Objective
@@ -75,6 +76,7 @@ class OurSide:
         inject(model, LoraSettings(r=RANK, lora_alpha=ALPHA))
         integers = use_integers(model)
         set_checkpointing(model, checkpointing)
+        speed_up(model)
         self.path = f"{stored}, {'integer' if integers else 'float32'} forward{', checkpointing' if checkpointing else ''}"
         self.model: nn.Module = model.train()
         self.objective = Objective()

@@ -11,7 +11,7 @@ A mask is never a padding convention. It comes from positions: a key is visible 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from llmkit.config import ModelConfig
 from llmkit.model.layers import Linear, Products, make_norm
-from llmkit.model.rope import rotate
 
 # How a layer's queries meet keys and values: (layer, q [b, t, heads, d], k [b, t, kv_heads, d], v) -> [b, t, heads, d].
 # `SelfAttention` below looks at the given tokens alone; `cache.CachedAttention` at everything before them too.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+# The same for whole documents that follow each other: (q, k, v, lengths, window, scale) -> [b, t, heads, d].
+DocumentAttention = Callable[[Tensor, Tensor, Tensor, Sequence[int], int | None, float], Tensor]
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -89,13 +91,19 @@ class SelfAttention:
     the documents' lengths, not with the square of the row's, and no mask is built where causal order says it all.
     """
 
-    def __init__(self, config: ModelConfig, positions: Tensor, segments: Tensor | None) -> None:
-        """positions, segments: `[batch, seq]`; a document is a run of one segment whose positions rise by one."""
-        self.config = config
+    def __init__(
+        self, config: ModelConfig, positions: Tensor, segments: Tensor | None, of_documents: DocumentAttention | None = None
+    ) -> None:
+        """positions, segments: `[batch, seq]`; a document is a run of one segment whose positions rise by one.
+
+        of_documents: what attends where whole documents do so without soft caps; by default `attention` above.
+        """
+        self.config, self.of_documents = config, of_documents
         length = positions.shape[1]
         starts = positions[:, 1:] != positions[:, :-1] + 1
         if segments is not None:
             starts |= segments[:, 1:] != segments[:, :-1]
+        self.scattered = False
         self.documents: list[int] | None = None  # lengths along the flattened batch; None: every row is one document
         self.masks: dict[int | None, Tensor | None] = dict.fromkeys(config.cache_windows)
         if not starts.any():
@@ -103,8 +111,8 @@ class SelfAttention:
                 if window is not None and length > window:
                     self.masks[window] = visible(positions, positions, window)
             return
-        scattered = segments is None or bool((starts & (segments[:, 1:] == segments[:, :-1])).any())
-        if scattered:  # positions jump within a document, so only they can tell what is visible
+        self.scattered = segments is None or bool((starts & (segments[:, 1:] == segments[:, :-1])).any())
+        if self.scattered:  # positions jump within a document, so only they can tell what is visible
             for window in config.cache_windows:
                 mask = visible(positions, positions, window)
                 self.masks[window] = mask if segments is None else mask & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
@@ -116,6 +124,9 @@ class SelfAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = self.config.layers[layer].sliding_window
         scale, softcap = attention_scale(self.config, layer), self.config.attn_logit_softcapping
+        if self.of_documents is not None and softcap is None and not self.scattered:
+            lengths = self.documents or [q.shape[1]] * q.shape[0]
+            return self.of_documents(q, k, v, lengths, window, scale)
         if self.documents is None:
             mask = self.masks[window]
             return attention(q, k, v, mask, mask is None, scale, softcap)
@@ -158,5 +169,5 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None and not self.norm_before_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q, k = self.products.rotate(q, rotary), self.products.rotate(k, rotary)
         return self.o_proj(attend(self.layer, q, k, v).flatten(-2))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmkit.config import ModelConfig, MoEConfig
 from llmkit.errors import ConfigError
+from llmkit.model.rope import rotate
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -105,10 +106,16 @@ def feed(act: Activation, gate: Tensor | None, up: Tensor, down: nn.Module) -> T
 
 @dataclass(frozen=True)
 class Products:
-    """How a block's linears meet their inputs: the seam at which they are fused from outside (`lora/fused.py`)."""
+    """How a block's parts are computed: the seam at which they are fused from outside (`lora/fused.py`, `model/native.py`)."""
 
     project: Callable[[Tensor, Sequence[nn.Module]], tuple[Tensor, ...]] = project
     feed: Callable[[Activation, Tensor | None, Tensor, nn.Module], Tensor] = feed
+    rotate: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = rotate
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x weight / sqrt(mean(x^2) + eps)` along the last dimension."""
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class RMSNorm(nn.Module):
@@ -118,10 +125,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
         self.eps, self.offset = eps, offset
+        self.normalise = rms_norm  # training may put a fused one here
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
-        return F.rms_norm(x, weight.shape, weight + self.offset if self.offset else weight, self.eps)
+        return self.normalise(x, weight + self.offset if self.offset else weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

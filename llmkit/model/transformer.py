@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llmkit.config import NORM_NAMES, ModelConfig, RopeConfig
-from llmkit.model.attention import Attend, Attention, Rotary, SelfAttention
+from llmkit.model.attention import Attend, Attention, DocumentAttention, Rotary, SelfAttention
 from llmkit.model.layers import MLP, Embedding, Linear, MixtureOfExperts, make_norm
 from llmkit.model.rope import rotary_tables
 
@@ -107,6 +107,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.of_documents: DocumentAttention | None = None  # what attends without a cache; training may put a fused one here
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
@@ -132,7 +133,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         if attend is None:
-            attend = SelfAttention(self.config, positions, segments)
+            attend = SelfAttention(self.config, positions, segments, self.of_documents)
         if lengths is None:
             lengths = (int(positions.max()) + 1,) if self.config.rope_depends_on_length else (0,)
         x = self.model(tokens, positions, lengths, attend)

@@ -44,6 +44,7 @@ VECTOR_INDEX_ROWS = 20_000  # fewer vectors are compared one by one, which is ex
 COUNT_AGAIN = 0.05  # of the chunks changed: the frequencies of terms are counted again
 CELL = 1000  # vectors of a cell of the vector index
 SAMPLE = 256  # chunks whose vectors stand for all
+TERMS_IN_MEMORY = 500_000  # frequencies that a reader keeps, some 60 MB; more are looked up on disk, for 4 ms more each time
 KEEP = timedelta(hours=1)  # versions that a reader may still have open
 
 
@@ -98,6 +99,7 @@ class Index:
         self._connection = connection
         self.table = table
         self._statistics: tuple[int, float] | None = None
+        self._frequencies: dict[str, int] | None = None
         self._sample: NDArray[np.float32] | None = None
 
     # --- opening --------------------------------------------------------------------------------------------------
@@ -168,6 +170,7 @@ class Index:
         try:
             with _told(self.location):
                 self.table.checkout_latest()
+                self._statistics = self._frequencies = self._sample = None
                 if not self.table.list_indices():  # a process that died after it had made the table
                     self._index_terms()
                 yield
@@ -253,19 +256,18 @@ class Index:
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    def take(self, found: Mapping[str, int]) -> tuple[list[Row], NDArray[np.float32] | None]:
-        """The chunks of these ids (and LanceDB row ids), in their order, and their vectors `[rows, dimension]` if they have any."""
-        if not found:
+    def take(self, row_ids: Sequence[int]) -> tuple[list[Row], NDArray[np.float32] | None]:
+        """The chunks of these (different) LanceDB row ids, in their order, and their vectors `[rows, dimension]` if they have any."""
+        if not row_ids:
             return [], None
         columns = [*COLUMNS, "vector"] if self.settings.dimension else COLUMNS
-        table = self.table.take_row_ids(list(found.values())).select(columns).to_arrow()
-        place = {name: i for i, name in enumerate(table["id"].to_pylist())}
-        order = [place[name] for name in found]
+        table = self.table.take_row_ids(list(row_ids)).with_row_id().select(columns).to_arrow()
+        place = {row_id: i for i, row_id in enumerate(table["_rowid"].to_pylist())}
+        order = [place[row_id] for row_id in row_ids]
         vectors = None
         if self.settings.dimension:
             vectors = _matrix(table["vector"], self.settings.dimension)[order]
-            table = table.drop_columns(["vector"])
-        rows = table.to_pylist()
+        rows = table.select(COLUMNS).to_pylist()
         return [as_row(rows[i]) for i in order], vectors
 
     def neighbours(self, file: str, numbers: Iterable[int]) -> list[Row]:
@@ -290,11 +292,14 @@ class Index:
     def frequencies(self, terms: Iterable[str]) -> dict[str, int]:
         """In how many chunks each term stands; unknown terms are left out. Counts are those of the last `finish` that counted."""
         wanted = sorted(set(terms))
-        table = self._vocabulary()
-        if table is None or not wanted:
-            return {}
-        found = table.search().where(any_of("term", wanted)).limit(len(wanted)).to_arrow()
-        return dict(zip(found["term"].to_pylist(), found["chunks"].to_pylist(), strict=True))
+        if self._frequencies is None:
+            table = self._vocabulary()
+            if table is None or not wanted:
+                return {}
+            if table.count_rows() > TERMS_IN_MEMORY:
+                return _counts(table.search().where(any_of("term", wanted)).limit(len(wanted)).to_arrow())
+            self._frequencies = _counts(table.to_arrow())
+        return {term: self._frequencies[term] for term in wanted if term in self._frequencies}
 
     def statistics(self) -> tuple[int, float]:
         """The number of chunks and their mean length in terms, when they were last counted."""
@@ -330,7 +335,7 @@ class Index:
         chunks.pop("", None)
         chunks |= {"": rows, " ": length}
         table = pa.table({"term": list(chunks), "chunks": pa.array(list(chunks.values()), pa.int64())})
-        self._statistics = None
+        self._statistics = self._frequencies = None
         stored = self._vocabulary()
         if stored is None:
             stored = self._connection.create_table(VOCABULARY, table)
@@ -349,6 +354,10 @@ class IndexMissing(BrokenIndex):
 def as_row(row: Mapping[str, Any]) -> Row:
     """A stored row, by the columns of `COLUMNS`."""
     return Row(**{name: row[name] for name in COLUMNS if name != "terms"}, terms=tuple(row["terms"].split()))
+
+
+def _counts(table: pa.Table) -> dict[str, int]:
+    return dict(zip(table["term"].to_pylist(), table["chunks"].to_pylist(), strict=True))
 
 
 def _matrix(column: pa.ChunkedArray, dimension: int) -> NDArray[np.float32]:

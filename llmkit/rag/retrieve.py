@@ -150,18 +150,18 @@ def find(index: Index, question: Question, pool: int, where: str | None = None) 
     """The candidates; UsageError where the filter is no SQL that the index understands."""
     from lancedb.query import MatchQuery
 
-    ids: dict[str, int] = {}
+    found: dict[int, None] = {}  # LanceDB's row ids, in order, each once
     try:
         if question.idf:
             query = index.table.search(MatchQuery(" ".join(question.idf), "terms"), query_type="fts")
             query = query.where(where) if where else query
-            found = query.with_row_id(True).select(["id", "_score"]).limit(pool).to_arrow()
-            ids.update(zip(found["id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
+            best = query.with_row_id(True).select(["_score"]).limit(pool).to_arrow()
+            found.update(dict.fromkeys(best["_rowid"].to_pylist()))
         if question.vector is not None:
             nearest = index.table.search(question.vector).distance_type("dot").nprobes(PROBES).limit(pool)
             nearest = nearest.where(where, prefilter=True) if where else nearest
-            found = nearest.with_row_id(True).select(["id", "_distance"]).to_arrow()
-            ids.update(zip(found["id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
+            best = nearest.with_row_id(True).select(["_distance"]).to_arrow()
+            found.update(dict.fromkeys(best["_rowid"].to_pylist()))
     except (ValueError, RuntimeError) as error:
         if where is None:
             raise
@@ -169,7 +169,7 @@ def find(index: Index, question: Question, pool: int, where: str | None = None) 
             f"the filter {where!r} cannot be applied ({' '.join(str(error).split())[:160]}). "
             "Columns are file, kind, heading, page, key, fields."
         ) from error
-    return Candidates(*index.take(ids))
+    return Candidates(*index.take(list(found)))
 
 
 def rank(index: Index, question: Question, candidates: Candidates, weights: Weights) -> list[Hit]:
@@ -224,11 +224,13 @@ class _Bm25:
         self.norm = weights.k1 * (1 - weights.b + weights.b * self.lengths / mean)
 
     def scores(self, query: Mapping[str, float], idf: Mapping[str, float]) -> Scores:
-        total = np.zeros(len(self.counts))
-        for term, weight in query.items():
-            found = np.array([count[term] for count in self.counts], np.float64)
-            total += weight * idf[term] * found * (self.weights.k1 + 1) / (found + self.norm)
-        return total
+        place = {term: i for i, term in enumerate(query)}
+        found = np.zeros((len(self.counts), len(place)))
+        for row, count in enumerate(self.counts):
+            for term in place.keys() & count.keys():
+                found[row, place[term]] = count[term]
+        weights = np.array([weight * idf[term] for term, weight in query.items()])
+        return (found * (self.weights.k1 + 1) / (found + self.norm[:, None])) @ weights
 
     def expanded(self, question: Question, best: NDArray[np.intp], scores: Scores) -> Scores:
         """Scores for the question with the terms that mark its best passages."""

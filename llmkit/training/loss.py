@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmkit.model import native
 from llmkit.model.transformer import Transformer
 from llmkit.training.data import IGNORE, Batch
 
@@ -70,26 +71,21 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         rows = min(count, max(1, _LOGITS // vocab))
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
         gradients = torch.empty_like(hidden)
-        buffer = torch.empty(rows, vocab, dtype=hidden.dtype, device=hidden.device)
-        columns = max(1, _WIDENED // weight.shape[1]) if weight.dtype != hidden.dtype else vocab
-        tiles = [slice(start, start + columns) for start in range(0, vocab, columns)]
+        project, back = _head_products(hidden, weight, rows)
         for start in range(0, count, rows):
             part = slice(start, start + rows)
-            h, wanted = hidden[part] * scale, labels[part].unsqueeze(1)
-            logits = buffer[: len(h)]
-            for tile in tiles:
-                torch.mm(h, weight[tile].to(h.dtype).T, out=logits[:, tile])
+            wanted = labels[part].unsqueeze(1)
+            logits = project(hidden[part] * scale)
             target = logits.gather(1, wanted).float()
-            wide = logits.float()  # the buffer itself on a CPU
+            wide = logits.float()  # the logits themselves on a CPU
             largest = wide.amax(1, keepdim=True)
             wide.sub_(largest).exp_()
             total = wide.sum(1, keepdim=True)
             losses[part] = (total.log() + largest - target).squeeze(1)
-            logits = wide.to(h.dtype)
-            found = torch.zeros_like(h)
-            for tile in tiles:
-                found.addmm_(logits[:, tile], weight[tile].to(h.dtype))
-            gradients[part] = (found / total.to(h.dtype) - weight[wanted.squeeze(1)].to(h.dtype)) * scale
+            logits = wide.to(hidden.dtype)
+            found = back(logits) / total.to(hidden.dtype)
+            gradients[part] = (found - weight[wanted.squeeze(1)].to(hidden.dtype)) * scale
+            del logits, wide  # before those of the next part
         ctx.save_for_backward(gradients)
         return losses
 
@@ -97,6 +93,31 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradients,) = ctx.saved_tensors
         return gradients * grads[0].unsqueeze(1).to(gradients.dtype), None, None, None
+
+
+def _head_products(hidden: Tensor, weight: Tensor, rows: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """`h -> h W^T` for at most so many rows of hidden states, and `logits -> logits W`; W is never widened as a whole."""
+    if native.usable(hidden):
+        head = [native.factor(weight)]
+        return lambda h: native.project(h, head)[0], lambda logits: native.project_back([logits], head)
+    vocab, dtype = len(weight), hidden.dtype
+    columns = max(1, _WIDENED // weight.shape[1]) if weight.dtype != dtype else vocab
+    tiles = [slice(start, start + columns) for start in range(0, vocab, columns)]
+    buffer = torch.empty(rows, vocab, dtype=dtype, device=hidden.device)
+
+    def project(h: Tensor) -> Tensor:
+        logits = buffer[: len(h)]
+        for tile in tiles:
+            torch.mm(h, weight[tile].to(dtype).T, out=logits[:, tile])
+        return logits
+
+    def back(logits: Tensor) -> Tensor:
+        found = torch.zeros(len(logits), weight.shape[1], dtype=dtype, device=logits.device)
+        for tile in tiles:
+            found.addmm_(logits[:, tile], weight[tile].to(dtype))
+        return found
+
+    return project, back
 
 
 class _FrozenHead(torch.autograd.Function):

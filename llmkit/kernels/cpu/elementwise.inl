@@ -75,3 +75,45 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
     store_n(out + i, fma(mul(sub(load_n(x + i, m), set1(mean)), factor), load_n(weight + i, m), load_n(bias + i, m)), m);
   });
 }
+
+// The gradient of rms_norm: with r = 1 / rms(x), dx = r (w dy) - x r^3 mean(w dy x).
+static void rms_norm_back(const float* x, const float* weight, float eps, const float* dy, int64_t n, float* dx) {
+  F squares = zero(), products = zero();
+  each(n, [&](int64_t i, int m) {
+    const F v = load_n(x + i, m);
+    squares = fma(v, v, squares);
+    products = fma(mul(load_n(weight + i, m), load_n(dy + i, m)), v, products);
+  });
+  const float r = 1.0f / sqrtf(hsum(squares) / float(n) + eps);
+  const F factor = set1(r), less = set1(-r * r * r * hsum(products) / float(n));
+  each(n, [&](int64_t i, int m) {
+    store_n(dx + i, fma(load_n(x + i, m), less, mul(factor, mul(load_n(weight + i, m), load_n(dy + i, m)))), m);
+  });
+}
+
+// One head: pairs (i, i + turned/2) of the first `turned` of n numbers. The halves of sin have opposite signs; back, it is turned about.
+static void rotate(const float* x, const float* cos, const float* sin, int64_t turned, int64_t n, bool back, float* out) {
+  const int64_t half = turned / 2;
+  const F sign = set1(back ? -1.0f : 1.0f);
+  for (int64_t part = 0; part < turned; part += half) {
+    const float* other = x + half - part;
+    each(half, [&](int64_t i, int m) {
+      const F aside = mul(mul(load_n(sin + part + i, m), sign), load_n(other + i, m));
+      store_n(out + part + i, fma(load_n(cos + part + i, m), load_n(x + part + i, m), aside), m);
+    });
+  }
+  memcpy(out + turned, x + turned, size_t(n - turned) * 4);
+}
+
+static void gate(const float* gate, const float* up, int64_t n, float* out) {
+  each(n, [&](int64_t i, int m) { store_n(out + i, mul(act(kSilu, load_n(gate + i, m)), load_n(up + i, m)), m); });
+}
+// The gradients of silu(gate) * up: with s the logistic function of gate, silu' = s (1 + gate (1 - s)).
+static void gate_back(const float* gate, const float* up, const float* dh, int64_t n, float* dgate, float* dup) {
+  each(n, [&](int64_t i, int m) {
+    const F g = load_n(gate + i, m), d = load_n(dh + i, m), one = set1(1.0f);
+    const F s = div(one, add(one, exp(sub(zero(), g))));
+    store_n(dup + i, mul(d, mul(g, s)), m);
+    store_n(dgate + i, mul(mul(d, load_n(up + i, m)), mul(s, fma(g, sub(one, s), one))), m);
+  });
+}

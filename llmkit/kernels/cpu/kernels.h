@@ -86,6 +86,33 @@ constexpr int kMaxHeadDim = 1024;
 // The state of attention over some keys for one query row: maximum, sum of exponentials, weighted values.
 struct Partial { float maximum, sum; };
 
+// U = w + scale B A, dense; A [rank, k] and B [n, rank], or rank 0. See matmul.inl.
+struct Factor {
+  Linear w;
+  const float *a = nullptr, *b = nullptr;
+  int64_t rank = 0;
+  float scale = 1;
+};
+// Forward: y[p] [tokens, n of p] = x[0] [tokens, k] U_p^T + bias_p. Back: y[0] [tokens, k] = sum over p of x[p] [tokens, n of p] U_p.
+struct Matmul {
+  bool back;
+  int parts;
+  const Factor* factors;
+  int64_t tokens;
+  const float* const* x;
+  float* const* y;
+};
+// Attention of whole documents, without a cache: rows [tokens, heads | kv_heads, dim], lse [tokens, heads]. See attention_back.inl.
+struct DocumentAttention {
+  int64_t heads, kv_heads, dim, window;  // window 0: none
+  float scale;
+  const float *q, *k, *v;
+  float *out, *lse;
+  const float* dout;    // back: of out, which is read then, as lse is
+  float *dq, *dk, *dv;
+};
+constexpr int64_t kMatmulScratch = 1 << 19;  // floats
+
 struct Kernels {
   const char* name;
   bool signed_dot;
@@ -95,8 +122,18 @@ struct Kernels {
   void (*quantized)(const Linear& w, const QuantizedRows& x, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last, uint8_t* scratch);
   // y += x B for the columns [first, last) of B [rank, n], for rows x [tokens, ldx] and y [tokens, ldy].
   void (*add_low_rank)(const float* b, int64_t n, int64_t rank, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy, int64_t first, int64_t last);
+  int64_t (*matmul_panels)(const Matmul& m);
+  void (*matmul)(const Matmul& m, int64_t first, int64_t last, float* scratch);  // the columns of panels [first, last)
+  // One kv head of the document of tokens [begin, begin + length); scratch: floats.
+  int64_t (*document_scratch)(const DocumentAttention& a, int64_t length);
+  void (*attend_document)(const DocumentAttention& a, int64_t begin, int64_t length, int64_t kv_head, float* scratch);
+  void (*attend_document_back)(const DocumentAttention& a, int64_t begin, int64_t length, int64_t kv_head, float* scratch);
   void (*quantize_row)(const float* x, int64_t k, const QuantizedRows& out, int64_t row);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+  void (*rms_norm_back)(const float* x, const float* weight, float eps, const float* dy, int64_t n, float* dx);
+  void (*rotate)(const float* x, const float* cos, const float* sin, int64_t turned, int64_t n, bool back, float* out);  // one head
+  void (*gate)(const float* gate, const float* up, int64_t n, float* out);  // silu(gate) * up
+  void (*gate_back)(const float* gate, const float* up, const float* dh, int64_t n, float* dgate, float* dup);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* out);
   void (*add_scaled)(float* x, const float* y, float factor, int64_t n);           // x += factor * y
   void (*activate)(int activation, float* gate, const float* up, int64_t n);       // gate = act(gate) * up; up null: no gate

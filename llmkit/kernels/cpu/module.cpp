@@ -1,113 +1,17 @@
 // llmkit.kernels.cpu._native: the plan as a Python object. Arrays come in through the buffer protocol and stay referenced.
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
-#include <Python.h>
-
 #include <chrono>
-#include <cstring>
-#include <exception>
-#include <new>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "plan.h"
+#include "python.h"
+#include "training.h"
 
 namespace {
-
-using namespace llmkit;
-
-struct PythonError {};  // an exception is set already
-
-// A buffer that lives as long as this object does.
-class View {
- public:
-  View(PyObject* object, bool writable = false) {
-    if (PyObject_GetBuffer(object, &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) throw PythonError();
-  }
-  View(View&& other) noexcept : view_(other.view_) { other.view_.obj = nullptr; }
-  View(const View&) = delete;
-  View& operator=(const View&) = delete;
-  ~View() { if (view_.obj && Py_IsInitialized()) PyBuffer_Release(&view_); }  // a thread may be unwound when the interpreter has gone
-  int64_t bytes() const { return view_.len; }
-  template <class T> T* as(int64_t count, const char* name) const {
-    if (view_.len % int64_t(sizeof(T)) || view_.len / int64_t(sizeof(T)) != count)
-      throw std::invalid_argument(std::string(name) + " has " + std::to_string(view_.len) + " bytes, not " + std::to_string(sizeof(T)) + " x " + std::to_string(count));
-    if (reinterpret_cast<uintptr_t>(view_.buf) % alignof(T)) throw std::invalid_argument(std::string(name) + " is not aligned");
-    return static_cast<T*>(view_.buf);
-  }
-  template <class T> int64_t count() const { return view_.len / int64_t(sizeof(T)); }
-
- private:
-  Py_buffer view_{};
-};
 
 struct PlanObject {
   PyObject_HEAD
   Plan* plan;
   std::vector<View>* views;
 };
-
-// Only true tuples, ints and floats: no code of an object's own runs between two looks at borrowed references.
-PyObject* item(PyObject* tuple, Py_ssize_t i) {
-  if (!PyTuple_Check(tuple)) throw std::invalid_argument("a part of the plan is not a tuple");
-  PyObject* found = PyTuple_GetItem(tuple, i);
-  if (!found) throw PythonError();
-  return found;
-}
-PyObject* entry(PyObject* dict, const char* name) {
-  PyObject* found = PyDict_GetItemString(dict, name);
-  if (!found) throw std::invalid_argument(std::string("the plan has no ") + name);
-  return found;
-}
-int64_t integer(PyObject* object) {
-  if (!PyLong_Check(object)) throw std::invalid_argument("a number of the plan is not an int");
-  const int64_t value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw PythonError();
-  return value;
-}
-double number(PyObject* object) {
-  if (!PyFloat_Check(object) && !PyLong_Check(object)) throw std::invalid_argument("a number of the plan is not a float");
-  const double value = PyFloat_AsDouble(object);
-  if (value == -1 && PyErr_Occurred()) throw PythonError();
-  return value;
-}
-
-// (kind, n, k, data, scales, row_scale, bias, group, codebook), or None
-Linear linear(PyObject* object, std::vector<View>& views, const char* name) {
-  Linear w;
-  if (object == Py_None) return w;
-  const int64_t kind = integer(item(object, 0));
-  if (kind < 0 || kind > int64_t(Kind::Q8)) throw std::invalid_argument(std::string(name) + " is of an unknown kind");
-  w.kind = Kind(kind);
-  w.n = integer(item(object, 1));
-  w.k = integer(item(object, 2));
-  const int64_t group = integer(item(object, 7));
-  if (w.n < 1 || w.k < 1 || w.n > (int64_t(1) << 31) || w.k > (int64_t(1) << 31) || (group != 16 && group != 32))
-    throw std::invalid_argument(std::string(name) + " has an impossible shape");
-  w.group = int(group);
-  auto keep = [&](Py_ssize_t i) -> View& {
-    views.emplace_back(item(object, i));
-    return views.back();
-  };
-  if (w.quantized()) {
-    const int64_t panels = (w.n + 15) / 16, padded = round_up(w.k, 32);
-    w.data = keep(3).as<uint8_t>(panels * (padded / 32) * (w.kind == Kind::Q4 ? 256 : 512), name);
-    w.scales = keep(4).as<int8_t>(panels * (padded / w.group) * 16, name);
-    w.row_scale = keep(5).as<float>(panels * 16, name);
-    if (w.kind == Kind::Q4) {
-      w.codebook = keep(8).as<uint8_t>(16, name);
-      for (int i = 0; i < 16; ++i)
-        if (w.codebook[i] > 127) throw std::invalid_argument(std::string(name) + " has a codebook entry beyond 127");
-    }
-  } else if (w.kind == Kind::F32) {
-    w.data = keep(3).as<float>(w.n * w.k, name);
-  } else {
-    w.data = keep(3).as<uint16_t>(w.n * w.k, name);
-  }
-  if (item(object, 6) != Py_None) w.bias = keep(6).as<float>(w.n, name);
-  return w;
-}
 
 // A copy: what a step has checked stays as it is, whatever other threads do to the array.
 template <class T>
@@ -133,31 +37,6 @@ Norm norm(PyObject* object) {
   out.layer = item(object, 1) != Py_None;
   if (out.layer) out.bias = floats(item(object, 1));
   return out;
-}
-
-template <class Function>
-PyObject* guarded(Function function) {
-  try {
-    return function();
-  } catch (const PythonError&) {
-  } catch (const std::invalid_argument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-const Kernels& chosen_kernels(const char* wanted) {
-  const char* problem = nullptr;
-  const Kernels* kernels = choose_kernels(wanted, &problem);
-  if (!kernels) throw std::invalid_argument(std::string("kernels '") + (wanted ? wanted : "") + "' are " + problem);
-  return *kernels;
-}
-void check_threads(int threads) {
-  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be between 1 and 1024");
 }
 
 // Plan(kernels, threads, config, layers)
@@ -335,15 +214,7 @@ PyObject* plan_add_adapter(PyObject* self, PyObject* list) {
         for (size_t r = 0; r < columns; ++r) low.b[r * rows + n] = b[n * columns + r];
     }
     int64_t index = 0;
-    std::exception_ptr problem;
-    PyThreadState* thread = PyEval_SaveThread();  // a step that runs may want the GIL before it ends
-    try {
-      index = plan.add(std::move(adapter));
-    } catch (const std::exception&) {
-      problem = std::current_exception();
-    }
-    PyEval_RestoreThread(thread);
-    if (problem) std::rethrow_exception(problem);
+    released([&] { index = plan.add(std::move(adapter)); });
     return PyLong_FromLongLong(index);
   });
 }
@@ -393,58 +264,7 @@ PyObject* available(PyObject*, PyObject*) {
 }
 PyObject* cores(PyObject*, PyObject*) { return PyLong_FromLong(physical_cores()); }
 
-// product(kernels, threads, linear, x, out)
-PyObject* one_product(PyObject*, PyObject* args) {
-  return guarded([&]() -> PyObject* {
-    const char* wanted = nullptr;
-    int threads = 0;
-    PyObject *weight, *x, *out;
-    if (!PyArg_ParseTuple(args, "ziOOO", &wanted, &threads, &weight, &x, &out)) throw PythonError();
-    const Kernels& kernels = chosen_kernels(wanted);
-    check_threads(threads);
-    std::vector<View> views;
-    const Linear w = linear(weight, views, "the weight");
-    if (!w.present()) throw std::invalid_argument("there is no weight");
-    View from(x), to(out, true);
-    const int64_t tokens = from.count<float>() / w.k;
-    const float* rows = from.as<float>(tokens * w.k, "x");
-    float* result = to.as<float>(tokens * w.n, "the result");
-    if (!tokens) Py_RETURN_NONE;
-    std::exception_ptr problem;
-    PyThreadState* thread = PyEval_SaveThread();
-    try {
-      product(kernels, threads, w, rows, tokens, result);
-    } catch (const std::exception&) {
-      problem = std::current_exception();
-    }
-    PyEval_RestoreThread(thread);
-    if (problem) std::rethrow_exception(problem);
-    Py_RETURN_NONE;
-  });
-}
-
-// dequantize(threads, linear, out)
-PyObject* widened(PyObject*, PyObject* args) {
-  return guarded([&]() -> PyObject* {
-    int threads = 0;
-    PyObject *weight, *out;
-    if (!PyArg_ParseTuple(args, "iOO", &threads, &weight, &out)) throw PythonError();
-    check_threads(threads);
-    std::vector<View> views;
-    const Linear w = linear(weight, views, "the weight");
-    if (!w.present() || !w.quantized()) throw std::invalid_argument("the weight is not quantized");
-    View to(out, true);
-    float* result = to.as<float>(w.n * w.k, "the result");
-    PyThreadState* thread = PyEval_SaveThread();
-    dequantize(threads, w, result);
-    PyEval_RestoreThread(thread);
-    Py_RETURN_NONE;
-  });
-}
-
 PyMethodDef functions[] = {
-    {"dequantize", widened, METH_VARARGS, nullptr},
-    {"product", one_product, METH_VARARGS, nullptr},
     {"available", available, METH_NOARGS, nullptr},
     {"physical_cores", cores, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -471,5 +291,9 @@ PyMODINIT_FUNC PyInit__native() {
     return nullptr;
   }
   Py_DECREF(type);
+  if (PyModule_AddFunctions(module, training_functions()) != 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
   return module;
 }

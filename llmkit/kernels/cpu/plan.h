@@ -103,10 +103,4 @@ class Plan {
   std::atomic<int64_t> stepping_process_{0};  // 0: no step runs
 };
 
-// One product by itself: y [tokens, n] = x [tokens, k] W^T + bias, with the arithmetic of a step. Throws std::bad_alloc.
-void product(const Kernels& kernels, int threads, Linear w, const float* x, int64_t tokens, float* y);
-
-// The numbers of a quantized matrix, out [n, k].
-void dequantize(int threads, const Linear& w, float* out);
-
 }  // namespace llmkit

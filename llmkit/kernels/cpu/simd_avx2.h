@@ -2,6 +2,7 @@
 #pragma once
 constexpr bool kSignedDot = false;
 constexpr int kDenseRows = 3, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 6, kFewTokens = 1;
+constexpr int kMatRows = 6, kMatVectors = 1;
 
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
@@ -135,3 +136,8 @@ static inline I start_q8(int32_t) { return set1i(0); }
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 static inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }
+
+static inline void transpose16(const float* in, int64_t ldi, float* out, int64_t ldo) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) out[i * ldo + j] = in[j * ldi + i];
+}

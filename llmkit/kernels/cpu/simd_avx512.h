@@ -2,6 +2,7 @@
 #pragma once
 constexpr bool kSignedDot = false;
 constexpr int kDenseRows = 4, kDenseTokens = 6, kGemvRows = 8, kQuantTokens = 4, kQuantPanels = 3, kAccumulators = 16, kFewTokens = 8;
+constexpr int kMatRows = 12, kMatVectors = 2;
 
 struct F { __m512 v; };
 struct I { __m512i v; };
@@ -96,4 +97,23 @@ template <int N> static inline void reduce(const F* acc, float* out) {
   if constexpr (N > 16 && N % 16 > 2) reduce16(acc + N - 16, out + N - 16);  // some of them twice: still cheaper than one by one
   else
     for (int i = N / 16 * 16; i < N; ++i) out[i] = hsum(acc[i]);
+}
+
+// out[i][j] = in[j][i] for 16 x 16 numbers; rows ldi and ldo apart.
+static inline void transpose16(const float* in, int64_t ldi, float* out, int64_t ldo) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * ldi);
+  for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  for (int i = 0; i < 16; i += 4) {  // a[i + c], 128 bits q: column 4 q + c of the rows i .. i + 3
+    a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44), a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44), a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const __m512 low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88), high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_ps(out + c * ldo, _mm512_shuffle_f32x4(low, low2, 0x88));
+    _mm512_storeu_ps(out + (4 + c) * ldo, _mm512_shuffle_f32x4(high, high2, 0x88));
+    _mm512_storeu_ps(out + (8 + c) * ldo, _mm512_shuffle_f32x4(low, low2, 0xdd));
+    _mm512_storeu_ps(out + (12 + c) * ldo, _mm512_shuffle_f32x4(high, high2, 0xdd));
+  }
 }

@@ -2,6 +2,7 @@
 #pragma once
 constexpr bool kSignedDot = true;
 constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantPanels = 1, kAccumulators = 6, kFewTokens = 1;
+constexpr int kMatRows = 6, kMatVectors = 1;
 #ifdef LLMKIT_I8MM
 constexpr int kQuantTokens = 6;  // 24 accumulators
 #else
@@ -161,3 +162,8 @@ static inline void group_sums(const uint8_t* const* w, int64_t at, const int8_t*
 }
 #endif
 #undef LANES
+
+static inline void transpose16(const float* in, int64_t ldi, float* out, int64_t ldo) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) out[i * ldo + j] = in[j * ldi + i];
+}

@@ -6,6 +6,7 @@
 
 constexpr bool kSignedDot = true;   // codes enter the dot product as entry - 64, so no offset is needed
 constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 4, kFewTokens = 1;
+constexpr int kMatRows = 4, kMatVectors = 1;
 
 struct F { float v[16]; };
 struct I { int32_t v[16]; };
@@ -94,3 +95,8 @@ static inline void prefetch(const void*) {}     // into the first-level cache
 static inline void prefetch_l2(const void*) {}  // into the second: the first has few buffers for what is on its way, and loads need them
 template <int N> static inline void reduce(const F* acc, float* out) { for (int i = 0; i < N; ++i) out[i] = hsum(acc[i]); }
 #undef LANES
+
+static inline void transpose16(const float* in, int64_t ldi, float* out, int64_t ldo) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) out[i * ldo + j] = in[j * ldi + i];
+}

@@ -129,6 +129,36 @@ void Pool::run(void (*work)(void*, int), void* context) {
   barrier_.wait();
 }
 
+namespace {
+OpenMP lent;
+struct Apart {
+  void (*work)(void*, int, int);
+  void* context;
+  int threads;
+};
+}  // namespace
+
+void lend(const OpenMP& runtime) { lent = runtime; }
+
+void run_apart(int threads, void (*work)(void*, int, int), void* context) {
+  Apart apart{work, context, threads};
+  if (lent.parallel) {
+    lent.parallel(
+        [](void* data) {
+          const Apart& a = *static_cast<Apart*>(data);
+          a.work(a.context, lent.thread(), lent.threads());
+        },
+        &apart, unsigned(threads), 0);
+    return;
+  }
+  pool_of(threads)->run(
+      [](void* data, int thread) {
+        const Apart& a = *static_cast<Apart*>(data);
+        a.work(a.context, thread, a.threads);
+      },
+      &apart);
+}
+
 ArmFeatures arm_features() {
   ArmFeatures f;
 #if defined(__APPLE__) && defined(__aarch64__)

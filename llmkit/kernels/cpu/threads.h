@@ -55,6 +55,16 @@ int64_t process_id();
 // The pool of so many threads that all plans of this process share.
 std::shared_ptr<Pool> pool_of(int threads);
 
+// Runs work(context, thread, threads) on so many threads, which need not meet on the way: those of the OpenMP runtime that was lent
+// (GOMP_parallel, omp_get_thread_num, omp_get_num_threads), or of the pool. Two sets of threads that spin would take turns on the cores.
+struct OpenMP {
+  void (*parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+  int (*thread)() = nullptr;
+  int (*threads)() = nullptr;
+};
+void lend(const OpenMP& runtime);
+void run_apart(int threads, void (*work)(void*, int, int), void* context);
+
 // Bytes that are zero, aligned to 64, and in large pages where the system has them.
 struct Memory {
   explicit Memory(size_t bytes);

@@ -1,8 +1,11 @@
-// What training asks for: one product by itself, y = x W^T + bias with the arithmetic of a step, and the numbers of a quantized matrix.
+// See training.h.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <numeric>
+#include <vector>
 
-#include "plan.h"
+#include "training.h"
 
 namespace llmkit {
 namespace {
@@ -71,7 +74,57 @@ struct Widening {
   }
 };
 
+struct Panels {
+  const Kernels& kernels;
+  const Matmul& job;
+  int64_t count;
+  float* scratch;
+};
+
+struct Documents {
+  const Kernels& kernels;
+  const DocumentAttention& job;
+  const std::vector<int64_t>& lengths;
+  std::vector<int64_t> begins;
+  bool back;
+  float* scratch;
+  int64_t scratch_size;
+  std::atomic<int64_t> next{0};
+
+  void work(int thread) {
+    const int64_t units = int64_t(lengths.size()) * job.kv_heads;
+    for (int64_t unit; (unit = next.fetch_add(1)) < units;) {
+      const size_t document = size_t(unit / job.kv_heads);
+      const auto run = back ? kernels.attend_document_back : kernels.attend_document;
+      run(job, begins[document], lengths[document], unit % job.kv_heads, scratch + thread * scratch_size);
+    }
+  }
+};
+
 }  // namespace
+
+void attend_documents(const Kernels& kernels, int threads, const DocumentAttention& job, const std::vector<int64_t>& lengths, bool back) {
+  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+  const int64_t size = round_up(kernels.document_scratch(job, longest), 64);
+  Memory scratch(size_t(threads * size) * 4);
+  std::vector<int64_t> begins(lengths.size());
+  std::exclusive_scan(lengths.begin(), lengths.end(), begins.begin(), int64_t(0));
+  Documents documents{kernels, job, lengths, std::move(begins), back, reinterpret_cast<float*>(scratch.data), size};
+  run_apart(threads, [](void* context, int thread, int) { static_cast<Documents*>(context)->work(thread); }, &documents);
+}
+
+void matmul(const Kernels& kernels, int threads, const Matmul& job) {
+  Memory scratch(size_t(threads) * kMatmulScratch * 4);
+  Panels panels{kernels, job, kernels.matmul_panels(job), reinterpret_cast<float*>(scratch.data)};
+  run_apart(
+      threads,
+      [](void* context, int thread, int count) {
+        const Panels& p = *static_cast<Panels*>(context);
+        const int64_t first = p.count * thread / count, last = p.count * (thread + 1) / count;
+        if (first < last) p.kernels.matmul(p.job, first, last, p.scratch + thread * kMatmulScratch);
+      },
+      &panels);
+}
 
 void dequantize(int threads, const Linear& w, float* out) {
   const std::shared_ptr<Pool> pool = pool_of(threads);

@@ -1,0 +1,25 @@
+// What training asks of the kernels: products, attention of whole documents, the numbers of quantized matrices. The arrays are the caller's.
+#pragma once
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace llmkit {
+
+// One product by itself: y [tokens, n] = x [tokens, k] W^T + bias, with the arithmetic of a step. Throws std::bad_alloc.
+void product(const Kernels& kernels, int threads, Linear w, const float* x, int64_t tokens, float* y);
+
+// The products of training (kernels.h), `x` and `y` as it says. Throws std::bad_alloc.
+void matmul(const Kernels& kernels, int threads, const Matmul& job);
+
+// Attention of documents of these lengths, one after the other, forward or back. Throws std::bad_alloc.
+void attend_documents(const Kernels& kernels, int threads, const DocumentAttention& job, const std::vector<int64_t>& lengths, bool back);
+
+// The numbers of a quantized matrix, out [n, k].
+void dequantize(int threads, const Linear& w, float* out);
+
+}  // namespace llmkit
+
+struct PyMethodDef;
+PyMethodDef* training_functions();

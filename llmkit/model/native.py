@@ -1,0 +1,240 @@
+"""Training on a CPU in float32: the products, the attention and the memory that native kernels give to PyTorch's autograd.
+
+Everything here has a PyTorch form elsewhere that defines it (`F.linear`, `model.attention.attention`); tests hold both equal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmkit.kernels import native as kernels
+from llmkit.kernels import native_problem
+from llmkit.kernels.native import Factor
+from llmkit.model.attention import Attention
+from llmkit.model.layers import RMSNorm, rms_norm
+from llmkit.model.rope import rotate
+from llmkit.model.transformer import Transformer
+
+
+@cache
+def available() -> bool:
+    """Whether the native kernels run here; the first question lends them PyTorch's threads."""
+    if native_problem() is not None:
+        return False
+    _lend_threads()
+    return True
+
+
+def usable(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and available()
+
+
+def _lend_threads() -> None:
+    """Two sets of threads that wait spinning would take turns on the cores, so kernels between PyTorch's run on PyTorch's own.
+
+    Where its OpenMP runtime has not the functions of GCC's, the kernels keep their own threads.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        runtime: Any = ctypes.CDLL(str(library))  # loaded already; names are looked up in what it depends on, too
+        functions = (runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads)
+    except (OSError, AttributeError):
+        return
+    kernels.lend(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+
+
+def speed_up(model: Transformer) -> None:
+    """Norms, rotations and the attention of whole documents by the native kernels, in training on a CPU that has them."""
+    if next(model.model.norm.parameters()).device.type != "cpu" or not available():
+        return
+    model.of_documents = document_attention
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.normalise = normalised
+        elif isinstance(module, Attention):
+            module.products = replace(module.products, rotate=rotated)
+
+
+class Memory:
+    """Float32 tensors in memory that is used again when they are gone.
+
+    Activations come and go in the same sizes at every step. The system's allocator gives large pieces back and takes them
+    anew, which costs a fault for every page, or keeps them and leaves holes; here a piece waits for the next tensor that it fits.
+    """
+
+    SMALL = 1 << 16  # numbers; smaller tensors are PyTorch's own
+
+    def __init__(self) -> None:
+        self._free: list[tuple[int, int, NDArray[np.float32]]] = []  # (numbers, serial, piece), the smallest first
+        self._serial = 0
+
+    def empty(self, *shape: int) -> Tensor:
+        count = prod(shape)
+        if count < self.SMALL:
+            return torch.empty(shape)
+        place = bisect_left(self._free, (count,))
+        if place < len(self._free) and self._free[place][0] <= 2 * count:
+            piece = self._free.pop(place)[2]
+        else:
+            self._forget(count)
+            piece = np.empty(count, np.float32)
+        lent = piece[:count].reshape(shape)
+        weakref.finalize(lent, self._take_back, piece).atexit = False  # PyTorch drops it with the storage of the tensor
+        return torch.from_numpy(lent)
+
+    def like(self, x: Tensor) -> Tensor:
+        return self.empty(*x.shape)
+
+    def clear(self) -> None:
+        """Gives all that waits back to the system."""
+        self._free.clear()
+
+    def _forget(self, count: int) -> None:
+        """What waits in sizes that are not asked for makes room: in all no more is held than was once in use."""
+        while count > 0 and self._free:
+            count -= self._free.pop()[0]
+
+    def _take_back(self, piece: NDArray[np.float32]) -> None:
+        self._serial += 1
+        insort(self._free, (len(piece), self._serial, piece))
+
+
+memory = Memory()
+
+
+def factor(weight: Tensor, bias: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None, scale: float = 1.0) -> Factor:
+    """`W + scale B A` for the products below. weight `[out, in]` in a float format; pair: A `[rank, in]` and B `[out, rank]`."""
+    weight = weight.detach()
+    stored = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
+    a, b = (None, None) if pair is None else (_array(pair[0]), _array(pair[1]))
+    return Factor(np.from_dlpack(stored.contiguous()), None if bias is None else _array(bias), a, b, scale)
+
+
+def _array(x: Tensor) -> NDArray[np.float32]:
+    """To be read. By DLPack: `numpy()` would forbid for ever that the storage is resized, which FSDP does."""
+    array: NDArray[Any] = np.from_dlpack(x.detach().float().contiguous())
+    return array
+
+
+def project(x: Tensor, factors: Sequence[Factor]) -> list[Tensor]:
+    """`x U^T + bias` for each factor U; x float32 `[tokens, in]`."""
+    out = [memory.empty(len(x), len(one.weight)) for one in factors]
+    kernels.matmul(factors, [_array(x)], [y.numpy() for y in out], back=False, threads=torch.get_num_threads())
+    return out
+
+
+def project_back(grads: Sequence[Tensor], factors: Sequence[Factor]) -> Tensor:
+    """The gradient of x `[tokens, in]` from those of the outputs, float32 `[tokens, out]`."""
+    dx = memory.empty(len(grads[0]), factors[0].weight.shape[1])
+    arrays = [_array(grad) for grad in grads]
+    kernels.matmul(factors, arrays, [dx.numpy()], back=True, threads=torch.get_num_threads())
+    return dx
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, float32 of any shape; no gradients."""
+    h = memory.like(up)
+    kernels.gate(_array(gate), _array(up), h.numpy(), torch.get_num_threads())
+    return h
+
+
+def gated_back(gate: Tensor, up: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of `gated`."""
+    dgate, dup = memory.like(gate), memory.like(up)
+    kernels.gate_back(_array(gate), _array(up), _array(dh), dgate.numpy(), dup.numpy(), torch.get_num_threads())
+    return dgate, dup
+
+
+def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`layers.rms_norm` with a gradient for x alone; where the weight is trained, that function itself."""
+    if weight.requires_grad or not usable(x):
+        return rms_norm(x, weight, eps)
+    out: Tensor = _Normalised.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rotated(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """`rope.rotate`."""
+    if not usable(x):
+        return rotate(x, tables)
+    out: Tensor = _Rotated.apply(x, *tables)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, y = x.contiguous(), memory.like(x)
+        kernels.norm(_array(x), _array(weight), eps, y.numpy(), torch.get_num_threads())
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        dx = memory.like(x)
+        kernels.norm_back(_array(x), _array(weight), ctx.eps, _array(grads[0]), dx.numpy(), torch.get_num_threads())
+        return dx, None, None
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = (t.expand(*x.shape[:2], *t.shape[2:]) for t in (cos, sin))
+        y = memory.like(x)
+        kernels.rotate(_array(x), _array(cos), _array(sin), y.numpy(), torch.get_num_threads())
+        ctx.save_for_backward(cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        dx = memory.like(grads[0])
+        kernels.rotate(_array(grads[0]), _array(cos), _array(sin), dx.numpy(), torch.get_num_threads(), back=True)
+        return dx, None, None
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, scale: float) -> Tensor:
+    """Causal attention within documents that follow each other along `[batch, seq]`, with gradients.
+
+    q `[batch, seq, heads, head_dim]`, k and v `[batch, seq, kv_heads, head_dim]`, float32; returns the shape of q.
+    lengths: of the documents, in sum batch x seq. window: so many positions are seen, the query's own among them; None: all.
+    """
+    out: Tensor = _DocumentAttention.apply(q, k, v, tuple(lengths), window or 0, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int, scale: float) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = memory.like(q), torch.empty(q.shape[:3])
+        ctx.sizes = q.shape[2], k.shape[2], q.shape[3], window, scale
+        ctx.lengths = lengths
+        arrays = _array(q), _array(k), _array(v), out.numpy(), lse.numpy()
+        kernels.attend_documents(ctx.sizes, lengths, arrays, None, torch.get_num_threads())
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = memory.like(q), memory.like(k), memory.like(v)
+        arrays = _array(q), _array(k), _array(v), _array(out), _array(lse)
+        gradients = _array(grads[0]), dq.numpy(), dk.numpy(), dv.numpy()
+        kernels.attend_documents(ctx.sizes, ctx.lengths, arrays, gradients, torch.get_num_threads())
+        return dq, dk, dv, None, None, None
