@@ -98,9 +98,10 @@ class Memory:
     def like(self, x: Tensor) -> Tensor:
         return self.empty(*x.shape)
 
-    def clear(self) -> None:
-        """Gives all that waits back to the system."""
-        self._free.clear()
+    @property
+    def waiting(self) -> int:
+        """Numbers that wait for a tensor."""
+        return sum(count for count, _, _ in self._free)
 
     def _forget(self, count: int) -> None:
         """What waits in sizes that are not asked for makes room: in all no more is held than was once in use."""

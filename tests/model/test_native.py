@@ -1,0 +1,260 @@
+"""The native kernels of training against exact arithmetic (float64) and against the PyTorch forms that define them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmkit.config import ModelConfig
+from llmkit.families import read_config
+from llmkit.kernels import native as kernels
+from llmkit.kernels import native_problem
+from llmkit.model import native
+from llmkit.model.attention import attention, visible
+from llmkit.model.layers import rms_norm
+from llmkit.model.native import Memory
+from llmkit.model.rope import rotate
+from llmkit.model.transformer import Transformer, init_weights
+from llmkit.training.data import Batch
+from llmkit.training.loss import cross_entropy
+
+if (problem := native_problem()) is not None:
+    pytest.skip(problem, allow_module_level=True)
+
+from llmkit.kernels.cpu import _native
+
+SETS = _native.available()
+
+
+@pytest.fixture(params=SETS)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each set of instructions that this processor has."""
+    monkeypatch.setenv("LLMKIT_KERNELS", request.param)
+    assert native.available()
+    return str(request.param)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found: Tensor, exact: Tensor, tolerance: float = 1e-5) -> None:
+    assert found.shape == exact.shape
+    assert float((found.double() - exact).abs().max()) <= tolerance * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs", "rank"),
+    [(37, 50, (33, 70), 4), (5, 16, (16,), 0), (100, 577, (40, 24, 24), 16), (1, 3, (2,), 1), (61, 1200, (90,), 3), (13, 40, (800, 9), 8)],
+)
+def test_products(instructions: str, dtype: torch.dtype, tokens: int, inputs: int, outputs: Sequence[int], rank: int) -> None:
+    x = normal(tokens, inputs)
+    weights = [normal(n, inputs, seed=i).to(dtype) for i, n in enumerate(outputs)]
+    pairs = [(normal(rank, inputs, seed=i), normal(n, rank, seed=9)) if rank else None for i, n in enumerate(outputs)]
+    biases = [normal(n, seed=5) for n in outputs]
+    exact = [w.double() + (0 if p is None else 0.7 * p[1].double() @ p[0].double()) for w, p in zip(weights, pairs, strict=True)]
+    factors = [native.factor(w, b, p, 0.7) for w, b, p in zip(weights, biases, pairs, strict=True)]
+    for y, u, bias in zip(native.project(x, factors), exact, biases, strict=True):
+        close(y, x.double() @ u.T + bias.double())
+    grads = [normal(tokens, n, seed=7) for n in outputs]
+    close(native.project_back(grads, factors), sum((g.double() @ u for g, u in zip(grads, exact, strict=True)), torch.zeros(1)))
+
+
+CASES = [
+    ((5,), 2, 1, 8, None),
+    ((64,), 4, 2, 16, None),
+    ((130, 200, 12), 6, 2, 64, None),
+    ((1, 1, 2), 2, 2, 20, None),
+    ((300,), 2, 1, 64, 50),
+    ((210, 13), 2, 1, 256, None),
+    ((400,), 1, 1, 200, 300),
+]
+
+
+@pytest.mark.parametrize(("lengths", "heads", "kv_heads", "dim", "window"), CASES)
+def test_attention(instructions: str, lengths: tuple[int, ...], heads: int, kv_heads: int, dim: int, window: int | None) -> None:
+    total = sum(lengths)
+    inputs = [normal(1, total, h, dim, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads))]
+    grad = normal(1, total, heads, dim, seed=4)
+    ours = [t.clone().requires_grad_() for t in inputs]
+    out = native.document_attention(*ours, lengths, window, dim**-0.5)
+    out.backward(grad)
+    exact = [t.double().requires_grad_() for t in inputs]
+    parts = []
+    for q, k, v in zip(*(t.split(lengths, 1) for t in exact), strict=True):
+        index = torch.arange(q.shape[1])
+        parts.append(attention(q, k, v, visible(index, index, window).unsqueeze(0), scale=dim**-0.5))
+    wanted = torch.cat(parts, 1)
+    wanted.backward(grad.double())
+    close(out.detach(), wanted.detach())
+    for own, other in zip(ours, exact, strict=True):
+        assert own.grad is not None and other.grad is not None
+        close(own.grad, other.grad)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_attention_of_large_scores(large: bool) -> None:
+    """Rows whose softmax is all on one key, or would overflow without its maximum."""
+    q, k, v = (normal(1, 50, 2, 16, seed=i) * (100 if large else 1e-4) for i in range(3))
+    out = native.document_attention(q, k, v, [50], None, 1.0)
+    index = torch.arange(50)
+    close(out, attention(q.double(), k.double(), v.double(), visible(index, index, None).unsqueeze(0)), 1e-4)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(threads: int) -> None:
+    def everything() -> list[Tensor]:
+        x = normal(70, 64)
+        found = native.project(x, [native.factor(normal(100, 64), None, (normal(4, 64), normal(100, 4)), 2.0)])
+        q, k, v = (normal(2, 35, h, 16, seed=h).requires_grad_() for h in (6, 3, 3))
+        out = native.document_attention(q, k, v, [20, 50], None, 0.25)
+        return [*found, out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(alone, everything(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_norm_rotation_and_gate(instructions: str) -> None:
+    x, weight, grad = normal(2, 7, 50), normal(50, seed=1), normal(2, 7, 50, seed=2)
+    own, other = x.clone().requires_grad_(), x.double().requires_grad_()
+    native.normalised(own, weight, 1e-5).backward(grad)
+    wanted = rms_norm(other, weight.double(), 1e-5)
+    wanted.backward(grad.double())
+    close(native.normalised(x, weight, 1e-5), wanted.detach())
+    assert own.grad is not None and other.grad is not None
+    close(own.grad, other.grad)
+
+    x, grad = normal(2, 7, 3, 40), normal(2, 7, 3, 40, seed=2)
+    angles = normal(1, 7, 1, 15)  # 30 of 40 numbers turn, the same in every row of the batch
+    tables = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    native.rotated(own, tables).backward(grad)
+    rotate(other, tables).backward(grad)
+    torch.testing.assert_close(native.rotated(x, tables), rotate(x, tables))
+    torch.testing.assert_close(own.grad, other.grad)
+
+    gate, up, grad = (5 * normal(3, 45, seed=i) for i in range(3))
+    exact = [t.double().requires_grad_() for t in (gate, up)]
+    h = torch.nn.functional.silu(exact[0]) * exact[1]
+    close(native.gated(gate, up), h.detach())
+    for found, expected in zip(native.gated_back(gate, up, grad), torch.autograd.grad(h, exact, grad.double()), strict=True):
+        close(found, expected)
+
+
+def test_a_trained_norm_has_its_gradient() -> None:
+    weight = normal(16).requires_grad_()
+    native.normalised(normal(3, 16), weight, 1e-5).sum().backward()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 2},
+    "window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
+    "qk norm": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
+    "soft caps": {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "layer norm": {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64},
+}
+
+
+def batch(packed: bool) -> Batch:
+    tokens = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(3))
+    lengths = [[9, 15], [24]] if packed else [[24], [24]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    segments = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths])
+    return Batch(tokens, tokens.roll(-1, 1), positions, segments, ())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_learn_the_same(name: str, packed: bool) -> None:
+    config: ModelConfig = read_config({**SIZES, **MODELS[name]})
+    losses, gradients = [], []
+    for fast in (False, True):
+        model = Transformer(config)
+        init_weights(model, torch.Generator().manual_seed(0))
+        if fast:
+            native.speed_up(model)
+            assert model.of_documents is not None
+        loss = cross_entropy(model, batch(packed))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_stay_resizable() -> None:
+    """FSDP frees the storage of gathered weights; PyTorch's `numpy()` would forbid that."""
+    weight, x = normal(8, 8), normal(4, 8)
+    native.project(x, [native.factor(weight, normal(8))])
+    assert weight.untyped_storage().resizable() and x.untyped_storage().resizable()
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3, 2, 8, 0, 1.0), (0, 0, 8, 0, 1.0), (2, 1, 0, 0, 1.0), (2, 1, 8, -1, 1.0), (2, 1, 8, 0, 1.0)]
+)  # the last: the arrays are too short
+def test_what_does_not_fit_is_refused(sizes: tuple[int, int, int, int, float]) -> None:
+    arrays = [normal(4).numpy() for _ in range(5)]
+    with pytest.raises(ValueError, match="heads|bytes"):
+        kernels.attend_documents(sizes, (4,), (arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]), None, 1)
+    with pytest.raises(ValueError, match="bytes|fit"):
+        native.project_back([normal(3, 5), normal(3, 5)], [native.factor(normal(5, 4)), native.factor(normal(6, 4))])
+    with pytest.raises(ValueError, match="columns"):
+        native.project(normal(3, 4), [native.factor(normal(5, 4)), native.factor(normal(6, 3))])
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_used_again() -> None:
+    memory = Memory()
+    first = memory.empty(300, 300)
+    place = first.data_ptr()
+    view = first.view(-1)[5:]
+    del first
+    second = memory.empty(300, 300)
+    assert second.data_ptr() != place, "a view is alive"
+    del view, second
+    gc.collect()
+    assert memory.empty(299, 300).data_ptr() == place or memory.empty(300, 300).data_ptr() == place
+
+
+def test_what_autograd_keeps_is_not_used_again() -> None:
+    x = normal(300, 300).requires_grad_()
+    y = native.normalised(x, torch.ones(300), 1e-5)
+    z = y * y  # keeps y
+    kept = y.detach().clone()
+    del y
+    others = [native.memory.empty(300, 300).fill_(float("nan")) for _ in range(4)]
+    (found,) = torch.autograd.grad(z.sum(), x)
+    assert others and bool(torch.isfinite(found).all()) and bool(torch.isfinite(kept).all())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(Memory.SMALL, 4 * Memory.SMALL)), max_size=40))
+def test_tensors_never_share_memory_and_little_waits(steps: list[tuple[int, int]]) -> None:
+    """Slots are filled anew in any order; what each holds stays, and what waits is at most twice what was once in use."""
+    memory, most = Memory(), 0
+    slots: list[Tensor | None] = [None] * 4
+    for slot, count in steps:
+        slots[slot] = None
+        slots[slot] = memory.empty(count).fill_(slot)
+        most = max(most, sum(t.numel() for t in slots if t is not None))
+        for number, tensor in enumerate(slots):
+            assert tensor is None or bool((tensor == number).all())
+        assert memory.waiting <= 2 * most
