@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from llmkit.cli.options import AtLeast, load_arguments, option, refuse_without_effect, sampling_arguments, sampling_options
-from llmkit.cli.rag_output import hit_data, show_evaluation, show_hits, show_sources
+from llmkit.cli.rag_output import as_json_line, hit_data, show_evaluation, show_hits, show_sources
 
 if TYPE_CHECKING:
     from llmkit.rag.embed import Embedder
@@ -101,7 +101,7 @@ def add(
     if as_json:
         counts = {"added": report.added, "replaced": report.replaced, "removed": report.removed, "unchanged": report.unchanged}
         skipped = [{"file": file, "reason": why} for file, why in report.skipped]
-        print(json.dumps(counts | {"skipped": skipped, "chunks": report.chunks, "index": place, "total_chunks": total}, ensure_ascii=False))
+        print(as_json_line(counts | {"skipped": skipped, "chunks": report.chunks, "index": place, "total_chunks": total}))
     else:
         parts = [f"{len(report.added)} added", f"{len(report.replaced)} replaced", f"{report.unchanged} unchanged"]
         parts += [f"{len(report.removed)} removed"] * bool(report.removed) + [f"{len(report.skipped)} skipped"] * bool(report.skipped)
@@ -153,7 +153,7 @@ def search(
         neighbours=neighbours,
     )
     if as_json:
-        print(json.dumps({"query": text, "hits": [hit_data(hit) for hit in found]}, ensure_ascii=False))
+        print(as_json_line({"query": text, "hits": [hit_data(hit) for hit in found]}))
     else:
         show_hits(found)
     return 0
@@ -228,7 +228,7 @@ def ask(
         **sampling,
     )
     if as_json:
-        print(json.dumps(pieces.answer.to_dict(), ensure_ascii=False))
+        print(as_json_line(pieces.answer.to_dict()))
     else:
         for piece in pieces:
             sys.stdout.write(piece)
@@ -302,7 +302,7 @@ def evaluate(
     with Path(output or Path(place) / "evaluations.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     if as_json:
-        print(line)
+        print(as_json_line(result))
     else:
         show_evaluation(result)
     return 0

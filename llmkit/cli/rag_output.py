@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmkit.rag.answer import Answer
     from llmkit.rag.retrieve import Hit
+
+
+def as_json_line(data: object) -> str:
+    """JSON that standard output can take: in ASCII where its encoding lacks a character, or a name is no text at all."""
+    line = json.dumps(data, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data)
+    return line
 
 
 def hit_data(hit: Hit) -> dict[str, Any]:
