@@ -284,6 +284,8 @@ def evaluate(
         raise click.UsageError("there is nothing to measure. Give --qrels, or --answers, or both.", click.get_current_context())
     index = Index.open(place)
     rows = judge.read_queries(Path(queries), None if qrels is None else Path(qrels))
+    target = Path(output or Path(place) / "evaluations.jsonl")
+    target.open("a", encoding="utf-8").close()  # that it cannot be written is better known before an hour of work
     embedder, reader = _embedder(index, device, threads), _reranker(reranker, device, threads)
     settings = {"queries": queries, "qrels": qrels, "model": model, "reranker": reranker, "chunks": len(index), **asdict(index.settings)}
     result: dict[str, Any] = {"settings": settings}
@@ -299,7 +301,7 @@ def evaluate(
         with Bar("answering") as progress:
             result["answers"] = judge.evaluate_answers(index, rows, llm=llm, embedder=embedder, reranker=reader, progress=progress)
     line = json.dumps(result, ensure_ascii=False)
-    with Path(output or Path(place) / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+    with target.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     if as_json:
         print(as_json_line(result))

@@ -7,9 +7,11 @@ difference is a reason against. The check errs towards "unsupported": a paraphra
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 from llmkit.rag.terms import STOP_WORDS, clean, fold, stems, term_list, words
 
@@ -129,15 +131,63 @@ def _problems(mine: Facts, theirs: Facts, about: frozenset[str]) -> Iterator[str
 
 
 def numbers(text: str) -> Counter[str]:
-    """The numbers of a text, however written: 1,000 and 1000, four and 4, sixth and 6th."""
-    found: Counter[str] = Counter()
-    for match in _NUMBER.finditer(text):
-        found[_canonical(match[0])] += 1
-    for word, _, _ in words(text):
-        low = word.lower()
-        if low in NUMBER_WORDS:
-            found[NUMBER_WORDS[low]] += 1
+    """The numbers of a text, however written: 1,000 and 1000, 1.5 million and 1500000, twenty-one and 21, sixth and 6th."""
+    text = _MINUS.sub("-", text)
+    found: Counter[str] = Counter(char for char in text if unicodedata.category(char) == "No")  # ½, ²
+    run: list[Decimal] = []  # the words of one number
+    written, end = False, 0  # whether the last one stands in digits
+    for match in _NUMBER_OR_WORD.finditer(text):
+        low, digits = match[0].lower(), match["digits"]
+        said = _canonical(digits) if digits else NUMBER_WORDS.get(low) or _LAST_WORDS.get(low)
+        if said is None:
+            continue
+        value = Decimal(said) if re.fullmatch(r"-?\d+(?:\.\d+)?", said, re.ASCII) else None
+        between = text[end : match.start()]
+        if digits is None and run and value is not None and _goes_on(run[-1], value, between) and (not written or value in _SCALES):
+            run.append(value)
+        else:
+            if run:
+                found[_composed(run)] += 1
+            run = []
+            if value is None:  # a version such as 1.2.3
+                found[said] += 1
+            elif digits or low in NUMBER_WORDS:
+                run = [value]
+        written, end = digits is not None, match.end()
+    if run:
+        found[_composed(run)] += 1
     return found
+
+
+_MINUS = re.compile(r"\bminus (?=\d)", re.IGNORECASE)
+_NUMBER_OR_WORD = re.compile(rf"(?P<digits>{_NUMBER.pattern})|[^\W\d_]+")
+
+
+_LAST_WORDS = {"one": "1", "second": "2"}  # numbers only behind another one: twenty-one
+_SCALES = frozenset(Decimal(10**exponent) for exponent in (2, 3, 6, 9))
+
+
+def _goes_on(last: Decimal, value: Decimal, between: str) -> bool:
+    """Whether a word goes on with the number before it: twenty-one, two hundred and five, 5 million."""
+    if last in _SCALES:
+        return re.fullmatch(r"[\s-]+(?:and\s+)?", between) is not None
+    if not re.fullmatch(r"\s+|-", between):
+        return False
+    return value in _SCALES or (20 <= last < 100 and last % 10 == 0 and 1 <= value < 10)
+
+
+def _composed(run: list[Decimal]) -> str:
+    """The number that words make together, as `_canonical` writes it."""
+    total = part = Decimal(0)
+    for value in run:
+        if value == 100:
+            part = (part or 1) * value
+        elif value in _SCALES:
+            total, part = total + (part or 1) * value, Decimal(0)
+        else:
+            part += value
+    text = f"{run[0] if len(run) == 1 else total + part:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _canonical(number: str) -> str:
