@@ -43,6 +43,7 @@ _OPPOSITES = (
 )
 OPPOSITE = {one: other for pair in _OPPOSITES.split("|") for one, other in (pair.split(), pair.split()[::-1])}
 _NUMBER = re.compile(r"(?<![\w.])[-−]?\d+(?:[.,]\d+)*(?:st|nd|rd|th|s)?(?![\w])|\d+(?:[.,]\d+)*")
+_BESIDE = frozenset({"in", "at", "on", "from", "of", "to", "for", "near", "into", "and", "or", "with"})
 SCOPE = 4  # words after a negation that it may be about
 
 
@@ -86,6 +87,7 @@ class Facts:
     first: str  # the stem of the first word, if capitalised: a name or only the beginning of a sentence
     negated: tuple[frozenset[str], ...]  # per negation, the stems it is about
     folded: frozenset[str]  # all words
+    actors: tuple[str, ...]  # the names in order, but for those of places and companions ("in Paris", "and Berta")
 
     @classmethod
     def of(cls, text: str) -> Facts:
@@ -94,6 +96,7 @@ class Facts:
         folded = [fold(word) for word, _, _ in found]
         names: Counter[str] = Counter()
         first = ""
+        actors: list[str] = []
         for number, ((word, start, _), low) in enumerate(zip(found, folded, strict=True)):
             if not word[0].isupper() or low in STOP_WORDS or low in NEGATIONS or low in NUMBER_WORDS:
                 continue
@@ -102,7 +105,17 @@ class Facts:
             if opens and not word[1:2].isupper():
                 first = first or stem
             names[stem] += 1
-        return cls(frozenset(term_list(text)), numbers(text), names, first, tuple(_negated(text, found, folded)), frozenset(folded))
+            if number == 0 or folded[number - 1] not in _BESIDE:
+                actors.append(stem)
+        return cls(
+            frozenset(term_list(text)),
+            numbers(text),
+            names,
+            first,
+            tuple(_negated(text, found, folded)),
+            frozenset(folded),
+            tuple(dict.fromkeys(actors)),
+        )
 
 
 def _problems(mine: Facts, theirs: Facts, about: frozenset[str]) -> Iterator[str]:
@@ -118,6 +131,10 @@ def _problems(mine: Facts, theirs: Facts, about: frozenset[str]) -> Iterator[str
     alike = common >= ALIKE * max(len(mine.terms), len(theirs.terms))
     if alike and len(mine.negated) % 2 != len(theirs.negated) % 2:
         yield "only one of them is negated"
+    if alike and ("by" in mine.folded) == ("by" in theirs.folded):  # "A beat B" is "B was beaten by A", and not "B beat A"
+        order = [name for name in mine.actors if name in theirs.actors]
+        if order != [name for name in theirs.actors if name in mine.actors]:
+            yield f"the names {' and '.join(order[:2])} stand in another order in the quote"
     for one, other in ((mine, theirs), (theirs, mine)):
         denied = frozenset().union(*other.negated) if other.negated else frozenset()
         for scope in one.negated:

@@ -100,3 +100,18 @@ def test_numbers_however_written() -> None:
 )
 def test_numbers_that_are_made_of_words(one: str, other: str, same: bool) -> None:
     assert (numbers(one) == numbers(other)) is same
+
+
+@pytest.mark.parametrize(
+    ("claim", "quote", "supported"),
+    [
+        ("Anna defeated Berta in Paris.", "Berta defeated Anna in Paris.", False),
+        ("Germany invaded Poland in 1939.", "Poland invaded Germany in 1939.", False),
+        ("Anna was defeated by Berta in Paris.", "Berta was defeated by Anna in Paris.", False),
+        ("Berta defeated Anna in Paris.", "Anna was defeated by Berta in Paris.", True),
+        ("In Paris Anna defeated Berta.", "Anna defeated Berta in Paris.", True),
+        ("Berta and Anna signed the treaty.", "Anna and Berta signed the treaty.", True),
+    ],
+)
+def test_names_in_each_others_place(claim: str, quote: str, supported: bool) -> None:
+    assert support(claim, quote).supported is supported
