@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from llmkit.cli.options import AtLeast, load_arguments, option, refuse_without_effect, sampling_arguments, sampling_options
-from llmkit.cli.rag_output import as_json_line, hit_data, show_evaluation, show_hits, show_sources
+from llmkit.cli.rag_output import as_json_line, hit_data, printable, show_evaluation, show_hits, show_sources
 
 if TYPE_CHECKING:
     from llmkit.rag.embed import Embedder
@@ -95,9 +95,9 @@ def add(
             report = ingest.add(index, paths, embedder=model, globs=globs, sync=sync, max_bytes=max_bytes, progress=progress)
         total = len(index)
     for file, note in report.notes:
-        print(f"note: {file} {note}.", file=sys.stderr)
+        print(printable(f"note: {file} {note}."), file=sys.stderr)
     for file, why in report.skipped:
-        print(f"skipped {file}: {why}.", file=sys.stderr)
+        print(printable(f"skipped {file}: {why}."), file=sys.stderr)
     if as_json:
         counts = {"added": report.added, "replaced": report.replaced, "removed": report.removed, "unchanged": report.unchanged}
         skipped = [{"file": file, "reason": why} for file, why in report.skipped]
@@ -231,12 +231,12 @@ def ask(
         print(as_json_line(pieces.answer.to_dict()))
     else:
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(printable(piece))
             sys.stdout.flush()
         print()
         show_sources(pieces.answer)
     for file in pieces.answer.stale:
-        print(f"note: {file} has changed since it was indexed, so it was not quoted. Add it again.", file=sys.stderr)
+        print(printable(f"note: {file} has changed since it was indexed, so it was not quoted. Add it again."), file=sys.stderr)
     return 0
 
 
