@@ -19,6 +19,7 @@ from llmkit.cli.options import (
     sampling_options,
     speculation_options,
 )
+from llmkit.cli.rag_output import printable
 from llmkit.cli.terminal import read_input, write_stream
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def chat(prompt: str | None, system: str | None, documents: str | None, verbose:
         messages = grounding.messages(messages, sampling)
     completion = write_stream(llm.chat(messages, stream=True, **sampling))
     if grounding is not None:
-        print("\n".join(grounding.proof(completion.text)), file=sys.stderr)
+        print(printable("\n".join(grounding.proof(completion.text))), file=sys.stderr)
     if verbose:
         print(completion.summary(), file=sys.stderr)
     return 130 if completion.finish_reason == "interrupted" else 0

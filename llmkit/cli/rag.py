@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from llmkit.cli.options import AtLeast, load_arguments, option, refuse_without_effect, sampling_arguments, sampling_options
-from llmkit.cli.rag_output import hit_data, show_evaluation, show_hits, show_sources
+from llmkit.cli.rag_output import as_json_line, hit_data, printable, show_evaluation, show_hits, show_sources
 
 if TYPE_CHECKING:
     from llmkit.rag.embed import Embedder
@@ -95,13 +95,13 @@ def add(
             report = ingest.add(index, paths, embedder=model, globs=globs, sync=sync, max_bytes=max_bytes, progress=progress)
         total = len(index)
     for file, note in report.notes:
-        print(f"note: {file} {note}.", file=sys.stderr)
+        print(printable(f"note: {file} {note}."), file=sys.stderr)
     for file, why in report.skipped:
-        print(f"skipped {file}: {why}.", file=sys.stderr)
+        print(printable(f"skipped {file}: {why}."), file=sys.stderr)
     if as_json:
         counts = {"added": report.added, "replaced": report.replaced, "removed": report.removed, "unchanged": report.unchanged}
         skipped = [{"file": file, "reason": why} for file, why in report.skipped]
-        print(json.dumps(counts | {"skipped": skipped, "chunks": report.chunks, "index": place, "total_chunks": total}, ensure_ascii=False))
+        print(as_json_line(counts | {"skipped": skipped, "chunks": report.chunks, "index": place, "total_chunks": total}))
     else:
         parts = [f"{len(report.added)} added", f"{len(report.replaced)} replaced", f"{report.unchanged} unchanged"]
         parts += [f"{len(report.removed)} removed"] * bool(report.removed) + [f"{len(report.skipped)} skipped"] * bool(report.skipped)
@@ -153,7 +153,7 @@ def search(
         neighbours=neighbours,
     )
     if as_json:
-        print(json.dumps({"query": text, "hits": [hit_data(hit) for hit in found]}, ensure_ascii=False))
+        print(as_json_line({"query": text, "hits": [hit_data(hit) for hit in found]}))
     else:
         show_hits(found)
     return 0
@@ -228,15 +228,15 @@ def ask(
         **sampling,
     )
     if as_json:
-        print(json.dumps(pieces.answer.to_dict(), ensure_ascii=False))
+        print(as_json_line(pieces.answer.to_dict()))
     else:
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(printable(piece))
             sys.stdout.flush()
         print()
         show_sources(pieces.answer)
     for file in pieces.answer.stale:
-        print(f"note: {file} has changed since it was indexed, so it was not quoted. Add it again.", file=sys.stderr)
+        print(printable(f"note: {file} has changed since it was indexed, so it was not quoted. Add it again."), file=sys.stderr)
     return 0
 
 
@@ -284,6 +284,8 @@ def evaluate(
         raise click.UsageError("there is nothing to measure. Give --qrels, or --answers, or both.", click.get_current_context())
     index = Index.open(place)
     rows = judge.read_queries(Path(queries), None if qrels is None else Path(qrels))
+    target = Path(output or Path(place) / "evaluations.jsonl")
+    target.open("a", encoding="utf-8").close()  # that it cannot be written is better known before an hour of work
     embedder, reader = _embedder(index, device, threads), _reranker(reranker, device, threads)
     settings = {"queries": queries, "qrels": qrels, "model": model, "reranker": reranker, "chunks": len(index), **asdict(index.settings)}
     result: dict[str, Any] = {"settings": settings}
@@ -299,10 +301,10 @@ def evaluate(
         with Bar("answering") as progress:
             result["answers"] = judge.evaluate_answers(index, rows, llm=llm, embedder=embedder, reranker=reader, progress=progress)
     line = json.dumps(result, ensure_ascii=False)
-    with Path(output or Path(place) / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+    with target.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     if as_json:
-        print(line)
+        print(as_json_line(result))
     else:
         show_evaluation(result)
     return 0

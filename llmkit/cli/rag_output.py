@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmkit.rag.answer import Answer
     from llmkit.rag.retrieve import Hit
+
+
+def as_json_line(data: object) -> str:
+    """JSON that standard output can take: in ASCII where its encoding lacks a character, or a name is no text at all."""
+    line = json.dumps(data, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data)
+    return line
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Without control characters, by which a document or a file's name could write to the terminal what it likes."""
+    return _CONTROL.sub("", text)
 
 
 def hit_data(hit: Hit) -> dict[str, Any]:
@@ -31,7 +52,7 @@ def _place(file: str, line: int, page: int = 0) -> str:
         shown = str(Path(file).relative_to(Path.cwd()))
     except ValueError:
         shown = file
-    return f"{shown}, page {page}" if page else f"{shown}:{line}"
+    return printable(f"{shown}, page {page}" if page else f"{shown}:{line}")
 
 
 def show_hits(hits: list[Hit]) -> None:
@@ -42,7 +63,7 @@ def show_hits(hits: list[Hit]) -> None:
     if not hits:
         console.print("Nothing found.")
     for number, hit in enumerate(hits, 1):
-        heading = f"  {hit.row.heading}" if hit.row.heading else ""
+        heading = f"  {printable(hit.row.heading)}" if hit.row.heading else ""
         console.print(Text(f"{number}. {_place(hit.row.file, hit.line, hit.row.page)}{heading}  ({hit.score:.3f})", style="bold"))
         console.print(_highlighted(hit.text, set(hit.terms)))
         console.print()
@@ -53,7 +74,7 @@ def _highlighted(text: str, terms: set[str]) -> Any:
 
     from llmkit.rag.terms import clean, term_list, words
 
-    text = clean(text)
+    text = printable(clean(text))
     shown = Text(text)
     for word, start, end in words(text):
         if terms.intersection(term_list(word)):
@@ -68,12 +89,12 @@ def show_sources(answer: Answer) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     for number, citation in enumerate(answer.sources, 1):
-        quote = " ".join(citation.quote.split())
+        quote = printable(" ".join(citation.quote.split()))
         console.print(f'[{number}] {_place(citation.file, citation.line)} "{quote}"', markup=False, style="dim")
     if answer.abstained and answer.nearest:
         console.print("The nearest passages:", style="dim")
         for hit in answer.nearest[:3]:
-            start = " ".join(clean(hit.text).split())
+            start = printable(" ".join(clean(hit.text).split()))
             console.print(
                 f"  {_place(hit.row.file, hit.line, hit.row.page)} {start[:120]}{'...' * (len(start) > 120)}", markup=False, style="dim"
             )

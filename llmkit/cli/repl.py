@@ -18,6 +18,7 @@ from rich.console import Console
 
 from llmkit.adapters import NONE
 from llmkit.cli.conversation import SETTINGS, Conversation
+from llmkit.cli.rag_output import printable
 from llmkit.cli.terminal import state_dir, write_markdown
 from llmkit.errors import ContextOverflow, LLMKitError, UsageError
 from llmkit.llm import Stream
@@ -173,7 +174,7 @@ class Repl:
         elif completion.finish_reason == "interrupted":
             self._say("(interrupted; what was said is kept)")
         if self.conversation.grounding is not None:
-            self._say("\n".join(self.conversation.grounding.proof(completion.text)))
+            self._say(printable("\n".join(self.conversation.grounding.proof(completion.text))))
         if self.verbose:
             self._say(completion.summary())
 

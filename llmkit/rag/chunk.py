@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from llmkit.rag.read import Document
+from llmkit.rag.read import Document, encodable
 from llmkit.rag.sentences import sentences
 from llmkit.rag.terms import FILLER
 
@@ -65,7 +65,8 @@ def chunk(document: Document, count: Count, size: int = CHUNK_TOKENS) -> list[Ch
     plain = spaced_json(document.text) if document.kind == "jsonl" else document.text
     lines = [match.start() + 1 for match in re.finditer("\n", plain)]
     chunks: list[Chunk] = []
-    for block in _pack(plain, _BLOCKS.get(document.kind, _paragraphs)(document.text), count, size):
+    unmarked = re.sub("^\ufeff", "\n", document.text)  # a byte order mark is no part of the first heading or row
+    for block in _pack(plain, _BLOCKS.get(document.kind, _paragraphs)(unmarked), count, size):
         chunks.append(
             Chunk(
                 start=block.start,
@@ -271,16 +272,18 @@ def _jsonl(text: str) -> Iterator[Block]:
             continue
         try:
             row = json.loads(text[start:end])
-        except ValueError:
+        except (ValueError, RecursionError):
             yield Block(start, end)
             continue
         if not isinstance(row, dict):
             yield Block(start, end)
             continue
-        title = next((str(row[name]) for name in _TITLE_KEYS if row.get(name)), "")
-        key = next((str(row[name]) for name in _ID_KEYS if row.get(name) is not None), "")
+        title = encodable(next((str(row[name]) for name in _TITLE_KEYS if row.get(name)), ""))
+        key = encodable(next((str(row[name]) for name in _ID_KEYS if row.get(name) is not None), ""))
         name = next((name for name in _TEXT_KEYS if isinstance(row.get(name), str) and row[name].strip()), None)
-        fields = tuple(f"{name}={value}" for name, value in row.items() if isinstance(value, str | int | float) and len(str(value)) <= 200)
+        fields = tuple(
+            encodable(f"{name}={value}") for name, value in row.items() if isinstance(value, str | int | float) and len(str(value)) <= 200
+        )
         span = None if name is None else _value_span(text, start, end, name)
         yield Block(*(span or (start, end)), heading=title, key=key, fields=fields)
 

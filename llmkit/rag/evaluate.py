@@ -62,11 +62,15 @@ def read_queries(queries: Path, qrels: Path | None = None) -> list[Query]:
     for number, line in enumerate(_lines(queries), 1):
         try:
             row = json.loads(line)
-            name, text = str(row.get("_id", row.get("id", number))), str(row.get("text", row.get("question")))
-            answers = tuple(str(answer) for answer in row.get("answers", []))
+            name, text, golds = str(row.get("_id", row.get("id", number))), row.get("text", row.get("question")), row.get("answers", [])
+            if not isinstance(text, str) or not text.strip() or not isinstance(golds, list):
+                raise ValueError("it has no question, or answers that are no list")
+            answers = tuple(str(answer) for answer in golds)
             found.append(Query(name, text, judged.get(name, {}), answers, bool(row.get("answerable", True))))
         except (ValueError, AttributeError, TypeError) as error:
-            raise UsageError(f'line {number} of {queries} is no JSON object with "_id" and "text": {line[:80]!r}.') from error
+            raise UsageError(
+                f'line {number} of {queries} is no JSON object with "_id" and "text" (and, if any, a list "answers"): {line[:80]!r}.'
+            ) from error
     if not found:
         raise UsageError(f"{queries} holds no query.")
     return found
@@ -74,7 +78,7 @@ def read_queries(queries: Path, qrels: Path | None = None) -> list[Query]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read ({error}). Give a UTF-8 text file.") from error
 

@@ -7,9 +7,11 @@ difference is a reason against. The check errs towards "unsupported": a paraphra
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 from llmkit.rag.terms import STOP_WORDS, clean, fold, stems, term_list, words
 
@@ -41,6 +43,7 @@ _OPPOSITES = (
 )
 OPPOSITE = {one: other for pair in _OPPOSITES.split("|") for one, other in (pair.split(), pair.split()[::-1])}
 _NUMBER = re.compile(r"(?<![\w.])[-−]?\d+(?:[.,]\d+)*(?:st|nd|rd|th|s)?(?![\w])|\d+(?:[.,]\d+)*")
+_BESIDE = frozenset({"in", "at", "on", "from", "of", "to", "for", "near", "into", "and", "or", "with"})
 SCOPE = 4  # words after a negation that it may be about
 
 
@@ -84,6 +87,7 @@ class Facts:
     first: str  # the stem of the first word, if capitalised: a name or only the beginning of a sentence
     negated: tuple[frozenset[str], ...]  # per negation, the stems it is about
     folded: frozenset[str]  # all words
+    actors: tuple[str, ...]  # the names in order, but for those of places and companions ("in Paris", "and Berta")
 
     @classmethod
     def of(cls, text: str) -> Facts:
@@ -92,6 +96,7 @@ class Facts:
         folded = [fold(word) for word, _, _ in found]
         names: Counter[str] = Counter()
         first = ""
+        actors: list[str] = []
         for number, ((word, start, _), low) in enumerate(zip(found, folded, strict=True)):
             if not word[0].isupper() or low in STOP_WORDS or low in NEGATIONS or low in NUMBER_WORDS:
                 continue
@@ -100,7 +105,17 @@ class Facts:
             if opens and not word[1:2].isupper():
                 first = first or stem
             names[stem] += 1
-        return cls(frozenset(term_list(text)), numbers(text), names, first, tuple(_negated(text, found, folded)), frozenset(folded))
+            if number == 0 or folded[number - 1] not in _BESIDE:
+                actors.append(stem)
+        return cls(
+            frozenset(term_list(text)),
+            numbers(text),
+            names,
+            first,
+            tuple(_negated(text, found, folded)),
+            frozenset(folded),
+            tuple(dict.fromkeys(actors)),
+        )
 
 
 def _problems(mine: Facts, theirs: Facts, about: frozenset[str]) -> Iterator[str]:
@@ -116,6 +131,10 @@ def _problems(mine: Facts, theirs: Facts, about: frozenset[str]) -> Iterator[str
     alike = common >= ALIKE * max(len(mine.terms), len(theirs.terms))
     if alike and len(mine.negated) % 2 != len(theirs.negated) % 2:
         yield "only one of them is negated"
+    if alike and ("by" in mine.folded) == ("by" in theirs.folded):  # "A beat B" is "B was beaten by A", and not "B beat A"
+        order = [name for name in mine.actors if name in theirs.actors]
+        if order != [name for name in theirs.actors if name in mine.actors]:
+            yield f"the names {' and '.join(order[:2])} stand in another order in the quote"
     for one, other in ((mine, theirs), (theirs, mine)):
         denied = frozenset().union(*other.negated) if other.negated else frozenset()
         for scope in one.negated:
@@ -129,15 +148,63 @@ def _problems(mine: Facts, theirs: Facts, about: frozenset[str]) -> Iterator[str
 
 
 def numbers(text: str) -> Counter[str]:
-    """The numbers of a text, however written: 1,000 and 1000, four and 4, sixth and 6th."""
-    found: Counter[str] = Counter()
-    for match in _NUMBER.finditer(text):
-        found[_canonical(match[0])] += 1
-    for word, _, _ in words(text):
-        low = word.lower()
-        if low in NUMBER_WORDS:
-            found[NUMBER_WORDS[low]] += 1
+    """The numbers of a text, however written: 1,000 and 1000, 1.5 million and 1500000, twenty-one and 21, sixth and 6th."""
+    text = _MINUS.sub("-", text)
+    found: Counter[str] = Counter(char for char in text if unicodedata.category(char) == "No")  # ½, ²
+    run: list[Decimal] = []  # the words of one number
+    written, end = False, 0  # whether the last one stands in digits
+    for match in _NUMBER_OR_WORD.finditer(text):
+        low, digits = match[0].lower(), match["digits"]
+        said = _canonical(digits) if digits else NUMBER_WORDS.get(low) or _LAST_WORDS.get(low)
+        if said is None:
+            continue
+        value = Decimal(said) if re.fullmatch(r"-?\d+(?:\.\d+)?", said, re.ASCII) else None
+        between = text[end : match.start()]
+        if digits is None and run and value is not None and _goes_on(run[-1], value, between) and (not written or value in _SCALES):
+            run.append(value)
+        else:
+            if run:
+                found[_composed(run)] += 1
+            run = []
+            if value is None:  # a version such as 1.2.3
+                found[said] += 1
+            elif digits or low in NUMBER_WORDS:
+                run = [value]
+        written, end = digits is not None, match.end()
+    if run:
+        found[_composed(run)] += 1
     return found
+
+
+_MINUS = re.compile(r"\bminus (?=\d)", re.IGNORECASE)
+_NUMBER_OR_WORD = re.compile(rf"(?P<digits>{_NUMBER.pattern})|[^\W\d_]+")
+
+
+_LAST_WORDS = {"one": "1", "second": "2"}  # numbers only behind another one: twenty-one
+_SCALES = frozenset(Decimal(10**exponent) for exponent in (2, 3, 6, 9))
+
+
+def _goes_on(last: Decimal, value: Decimal, between: str) -> bool:
+    """Whether a word goes on with the number before it: twenty-one, two hundred and five, 5 million."""
+    if last in _SCALES:
+        return re.fullmatch(r"[\s-]+(?:and\s+)?", between) is not None
+    if not re.fullmatch(r"\s+|-", between):
+        return False
+    return value in _SCALES or (20 <= last < 100 and last % 10 == 0 and 1 <= value < 10)
+
+
+def _composed(run: list[Decimal]) -> str:
+    """The number that words make together, as `_canonical` writes it."""
+    total = part = Decimal(0)
+    for value in run:
+        if value == 100:
+            part = (part or 1) * value
+        elif value in _SCALES:
+            total, part = total + (part or 1) * value, Decimal(0)
+        else:
+            part += value
+    text = f"{run[0] if len(run) == 1 else total + part:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _canonical(number: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from llmkit.rag.retrieve import Hit
@@ -39,7 +40,7 @@ _FORGED = re.compile(r"<\|[^<>\n]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|
 
 def instructs(text: str) -> bool:
     """Whether a text speaks to a model: an order to ignore, to play a role, to reply or to reveal something, or a forged role."""
-    return _INSTRUCTION.search(_INVISIBLE.sub("", text)) is not None
+    return _INSTRUCTION.search(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))) is not None
 
 
 def tainted(text: str) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.errors import LLMKitError
+from llmkit.errors import LLMKitError, out_of_memory
 from llmkit.rag.chunk import CHUNK_TOKENS, Chunk, spaced_json
 from llmkit.rag.extra import needs_rag_extra
 from llmkit.rag.read import Document
@@ -130,6 +130,8 @@ class Index:
                 raise BrokenIndex(f"{place} is a file, not an index. Give the folder of an index.")
             if not os.path.isdir(os.path.join(place, f"{CHUNKS}.lance")):
                 raise IndexMissing(f"there is no index at {place}. Make one with: llmkit rag add FILES --index {place}")
+            if not _committed(place):  # the process that made it died before the first commit
+                raise IndexMissing(f"the index {place} cannot be opened (nothing was ever written to it). Add the files again.")
         try:
             connection = _connect(place)
             table = connection.open_table(CHUNKS)
@@ -138,18 +140,27 @@ class Index:
                 raise BrokenIndex(f"{place} is a LanceDB database of something else. Give another folder.")
             settings = Settings(**json.loads(said))
         except (OSError, RuntimeError, ValueError, TypeError) as error:
-            raise BrokenIndex(
-                f"the index {place} cannot be opened ({_reason(error)}). Remove that folder and add the files again."
-            ) from error
+            raise BrokenIndex(f"the index {place} cannot be opened ({_reason(error)}). {_remedy(error)}") from error
         if settings.format != FORMAT:
             raise BrokenIndex(f"the index {place} has format {settings.format}, this llmkit reads {FORMAT}. Add the files to a new index.")
         return cls(place, connection, table, settings)
 
     def __len__(self) -> int:
-        return int(self.table.count_rows())
+        with self.reading():
+            return int(self.table.count_rows())
 
     def __repr__(self) -> str:
         return f"<Index {self.location}: {len(self)} chunks, {self.settings.embedder or 'full text only'}>"
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns what LanceDB raises for damaged files into one sentence."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
+            raise BrokenIndex(f"the index {self.location} cannot be read ({_reason(error)}). {_remedy(error)}") from error
 
     # --- changing -------------------------------------------------------------------------------------------------
 
@@ -179,7 +190,8 @@ class Index:
 
     def files(self) -> dict[str, str]:
         """The digest of every file in the index."""
-        found = self.table.search().select(["file", "digest"]).where("n = 0").to_arrow()
+        with self.reading():
+            found = self.table.search().select(["file", "digest"]).where("n = 0").to_arrow()
         return dict(zip(found["file"].to_pylist(), found["digest"].to_pylist(), strict=True))
 
     def replace(
@@ -261,7 +273,8 @@ class Index:
         if not row_ids:
             return [], None
         columns = [*COLUMNS, "vector"] if self.settings.dimension else COLUMNS
-        table = self.table.take_row_ids(list(row_ids)).with_row_id().select(columns).to_arrow()
+        with self.reading():
+            table = self.table.take_row_ids(list(row_ids)).with_row_id().select(columns).to_arrow()
         place = {row_id: i for i, row_id in enumerate(table["_rowid"].to_pylist())}
         order = [place[row_id] for row_id in row_ids]
         vectors = None
@@ -270,23 +283,25 @@ class Index:
         rows = table.select(COLUMNS).to_pylist()
         return [as_row(rows[i]) for i in order], vectors
 
-    def neighbours(self, file: str, numbers: Iterable[int]) -> list[Row]:
-        """Chunks of a file by their number in it, in order."""
-        ids = [f"{file}#{number}" for number in numbers if number >= 0]
-        found = self.table.search().where(any_of("id", ids)).select(COLUMNS).limit(len(ids)).to_arrow().to_pylist()
-        by_id = {row["id"]: row for row in found}
-        return [as_row(by_id[one]) for one in ids if one in by_id]
+    def neighbours(self, file: str, first: int, last: int) -> list[Row]:
+        """Chunks of a file from one number in it to another, in order."""
+        with self.reading():
+            found = self.table.search().where(f"{any_of('file', [file])} AND n >= {first} AND n <= {last}")
+            rows = found.select([*COLUMNS, "n"]).limit(last - first + 1).to_arrow().to_pylist()
+        return [as_row(row) for row in sorted(rows, key=lambda row: int(row["n"]))]
 
     def background(self, vector: NDArray[np.float32]) -> float:
         """The mean cosine of a vector with chunks at hand: how similar what is unrelated looks."""
         if self._sample is None:
-            table = self.table.search().select(["vector"]).limit(SAMPLE).to_arrow()
+            with self.reading():
+                table = self.table.search().select(["vector"]).limit(SAMPLE).to_arrow()
             self._sample = _matrix(table["vector"], self.settings.dimension)
         return float((self._sample @ vector).mean()) if len(self._sample) else 0.0
 
     def source(self, file: str) -> str | None:
         """The extracted text of a document, None for a file that is text itself."""
-        found = self.table.search().where(any_of("id", [f"{file}#0"])).select(["source"]).limit(1).to_arrow()
+        with self.reading():
+            found = self.table.search().where(any_of("id", [f"{file}#0"])).select(["source"]).limit(1).to_arrow()
         return found["source"][0].as_py() if len(found) else None
 
     def frequencies(self, terms: Iterable[str]) -> dict[str, int]:
@@ -296,9 +311,10 @@ class Index:
             table = self._vocabulary()
             if table is None or not wanted:
                 return {}
-            if table.count_rows() > TERMS_IN_MEMORY:
-                return _counts(table.search().where(any_of("term", wanted)).limit(len(wanted)).to_arrow())
-            self._frequencies = _counts(table.to_arrow())
+            with self.reading():
+                if table.count_rows() > TERMS_IN_MEMORY:
+                    return _counts(table.search().where(any_of("term", wanted)).limit(len(wanted)).to_arrow())
+                self._frequencies = _counts(table.to_arrow())
         return {term: self._frequencies[term] for term in wanted if term in self._frequencies}
 
     def statistics(self) -> tuple[int, float]:
@@ -388,6 +404,12 @@ def _schema(settings: Settings) -> pa.Schema:
     return pa.schema(fields, metadata={b"llmkit": json.dumps(asdict(settings)).encode()})
 
 
+def _committed(place: str) -> bool:
+    """Whether the table of chunks has a version."""
+    versions = Path(place) / f"{CHUNKS}.lance" / "_versions"
+    return versions.is_dir() and any(name.endswith(".manifest") for name in os.listdir(versions))
+
+
 def _connect(place: str) -> DBConnection:
     with needs_rag_extra():
         import lancedb
@@ -400,11 +422,20 @@ def _told(place: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = _reason(error)
+        if out_of_memory(error):
+            raise
         full = any(words in str(error) for words in ("No space left", "os error 28", "File too large", "os error 27", "os error 122"))
-        why = "the disk is full" if full else reason
-        remedy = "Free some space and add again" if full else "Add again"
-        raise BrokenIndex(f"the index {place} could not be written: {why}. What it held is still there. {remedy}; it continues.") from error
+        if full:
+            why = "the disk is full. What it held is still there. Free some space and add again; it continues."
+        else:
+            why = f"{_reason(error)}. Add again; it continues. If it fails again, remove that folder and add the files to a new one."
+        raise BrokenIndex(f"the index {place} could not be written: {why}") from error
+
+
+def _remedy(error: BaseException) -> str:
+    if "ermission denied" in str(error):
+        return "Give yourself the right to read and write it."
+    return "Remove that folder and add the files again."
 
 
 def _reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from llmkit.errors import UsageError
 from llmkit.rag import snapshot
 from llmkit.rag.chunk import Chunk, chunk
 from llmkit.rag.embed import Embedder, check_embedder, words
-from llmkit.rag.index import Index
+from llmkit.rag.index import CHUNKS, Index
 from llmkit.rag.read import KIND_OF, MAX_BYTES, Document, Unreadable, digest_of, read, read_bytes
 from llmkit.rag.terms import clean
 
@@ -98,6 +98,7 @@ def add(
         if batch:
             commit()
         if sync:
+            report.skipped += [(path, "it does not exist, and the index has nothing of it") for path in _missing(wanted, known)]
             report.removed += sorted(_gone(known, wanted, files))
         index.remove(report.removed)
         if changed or report.removed:
@@ -121,7 +122,7 @@ def nothing_to_do(
     with suppress(Unreadable):
         if all(known.get(file) == digest_of(read_bytes(Path(file), max_bytes)) for file in files):
             report.unchanged = len(files)
-            return None if sync and any(_gone(known, wanted, files)) else (report, chunks)
+            return None if sync and (any(_gone(known, wanted, files)) or any(_missing(wanted, known))) else (report, chunks)
     return None
 
 
@@ -150,6 +151,9 @@ def _walk(paths: Iterable[str], globs: Sequence[str], report: Report) -> Iterato
                 yield path
             continue
         for folder, folders, names in os.walk(path, onerror=unopened):
+            if f"{CHUNKS}.lance" in folders:  # an index is no document, this one least of all
+                folders.clear()
+                continue
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 file = os.path.join(folder, name)
@@ -167,6 +171,25 @@ def _gone(known: Iterable[str], paths: Sequence[str], found: Sequence[str]) -> I
     """Files of the index at or under these paths that were not found again and do not exist."""
     here = set(found)
     for file in known:
-        inside = any(file == path or file.startswith(path.rstrip(os.sep) + os.sep) for path in paths)
-        if inside and file not in here and not os.path.exists(file):
+        if file not in here and any(_inside(file, path) for path in paths) and not _exists(file):
             yield file
+
+
+def _missing(paths: Sequence[str], known: Iterable[str]) -> Iterator[str]:
+    """Paths that do not exist and name nothing of the index: more likely a slip than something that is gone."""
+    return (path for path in paths if not os.path.lexists(path) and not any(_inside(file, path) for file in known))
+
+
+def _inside(file: str, path: str) -> bool:
+    return file == path or file.startswith(path.rstrip(os.sep) + os.sep)
+
+
+def _exists(file: str) -> bool:
+    """True too where the folders above it do not let one look (`os.path.exists` says no there)."""
+    try:
+        os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True

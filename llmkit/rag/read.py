@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,14 @@ KINDS = {
 }
 KIND_OF = {f".{suffix}": kind for kind, suffixes in KINDS.items() for suffix in suffixes.split()}
 MAX_BYTES = 64 << 20  # of one file; a larger one is hardly a document, and its text would be held in memory several times
+MAX_UNPACKED = 4 * MAX_BYTES  # of a docx, pictures included; its XML takes ten times its size once it is parsed, so it has MAX_BYTES
 PAGE_BREAK = "\n\n"
+_MARKS = (  # how text in a wide encoding begins; UTF-32's holds UTF-16's
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
 CONTROL = 0.02  # share of control characters from which on bytes are no text
 
 
@@ -87,6 +95,8 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 def read(path: Path, data: bytes) -> Document:
     """The document in `data`, the bytes of `path`. Raises Unreadable, with the reason as its message."""
+    if encodable(str(path)) != str(path):  # which no store takes
+        raise Unreadable("its name is not UTF-8; rename it")
     kind = KIND_OF.get(path.suffix.lower(), "text")
     digest = digest_of(data)
     if kind in _EXTRACTORS:
@@ -104,24 +114,20 @@ def read(path: Path, data: bytes) -> Document:
 
 def decode(data: bytes) -> tuple[str, str]:
     """Text with newlines normalised, and its encoding in words. Raises Unreadable for what is no text."""
-    for mark, encoding in ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
-        if data.startswith(mark):
-            try:
-                return _newlines(data.decode("utf-16")), encoding
-            except UnicodeDecodeError as error:
-                raise Unreadable("it begins like UTF-16 text and is not") from error
-    if b"\0" in data:
-        raise Unreadable("it is binary")
-    for encoding, name in (("utf-8", "UTF-8"), ("cp1252", "Windows-1252")):
+    marked = next(((name.lower(), name) for mark, name in _MARKS if data.startswith(mark)), None)
+    if marked is None and b"\0" in data:
+        raise Unreadable("it is binary, or UTF-16 text without the mark that says so")
+    tried = (marked,) if marked else (("utf-8", "UTF-8"), ("cp1252", "Windows-1252"))
+    for encoding, name in tried:
         try:
             text = data.decode(encoding)
         except UnicodeDecodeError:
             continue
-        strange = sum(text.count(chr(code)) for code in (*range(1, 9), *range(14, 27), *range(28, 32), 127))
+        strange = sum(text.count(chr(code)) for code in (*range(9), *range(14, 27), *range(28, 32), 127))
         if strange > CONTROL * len(text):
             raise Unreadable("it is binary")
         return _newlines(text), name
-    raise Unreadable("it is neither UTF-8 nor Windows-1252 text")
+    raise Unreadable(f"it begins like {marked[1]} text and is not" if marked else "it is neither UTF-8 nor Windows-1252 text")
 
 
 def _newlines(text: str) -> str:
@@ -145,7 +151,7 @@ def _pdf(data: bytes) -> tuple[str, tuple[int, ...]]:
     for text in texts:
         starts.append(position)
         position += len(text) + len(PAGE_BREAK)
-    return _encodable(PAGE_BREAK.join(texts)), tuple(starts)
+    return encodable(PAGE_BREAK.join(texts)), tuple(starts)
 
 
 def _docx(data: bytes) -> tuple[str, tuple[int, ...]]:
@@ -153,19 +159,26 @@ def _docx(data: bytes) -> tuple[str, tuple[int, ...]]:
         import docx
         from docx.table import Table
     try:
+        parts = zipfile.ZipFile(io.BytesIO(data)).infolist()
+        if sum(part.file_size for part in parts if part.filename.endswith((".xml", ".rels"))) > MAX_BYTES or (
+            sum(part.file_size for part in parts) > MAX_UNPACKED
+        ):
+            raise Unreadable("it unpacks to more than a document can have; save its text as another kind")
         blocks = list(docx.Document(io.BytesIO(data)).iter_inner_content())
-        parts = []
+        texts = []
         for block in blocks:
             if isinstance(block, Table):
-                parts.append(_table([[cell.text for cell in row.cells] for row in block.rows]))
+                texts.append(_table([[cell.text for cell in row.cells] for row in block.rows]))
                 continue
             style = block.style.name if block.style is not None and block.style.name else ""
             level = re.fullmatch(r"Heading (\d)|(Title)", style)
             prefix = "#" * (int(level[1]) if level[1] else 1) + " " if level else "- " if style.startswith("List") else ""
-            parts.append(prefix + block.text.strip() if block.text.strip() else "")
+            texts.append(prefix + block.text.strip() if block.text.strip() else "")
+    except Unreadable:
+        raise
     except Exception as error:  # not a zip, a zip without the parts, broken XML
         raise Unreadable(f"it is no docx file that can be read ({type(error).__name__})") from error
-    return _encodable("\n\n".join(part for part in parts if part)), ()
+    return encodable("\n\n".join(text for text in texts if text)), ()
 
 
 def _html(data: bytes) -> tuple[str, tuple[int, ...]]:
@@ -177,7 +190,10 @@ def _html(data: bytes) -> tuple[str, tuple[int, ...]]:
     except (LookupError, UnicodeDecodeError):
         source = decode(data)[0]
     body = LexborHTMLParser(source).body
-    return ("", ()) if body is None else (_encodable(_tidy(_markdown(body))), ())
+    try:
+        return ("", ()) if body is None else (encodable(_tidy(_markdown(body))), ())
+    except RecursionError as error:
+        raise Unreadable("its elements are nested too deeply") from error
 
 
 _SKIPPED = {"script", "style", "noscript", "template", "svg", "nav", "head", "iframe", "select", "button", "-comment", "_comment"}
@@ -228,7 +244,7 @@ def _tidy(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip()
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Without lone surrogates, which no store and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode("utf-8")
 

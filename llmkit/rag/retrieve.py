@@ -128,14 +128,15 @@ def search(
     if k < 1:
         raise UsageError(f"k is {k}; it must be at least 1.")
     question = text if isinstance(text, Question) else Question.of(text, index, embedder)
-    candidates = find(index, question, max(POOL, k), where)
+    rows = max(len(index), 1)  # no more can be found, nor be neighbours
+    candidates = find(index, question, min(max(POOL, k), rows), where)
     hits = rank(index, question, candidates, weights)
     if unique:
         hits = distinct(hits, k if reranker is None else max(k, RERANKED))
     if reranker is not None:
         hits = reranker.rerank(question.text, hits[:RERANKED]) + hits[RERANKED:]
     hits = hits[:k]
-    return merge_neighbours(index, hits, neighbours) if neighbours else hits
+    return merge_neighbours(index, hits, min(neighbours, rows)) if neighbours else hits
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ def find(index: Index, question: Question, pool: int, where: str | None = None) 
             found.update(dict.fromkeys(best["_rowid"].to_pylist()))
     except (ValueError, RuntimeError) as error:
         if where is None:
-            raise
+            with index.reading():
+                raise
         raise UsageError(
             f"the filter {where!r} cannot be applied ({' '.join(str(error).split())[:160]}). "
             "Columns are file, kind, heading, page, key, fields."
@@ -303,7 +305,7 @@ def merge_neighbours(index: Index, hits: Sequence[Hit], count: int) -> list[Hit]
         if any(hit.row.file == other.row.file and other.start <= hit.row.start and hit.row.end <= other.end for other in merged):
             continue
         number = int(hit.row.id.rpartition("#")[2])
-        rows = [row for row in index.neighbours(hit.row.file, range(number - count, number + count + 1)) if row.key == hit.row.key]
+        rows = [row for row in index.neighbours(hit.row.file, number - count, number + count) if row.key == hit.row.key]
         text = rows[0].plain
         for before, after in pairwise(rows):
             text += (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,28 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Aurora" in json.loads(capsys.readouterr().out)["hits"][0]["text"]
     assert run(["rag", "ask", "Who commands the ferry?", "--index", "my.index", "--json", "--extractive"]) == 0
     assert json.loads(capsys.readouterr().out)["abstained"] is False
+
+
+def test_a_document_cannot_write_to_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "docs" / "e\x1b[2Jsc.txt").write_text("The Tuna valve \x1b]0;pwned\x07opens at 7 bar of \x9b31mpressure.\n")
+    (folder / "docs" / "b\x1b[2J.txt").write_bytes(b"\0")
+    assert run(["rag", "add", "docs", "--index", "my.index"]) == 0
+    for arguments in (["search", "Tuna valve"], ["ask", "At what pressure does the Tuna valve open?"], ["ask", "Who fed Tuna?"]):
+        assert run(["rag", *arguments, "--index", "my.index"]) == 0
+    told = capsys.readouterr()
+    assert "7 bar of 31mpressure" in told.out
+    assert not any(character in told.out + told.err for character in "\x1b\x07\x9b")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_json_is_json_whatever_the_names_and_the_terminal(folder: Path, encoding: str) -> None:
+    (folder / "docs" / os.fsdecode(b"caf\xe9.txt")).write_text("A file whose name is not UTF-8.")
+    (folder / "docs" / "b.txt").write_text("Zürich has a museum.")
+    base = [sys.executable, "-m", "llmkit", "rag"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for arguments, wanted in ((["add", "docs"], "not UTF-8"), (["search", "museum"], "Zürich")):
+        done = subprocess.run([*base, *arguments, "--index", "my.index", "--json"], capture_output=True, check=True, env=environment)
+        assert wanted in json.dumps(json.loads(done.stdout), ensure_ascii=False)
 
 
 @pytest.mark.parametrize(

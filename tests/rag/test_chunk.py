@@ -75,6 +75,21 @@ def test_jsonl_rows_have_their_text_title_key_and_fields() -> None:
     assert "year=1987" in first.fields
 
 
+def test_a_byte_order_mark_is_no_part_of_a_heading_or_a_row() -> None:
+    document, found = chunks("a.md", "\ufeff# Title\n\nWords.")
+    assert found[0].heading == "Title"
+    assert document.text[found[0].start : found[0].end] == found[0].plain
+    _, found = chunks("a.jsonl", '\ufeff{"_id": "7", "text": "Words."}')
+    assert (found[0].key, found[0].plain, found[0].line) == ("7", "Words.", 1)
+
+
+def test_rows_that_no_store_would_take_are_mended() -> None:
+    """Halves of a surrogate pair, and a depth that Python's parser gives up at."""
+    _, found = chunks("a.jsonl", r'{"_id": "i\udfff", "title": "t\ud800", "text": "Words.", "x": "y\ud800"}')
+    assert (found[0].key, found[0].heading, found[0].fields[-1]) == ("i?", "t?", "x=y?")
+    assert len(chunks("a.jsonl", '{"a":' + "[" * 100_000 + "]" * 100_000 + "}", 50_000)[1]) > 1
+
+
 @pytest.mark.parametrize("name", ["a.md", "a.txt", "a.py", "a.csv", "a.jsonl"])
 def test_any_text_gives_chunks_that_cover_it_within_the_size(name: str) -> None:
     generator = random.Random(1)

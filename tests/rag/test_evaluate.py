@@ -55,6 +55,13 @@ def test_queries_and_judgements_are_read(tmp_path: Path) -> None:
         read_queries(queries)
 
 
+@pytest.mark.parametrize("row", ['{"_id": "1"}', '{"_id": "1", "text": " "}', '{"_id": "1", "text": "a", "answers": "abc"}'])
+def test_a_query_that_asks_nothing_is_refused_before_the_work(tmp_path: Path, row: str) -> None:
+    (tmp_path / "queries.jsonl").write_text('{"_id": "0", "text": "A line\u2028separator."}\n' + row)
+    with pytest.raises(UsageError, match="line 2 of"):
+        read_queries(tmp_path / "queries.jsonl")
+
+
 @pytest.fixture
 def questions(tmp_path: Path, docs: Path) -> Path:
     rows = [
@@ -89,3 +96,12 @@ def test_the_command_keeps_results_with_their_settings(questions: Path, capsys: 
     assert Index.open(questions / "index").files()
     assert run(["rag", "eval", "--index", str(questions / "index"), "--queries", files[1]]) == 2
     assert "nothing to measure" in capsys.readouterr().err
+
+
+def test_a_result_that_could_not_be_kept_is_told_before_the_work(
+    questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmkit.rag.evaluate.evaluate_answers", lambda *_, **__: pytest.fail("it began"))
+    arguments = ["--queries", str(questions / "queries.jsonl"), "--answers", "-o", str(questions / "none" / "out.jsonl")]
+    assert run(["rag", "eval", "--index", str(questions / "index"), *arguments]) == 1
+    assert "No such file or directory" in capsys.readouterr().err

@@ -76,3 +76,42 @@ def test_numbers_however_written() -> None:
         "-3": 1,
         "1990": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("twenty-one arches", "21 arches", True),
+        ("twenty-one arches", "twenty-two arches", False),
+        ("twenty-one arches", "20 arches", False),
+        ("two hundred and five arches", "205 arches", True),
+        ("two hundred arches", "100 arches", False),
+        ("1.5 million tons", "1,500,000 tons", True),
+        ("5 million tons", "5 billion tons", False),
+        ("three thousand five hundred tons", "3500 tons", True),
+        ("minus 5 degrees", "-5 degrees", True),
+        ("minus 5 degrees", "5 degrees", False),
+        ("½ litre", "¼ litre", False),
+        ("20 five-year plans", "25 plans", False),
+        ("twenty and three", "23", False),
+        ("release 1.2.3", "release 1.2.3", True),
+        ("9" * 50, "9" * 49 + "8", False),
+    ],
+)
+def test_numbers_that_are_made_of_words(one: str, other: str, same: bool) -> None:
+    assert (numbers(one) == numbers(other)) is same
+
+
+@pytest.mark.parametrize(
+    ("claim", "quote", "supported"),
+    [
+        ("Anna defeated Berta in Paris.", "Berta defeated Anna in Paris.", False),
+        ("Germany invaded Poland in 1939.", "Poland invaded Germany in 1939.", False),
+        ("Anna was defeated by Berta in Paris.", "Berta was defeated by Anna in Paris.", False),
+        ("Berta defeated Anna in Paris.", "Anna was defeated by Berta in Paris.", True),
+        ("In Paris Anna defeated Berta.", "Anna defeated Berta in Paris.", True),
+        ("Berta and Anna signed the treaty.", "Anna and Berta signed the treaty.", True),
+    ],
+)
+def test_names_in_each_others_place(claim: str, quote: str, supported: bool) -> None:
+    assert support(claim, quote).supported is supported

@@ -99,6 +99,56 @@ def test_a_file_that_cannot_be_read_any_more_says_nothing_any_more(index: Index,
     assert set(index.files()) == {str(docs / "guide.md")}
 
 
+def test_an_index_among_the_documents_is_none_of_them(docs: Path) -> None:
+    index = Index.create(docs / "my.index")
+    assert len(add(index, [docs]).added) == 2
+    assert add(index, [docs]).unchanged == 2
+    assert len(add(Index.create(docs / "other.index"), [docs]).added) == 2
+
+
+def test_sync_tells_what_never_was_from_what_is_gone(index: Index, docs: Path) -> None:
+    report = add(index, [docs / "typo"], sync=True)
+    assert report.removed == []
+    assert [(file, "does not exist" in why) for file, why in report.skipped] == [(str(docs / "typo"), True)]
+    assert nothing_to_do(index.location, [docs, docs / "typo"], sync=True) is None
+
+
+def test_sync_keeps_files_in_a_folder_that_may_not_be_looked_into(index: Index, docs: Path) -> None:
+    files = index.files()
+    docs.chmod(0)
+    try:
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        assert list(ingest._gone(files, [str(docs)], [])) == []
+        if os.getuid() == 0:
+            with pytest.raises(BrokenIndex, match="Give yourself the right to read"):
+                index.files()
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        docs.chmod(0o755)
+
+
+@pytest.mark.parametrize("damaged", ["chunks.lance/data", "chunks.lance/_indices", "vocabulary.lance/data"])
+def test_a_damaged_index_is_told(index: Index, damaged: str) -> None:
+    for file in (Path(index.location) / damaged).rglob("*.lance"):
+        file.unlink()
+    with pytest.raises(BrokenIndex, match=r"cannot be read .* Remove that folder and add the files again"):
+        search(Index.open(index.location), "pump")
+
+
+def test_an_index_whose_making_was_cut_short_is_made_anew(tmp_path: Path, docs: Path) -> None:
+    (tmp_path / "index" / "chunks.lance" / "_versions").mkdir(parents=True)
+    with pytest.raises(IndexMissing):
+        Index.open(tmp_path / "index")
+    assert len(add(Index.create(tmp_path / "index"), [docs]).added) == 2
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_full_disk(index: Index) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), index.writing():
+        raise RuntimeError("CUDA out of memory")
+
+
 def test_two_writers(index: Index, docs: Path) -> None:
     second = Index.open(index.location)
     with index.writing(), pytest.raises(BrokenIndex, match="another process is writing"):

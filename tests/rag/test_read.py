@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from llmkit.rag.read import Unreadable, decode, read, read_bytes
+from llmkit.rag.read import MAX_BYTES, MAX_UNPACKED, Unreadable, decode, read, read_bytes
 
 
 def text_of(name: str, data: bytes) -> str:
@@ -23,7 +24,7 @@ def test_text_is_what_read_text_gives(tmp_path: Path) -> None:
     assert not document.extracted
 
 
-@pytest.mark.parametrize(("encoding", "name"), [("utf-16", "UTF-16"), ("cp1252", "Windows-1252")])
+@pytest.mark.parametrize(("encoding", "name"), [("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("cp1252", "Windows-1252")])
 def test_other_encodings_are_read_and_said(encoding: str, name: str) -> None:
     document = read(Path("/a.txt"), "Zürich costs 5 €, naïvely\n".encode(encoding))
     assert document.text == "Zürich costs 5 €, naïvely\n"
@@ -44,11 +45,25 @@ def test_other_encodings_are_read_and_said(encoding: str, name: str) -> None:
         ("a.pdf", b"", "no PDF"),
         ("a.docx", b"PK\x03\x04 not a zip", "no docx"),
         ("a.html", b"<html><body><script>x()</script></body></html>", "no text"),
+        ("a.html", b"<div>" * 3000 + b"text", "nested too deeply"),
+        ("a.txt", "text".encode("utf-16-le"), "binary, or UTF-16 text without the mark"),
+        ("a.txt", b"\xff\xfe" + b"\1\0" * 40, "binary"),
+        ("\udcff.txt", b"text", "name is not UTF-8"),
     ],
 )
 def test_what_is_no_document_is_refused(name: str, data: bytes, why: str) -> None:
     with pytest.raises(Unreadable, match=why):
         read(Path("/") / name, data)
+
+
+def test_a_docx_that_unpacks_to_gigabytes_is_refused_before_it_does() -> None:
+    for name, size in (("word/document.xml", MAX_BYTES + 1), ("word/media/a.png", MAX_UNPACKED + 1)):
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w") as part:
+            for start in range(0, size, 1 << 20):
+                part.write(bytes(min(1 << 20, size - start)))
+        with pytest.raises(Unreadable, match="unpacks to more"):
+            read(Path("/a.docx"), stream.getvalue())
 
 
 def test_random_bytes_never_raise_anything_else() -> None:

@@ -104,3 +104,8 @@ def test_neighbours_are_merged_into_one_span_of_the_file(tmp_path: Path) -> None
 def test_any_query_is_answered(index: Index, query: str) -> None:
     hits = search(index, query)
     assert bool(hits) == ("pump" in query)
+
+
+def test_more_than_there_is_gives_all_there_is(index: Index) -> None:
+    found = search(index, "pump", 10**30, neighbours=10**30)
+    assert {hit.row.id for hit in search(index, "pump", 100)} >= {hit.row.id for hit in found} != set()
