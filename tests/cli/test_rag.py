@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from llmkit.cli.main import run
+from llmkit.rag.index import Index
 from tests.rag.conftest import BOAT, GUIDE
+from tests.rag.test_read import write_pdf
 
 
 @pytest.fixture
@@ -37,6 +39,15 @@ def test_add_search_ask(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.startswith("The documents do not say.")
 
 
+def test_a_quote_out_of_a_pdf_has_its_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "report.pdf").write_bytes(write_pdf(["The yard built nine boats.", "The dredger Halibut was launched in May."]))
+    assert run(["rag", "add", "report.pdf", "--index", "my.index"]) == 0
+    capsys.readouterr()
+    for command in ("search", "ask"):
+        assert run(["rag", command, "When was the dredger Halibut launched?", "--index", "my.index"]) == 0
+        assert "report.pdf, page 2" in capsys.readouterr().out
+
+
 def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "docs" / "bad.pdf").write_bytes(b"x")
     assert run(["rag", "add", "docs", "--index", "my.index", "--json"]) == 0
@@ -56,6 +67,7 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["search", "x", "--index", "none"], 1, "there is no index at none"),
         (["search", " ", "--index", "none"], 2, "empty"),
+        (["search", "x", "--index", "here", "--kind", "PDF"], 2, "no file is of the kind 'PDF'. Kinds are text, markdown,"),
         (["ask", "x", "--index", "none", "--strict"], 2, "no effect"),
         (["ask", "x", "--index", "none", "--temperature", "1"], 2, "no effect"),
         (["add", "missing", "--index", "made"], 2, "does not exist"),
@@ -64,6 +76,7 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str) -> None:
+    Index.create(folder / "here")
     assert run(["rag", *arguments]) == code
     error = capsys.readouterr().err
     assert message in error
