@@ -113,6 +113,8 @@ def test_an_answer_without_any_proof_abstains(index: Index, reply: str, strict: 
     assert answer.abstained
     assert answer.answer == ABSTENTION
     assert answer.nearest
+    told = "".join(stream(Scripted(reply), "How much water does the Harbour pump move per minute?", index, strict=strict))  # type: ignore[arg-type]
+    assert told.splitlines()[-1] == ABSTENTION  # after what is marked as unsupported
 
 
 def test_a_template_without_a_system_role(index: Index) -> None:
