@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from llmkit.cli.main import run
+from llmkit.rag import ingest
 from llmkit.rag.index import Index
 from tests.rag.conftest import BOAT, GUIDE
 from tests.rag.test_read import write_pdf
@@ -46,6 +48,16 @@ def test_a_quote_out_of_a_pdf_has_its_page(folder: Path, capsys: pytest.CaptureF
     for command in ("search", "ask"):
         assert run(["rag", command, "When was the dredger Halibut launched?", "--index", "my.index"]) == 0
         assert "report.pdf, page 2" in capsys.readouterr().out
+
+
+def test_an_interrupted_add_says_what_is_there(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(["rag", "add", "docs/boat.txt", "--index", "my.index"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest, "chunk", Mock(side_effect=KeyboardInterrupt))
+        assert run(["rag", "add", "docs", "--index", "my.index"]) == 130
+    assert "stopped; 1 chunks are in my.index, and the same command goes on" in capsys.readouterr().err
+    assert run(["rag", "add", "docs", "--index", "my.index"]) == 0
+    assert "1 added, 0 replaced, 1 unchanged" in capsys.readouterr().out
 
 
 def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
