@@ -91,8 +91,12 @@ def add(
         report, total = same
     else:
         index, model = _open_to_add(place, embedder, chunk_tokens, device, threads)
-        with Bar("indexing") as progress:
-            report = ingest.add(index, paths, embedder=model, globs=globs, sync=sync, max_bytes=max_bytes, progress=progress)
+        try:
+            with Bar("indexing") as progress:
+                report = ingest.add(index, paths, embedder=model, globs=globs, sync=sync, max_bytes=max_bytes, progress=progress)
+        except KeyboardInterrupt:
+            print(f"stopped; {len(index)} chunks are in {place}, and the same command goes on from there.", file=sys.stderr)
+            raise
         total = len(index)
     for file, note in report.notes:
         print(printable(f"note: {file} {note}."), file=sys.stderr)

@@ -90,7 +90,9 @@ def show_sources(answer: Answer) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for number, citation in enumerate(answer.sources, 1):
         quote = printable(" ".join(citation.quote.split()))
-        console.print(f'[{number}] {_place(citation.file, citation.line)} "{quote}"', markup=False, style="dim")
+        rows = (hit.row for hit in answer.nearest)
+        page = next((row.page for row in rows if row.file == citation.file and row.start <= citation.start < row.end), 0)
+        console.print(f'[{number}] {_place(citation.file, citation.line, page)} "{quote}"', markup=False, style="dim")
     if answer.abstained and answer.nearest:
         console.print("The nearest passages:", style="dim")
         for hit in answer.nearest[:3]:

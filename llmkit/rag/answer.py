@@ -36,7 +36,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer. `answer` has the numbers of `sources` behind its sentences; `nearest` are the passages, told where it abstains."""
+    """An answer. `answer` has the numbers of `sources` behind its sentences; `nearest` are the passages that were found."""
 
     answer: str
     abstained: bool
@@ -158,7 +158,7 @@ def _generated(
     if any(sentence.supported for sentence in built.sentences):
         yield built.answer(found, prover.stale)
         return
-    yield fence.ABSTENTION if not built.text else ""
+    yield f"\n{fence.ABSTENTION}" if built.text else fence.ABSTENTION
     yield replace(_abstention(found, prover.stale), sentences=tuple(built.sentences))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from llmkit.rag.read import Document, encodable
@@ -66,13 +66,13 @@ def chunk(document: Document, count: Count, size: int = CHUNK_TOKENS) -> list[Ch
     lines = [match.start() + 1 for match in re.finditer("\n", plain)]
     chunks: list[Chunk] = []
     unmarked = re.sub("^\ufeff", "\n", document.text)  # a byte order mark is no part of the first heading or row
-    for block in _pack(plain, _BLOCKS.get(document.kind, _paragraphs)(unmarked), count, size):
+    for block in _pack(plain, _BLOCKS.get(document.kind, _paragraphs)(unmarked), count, size, document.pages):
         chunks.append(
             Chunk(
                 start=block.start,
                 end=block.end,
                 line=bisect_right(lines, block.start) + 1,
-                page=bisect_right(document.pages, block.start) if document.pages else 0,
+                page=bisect_right(pages, block.start) if pages else 0,
                 heading=block.heading,
                 context=block.context,
                 plain=plain[block.start : block.end],
@@ -83,15 +83,16 @@ def chunk(document: Document, count: Count, size: int = CHUNK_TOKENS) -> list[Ch
     return chunks
 
 
-def _pack(text: str, blocks: Iterator[Block], count: Count, size: int) -> Iterator[Block]:
-    """Neighbouring blocks joined up to `size` tokens, longer ones cut."""
+def _pack(text: str, blocks: Iterator[Block], count: Count, size: int, pages: Sequence[int] = ()) -> Iterator[Block]:
+    """Neighbouring blocks joined up to `size` tokens, longer ones cut. A chunk stands on one page, which is where its quotes are."""
     held: Block | None = None
     tokens = 0
     for block in (part for whole in blocks for part in _cut(text, whole, count, size)):
         more = count(text[block.start : block.end])
         if held is not None:
             new_section = block.heading != held.heading and tokens * MIN_SHARE >= size
-            apart = block.key != held.key or block.context != held.context
+            new_page = bisect_right(pages, block.start) != bisect_right(pages, held.start)
+            apart = block.key != held.key or block.context != held.context or new_page
             if tokens + more > size or new_section or apart:
                 yield held
                 held = None

@@ -12,8 +12,9 @@ import numpy as np
 
 from llmkit.rag.embed import Embedder
 from llmkit.rag.evidence import coverage, numbers
-from llmkit.rag.fence import trusted_sentences
+from llmkit.rag.fence import tainted, trusted_sentences
 from llmkit.rag.retrieve import Hit, Question
+from llmkit.rag.sentences import in_code
 from llmkit.rag.terms import STOP_WORDS, clean, fold, stems, term_list, words
 
 PASSAGES = 8  # that sentences are taken from
@@ -33,19 +34,25 @@ class Span:
 
 
 def spans(hits: Sequence[Hit], question: Question, embedder: Embedder | None = None) -> list[Span]:
-    """All sentences of the passages that speak to the reader and not to a model, the best first."""
+    """All sentences of the passages that speak to the reader and not to a model, the best first.
+
+    Without an embedder those that have no term of the question in them or above them are left out.
+    """
     found: list[tuple[Hit, int, int, str]] = []
-    rank: list[float] = []
+    scores: list[float] = []
     best = max((hit.score for hit in hits), default=0.0)
     for hit in hits[:PASSAGES]:
-        for start, end in trusted_sentences(hit.text):
+        code = in_code(hit.text)
+        for start, end in trusted_sentences(hit.text, hit.row.kind):
             text = clean(hit.text[start:end])
-            if not _is_heading(hit.text, start):
+            if _is_heading(hit.text, start, end) or _asks(text, question):
+                continue
+            score = _score(question, hit, text, _header(hit, start), any(begin <= start < stop for begin, stop in code))
+            if score is not None or embedder is not None:
                 found.append((hit, start, end, text))
-                rank.append(hit.score / best if best > 0 else 0.0)
+                scores.append((score or 0.0) + 0.4 * (hit.score / best if best > 0 else 0.0))
     if not found:
         return []
-    scores = [_score(question, hit, text) + 0.4 * place for (hit, _, _, text), place in zip(found, rank, strict=True)]
     if embedder is not None and question.vector is not None:
         # Only the sentences that may win are embedded: it is what takes the time.
         likely = np.argsort(-np.array(scores), kind="stable")[:16]
@@ -56,10 +63,33 @@ def spans(hits: Sequence[Hit], question: Question, embedder: Embedder | None = N
     return [Span(found[i][0], found[i][0].start + found[i][1], found[i][0].start + found[i][2], found[i][3], scores[i]) for i in order]
 
 
-def _is_heading(text: str, start: int) -> bool:
-    """Whether the sentence that begins there is a Markdown heading, which says what follows is about and nothing by itself."""
+_RULE = re.compile(r"[ \t]*\|?[ \t:|-]*-[ \t:|-]*\|?[ \t]*$", re.MULTILINE)  # between a table's header and its rows
+_HEADER = re.compile(r"^[ \t]*(\|[^\n]*)\n" + _RULE.pattern, re.MULTILINE)
+
+
+def _is_heading(text: str, start: int, end: int) -> bool:
+    """Whether a sentence is a Markdown heading, or a table's header or rule: it says what follows is about, and nothing by itself."""
     line = text.rfind("\n", 0, start) + 1
+    if "|" in text[line:start]:
+        rule = text.find("\n", end) + 1
+        return _RULE.match(text, line) is not None or (rule > 0 and _RULE.match(text, rule) is not None)
     return re.match(r"#{1,6}\s", text[line:start]) is not None
+
+
+def _header(hit: Hit, start: int) -> str:
+    """The header of the table that the sentence beginning there is a row of, which says what its cells are; empty for what is none."""
+    if hit.row.kind == "csv":
+        return hit.row.context or hit.text.partition("\n")[0]
+    if "|" not in hit.text[hit.text.rfind("\n", 0, start) + 1 : start]:
+        return ""
+    above = [match[1] for match in _HEADER.finditer(hit.text, max(hit.text.rfind("\n\n", 0, start), 0), start)]
+    return above[-1] if above else hit.row.context
+
+
+def _asks(text: str, question: Question) -> bool:
+    """Whether a sentence is a question, or quotes the one that is asked: either has its words and answers nothing."""
+    asked = " ".join(fold(question.text).split())
+    return text.rstrip("\"'”’)*_`").endswith("?") or (asked.endswith("?") and asked in " ".join(fold(text).split()))
 
 
 def choose(found: Sequence[Span]) -> list[Span]:
@@ -89,17 +119,23 @@ _WANTED = (
 )
 
 
-def _score(question: Question, hit: Hit, text: str) -> float:
-    """How much of the question a sentence covers, alone and with its heading, and whether it has the kind of answer asked for."""
-    terms = set(term_list(text))
-    own = coverage(question.idf, question.idf, terms)
+def _score(question: Question, hit: Hit, text: str, header: str, code: bool) -> float | None:
+    """How much of the question a sentence covers, alone and with its heading, and whether it has the kind of answer asked for.
+
+    header: of its table, whose words count half. None where nothing is covered.
+    """
+    alone = set(term_list(text))
+    terms = alone | set(term_list(header))
+    own = (coverage(question.idf, question.idf, alone) + coverage(question.idf, question.idf, terms)) / 2
     around = coverage(question.idf, question.idf, terms | set(term_list(hit.row.heading)))
+    if not around:
+        return None
     wanted = next((kind for pattern, kind in _WANTED if pattern.search(question.text)), None)
     asked = set(term_list(question.text))
     fits = (wanted == "number" and bool(numbers(text) - numbers(question.text))) or (
         wanted == "name" and any(name not in asked for name in names(text))
     )
-    fragment = 0.2 if text.count("|") > 1 or text.startswith("![") else 0.0  # a table's row, a picture: not read as a sentence
+    fragment = 0.3 if code else 0.2 if header or text.count("|") > 1 or text.startswith("![") else 0.0  # not read as a sentence
     return own + 0.2 * around + (0.15 if fits else 0.0) - fragment
 
 
@@ -123,16 +159,17 @@ def features(question: Question, hits: Sequence[Hit]) -> dict[str, float]:
     similarity = (nearest - mean) / max(1 - mean, 1e-6)
     if not hits or not question.idf:
         return {"sentence": 0.0, "passage": 0.0, "rarest": 0.0, "names": 0.0, "pairs": 0.0, "similarity": similarity}
-    passages = [set(hit.row.terms) for hit in hits[:PASSAGES]]
+    said = [_terms(hit) for hit in hits[:PASSAGES]]
+    passages = [set(terms) for terms in said]
     windows: list[set[str]] = []
     for hit in hits[:PASSAGES]:
-        parts = [set(term_list(hit.text[start:end])) for start, end in trusted_sentences(hit.text)]
+        parts = [set(term_list(hit.text[start:end])) for start, end in trusted_sentences(hit.text, hit.row.kind)]
         windows += [parts[i] | (parts[i + 1] if i + 1 < len(parts) else set()) for i in range(len(parts))]
     covered = [coverage(question.idf, question.idf, one) for one in passages]
     top = passages[int(np.argmax(covered))]
     asked = [name for name in names(question.text) if name in question.idf]
     pairs = set(pairwise(question.terms))
-    together = max((len(pairs & set(pairwise(hit.row.terms))) for hit in hits[:PASSAGES]), default=0)
+    together = max((len(pairs & set(pairwise(terms))) for terms in said), default=0)
     ranked = sorted(question.idf, key=lambda term: (-question.idf[term], term))
     return {
         "sentence": max((coverage(question.idf, question.idf, one) for one in windows), default=0.0),
@@ -142,6 +179,23 @@ def features(question: Question, hits: Sequence[Hit]) -> dict[str, float]:
         "pairs": together / len(pairs) if pairs else 0.5,
         "similarity": similarity,
     }
+
+
+def _terms(hit: Hit) -> Sequence[str]:
+    """The terms of what may be quoted of a passage: an order to a model is no evidence that there is an answer."""
+    if not tainted(hit.text):
+        return hit.row.terms
+    return term_list("\n".join(hit.text[start:end] for start, end in trusted_sentences(hit.text, hit.row.kind)))
+
+
+_CODE = re.compile(r"([a-z]+)(\d+)")  # E7, H100, T101
+
+
+def _unknown_code(question: Question, hits: Sequence[Hit]) -> bool:
+    """Whether the question names something by letters and digits that no passage does: what is said of E7 is not said of E9."""
+    passages = [set(_terms(hit)) for hit in hits[:PASSAGES]]
+    codes = [match for term in question.idf if (match := _CODE.fullmatch(term))]
+    return any(not any(code[0] in terms or {code[1], code[2]} <= terms for terms in passages) for code in codes)
 
 
 # Logistic regression on half of the questions of the README's collections (recipes/rag_data.py), without and with vectors; the
@@ -156,6 +210,8 @@ COEFFICIENTS_VECTORS: Mapping[str, float] = {
 
 def sufficiency(question: Question, hits: Sequence[Hit]) -> float:
     """The probability that the passages answer the question, 0..1."""
+    if _unknown_code(question, hits):
+        return 0.0
     found = features(question, hits)
     coefficients, bias = (COEFFICIENTS, BIAS) if question.vector is None else (COEFFICIENTS_VECTORS, BIAS_VECTORS)
     return 1 / (1 + math.exp(-(bias + sum(weight * found[name] for name, weight in coefficients.items()))))

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from llmkit.rag.retrieve import Hit
-from llmkit.rag.sentences import sentences
+from llmkit.rag.sentences import lines, sentences
 
 SYSTEM = (
     "You answer a question from passages of the user's documents. Use only what the passages say, in your own short sentences, and "
@@ -49,10 +49,10 @@ def tainted(text: str) -> list[tuple[int, int]]:
     return [(start, end) for start, end in paragraphs if instructs(text[start:end])]
 
 
-def trusted_sentences(text: str) -> list[tuple[int, int]]:
-    """The sentences of a passage that may be quoted."""
+def trusted_sentences(text: str, kind: str = "") -> list[tuple[int, int]]:
+    """The sentences of a passage out of a document of this kind that may be quoted; of csv each row is one."""
     untrusted = tainted(text)
-    found = sentences(text)
+    found = lines(text) if kind == "csv" else sentences(text)
     return (
         [(start, end) for start, end in found if not any(start < last and first < end for first, last in untrusted)] if untrusted else found
     )

@@ -21,6 +21,7 @@ from llmkit.rag.terms import clean
 
 BATCH_CHUNKS = 512  # of one commit with an embedder: what an interruption loses at most
 BATCH_CHUNKS_TEXT = 8192  # without one
+EMBEDDED = 128  # chunks between two reports of progress: some seconds of a slow machine
 
 
 @dataclass
@@ -63,17 +64,22 @@ def add(
         batch: list[tuple[Document, list[Chunk]]] = []
         changed = False
 
-        def commit() -> None:
+        def commit(read: int) -> None:
             nonlocal changed
             texts = [passage(document, piece) for document, pieces in batch for piece in pieces]
-            vectors = None if embedder is None else embedder.documents(texts) if texts else np.zeros((0, embedder.dimension), np.float32)
+            vectors = None
+            if embedder is not None:
+                vectors = np.zeros((len(texts), embedder.dimension), np.float32)
+                for start in range(0, len(texts), EMBEDDED):
+                    progress(read - len(batch) + len(batch) * start // len(texts), len(files))
+                    vectors[start : start + EMBEDDED] = embedder.documents(texts[start : start + EMBEDDED])
             index.replace(batch, vectors, known)
             report.chunks += len(texts)
             changed = True
             batch.clear()
 
         for done, file in enumerate(files):
-            progress(done, len(files))
+            progress(done if embedder is None else done - len(batch), len(files))  # embedding is what takes the time
             try:
                 data = read_bytes(Path(file), max_bytes)
             except Unreadable as error:
@@ -94,9 +100,9 @@ def add(
             batch.append((document, chunk(document, count, index.settings.chunk_tokens)))
             (report.replaced if file in known else report.added).append(file)
             if sum(len(pieces) for _, pieces in batch) >= limit:
-                commit()
+                commit(done + 1)
         if batch:
-            commit()
+            commit(len(files))
         if sync:
             report.skipped += [(path, "it does not exist, and the index has nothing of it") for path in _missing(wanted, known)]
             report.removed += sorted(_gone(known, wanted, files))

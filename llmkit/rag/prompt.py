@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import ContextOverflow, TemplateError
 from llmkit.rag import fence
 from llmkit.rag.extract import sufficiency
 from llmkit.rag.retrieve import Hit, Question, search
+from llmkit.rag.terms import term_list
 
 if TYPE_CHECKING:
     from llmkit.llm import LLM
@@ -34,27 +36,55 @@ def grounded(
 ) -> tuple[Messages, list[Hit]]:
     """The messages that ask for an answer from the passages, and those of them that fit the budget and the context.
 
-    before: a system message of the person's own and earlier turns. ContextOverflow where not even one passage fits.
+    Where not even the best passage fits, those of its sentences that do.
+
+    before: a system message of the person's own and earlier turns. ContextOverflow where not even one sentence fits.
     """
     room = llm.ctx_size - int(sampling.get("max_tokens") or min(REPLY_TOKENS, llm.ctx_size // 4))
     used: list[Hit] = []
-    messages: Messages = []
     spent = 0
+
+    def asked(passages: Sequence[Hit]) -> Messages | None:
+        """The messages with these passages, if they fit."""
+        tried = _accepted(llm, _joined(before, fence.prompt(passages, question)))
+        return tried if len(llm.encode_chat(tried)) <= room else None
+
     for hit in hits:
         spent += len(llm.tokenizer.encode(hit.text, bos=False))
         if used and spent > context_tokens:
             break
-        tried = _accepted(llm, _joined(before, fence.prompt([*used, hit], question)))
-        if len(llm.encode_chat(tried)) > room:
+        if asked([*used, hit]) is None:
             break
         used.append(hit)
-        messages = tried
-    if not used:
+    if not used and hits:
+        used = _cut(hits[0], question, lambda piece: asked([piece]) is not None)
+    messages = asked(used) if used else None
+    if messages is None:
         raise ContextOverflow(
             f"no passage fits beside the question into the model's context of {llm.ctx_size} tokens. Ask more shortly, take a model with "
-            "a longer context, or answer without a model (--extractive)."
+            "a longer context, or answer without a model (llmkit rag ask --extractive)."
         )
     return messages, used
+
+
+def _cut(hit: Hit, question: str, fits: Callable[[Hit], bool]) -> list[Hit]:
+    """The longest run of a passage's sentences that fits, around the one that shares most with the question; empty if that does not."""
+    parts = fence.trusted_sentences(hit.text, hit.row.kind)
+    if not parts:
+        return []
+    wanted = set(term_list(question))
+    shared = [len(wanted.intersection(term_list(hit.text[start:end]))) for start, end in parts]
+    first = last = shared.index(max(shared))
+    found: list[Hit] = []
+    while first >= 0 and last < len(parts):
+        start, end = parts[first][0], parts[last][1]
+        line = hit.line + hit.text.count("\n", 0, start)
+        piece = replace(hit, text=hit.text[start:end], start=hit.start + start, end=hit.start + end, line=line)
+        if not fits(piece):
+            break
+        found = [piece]
+        first, last = (first, last + 1) if last + 1 < len(parts) else (first - 1, last)
+    return found
 
 
 def _joined(before: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]]) -> Messages:

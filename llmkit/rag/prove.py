@@ -94,7 +94,7 @@ class Prover:
         if self._windows is None:
             self._windows = []
             for hit in self.hits:
-                parts = fence.trusted_sentences(hit.text)
+                parts = fence.trusted_sentences(hit.text, hit.row.kind)
                 for first in range(len(parts)):
                     for last in range(first, min(first + WINDOW, len(parts))):
                         start, end = parts[first][0], parts[last][1]

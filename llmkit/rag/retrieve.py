@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from llmkit.errors import UsageError
 from llmkit.rag.embed import Embedder, check_embedder
 from llmkit.rag.index import Index, Row, quoted
+from llmkit.rag.read import KINDS
 from llmkit.rag.terms import term_list
 
 if TYPE_CHECKING:
@@ -316,7 +317,12 @@ def merge_neighbours(index: Index, hits: Sequence[Hit], count: int) -> list[Hit]
 
 
 def condition(globs: Sequence[str] = (), kinds: Sequence[str] = (), fields: Sequence[str] = ()) -> str | None:
-    """The filter for files that match one of the globs, of one of the kinds, with all of the NAME=VALUE fields."""
+    """The filter for files that match one of the globs, of one of the kinds, with all of the NAME=VALUE fields.
+
+    UsageError for a kind that is none.
+    """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UsageError(f"no file is of the kind {unknown[0]!r}. Kinds are {', '.join(KINDS)}.")
     parts = []
     if globs:
         patterns = [

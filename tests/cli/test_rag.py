@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from llmkit.cli.main import run
+from llmkit.rag import ingest
+from llmkit.rag.index import Index
 from tests.rag.conftest import BOAT, GUIDE
+from tests.rag.test_read import write_pdf
 
 
 @pytest.fixture
@@ -36,6 +40,25 @@ def test_add_search_ask(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert '[1] docs/boat.txt:1 "Captain Jonas Berg' in out
     assert run(["rag", "ask", "Which mountain did the queen of Bolivia climb?", "--index", "my.index"]) == 0
     assert capsys.readouterr().out.startswith("The documents do not say.")
+
+
+def test_a_quote_out_of_a_pdf_has_its_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "report.pdf").write_bytes(write_pdf(["The yard built nine boats.", "The dredger Halibut was launched in May."]))
+    assert run(["rag", "add", "report.pdf", "--index", "my.index"]) == 0
+    capsys.readouterr()
+    for command in ("search", "ask"):
+        assert run(["rag", command, "When was the dredger Halibut launched?", "--index", "my.index"]) == 0
+        assert "report.pdf, page 2" in capsys.readouterr().out
+
+
+def test_an_interrupted_add_says_what_is_there(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(["rag", "add", "docs/boat.txt", "--index", "my.index"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest, "chunk", Mock(side_effect=KeyboardInterrupt))
+        assert run(["rag", "add", "docs", "--index", "my.index"]) == 130
+    assert "stopped; 1 chunks are in my.index, and the same command goes on" in capsys.readouterr().err
+    assert run(["rag", "add", "docs", "--index", "my.index"]) == 0
+    assert "1 added, 0 replaced, 1 unchanged" in capsys.readouterr().out
 
 
 def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +102,7 @@ def test_json_is_json_whatever_the_names_and_the_terminal(folder: Path, encoding
     [
         (["search", "x", "--index", "none"], 1, "there is no index at none"),
         (["search", " ", "--index", "none"], 2, "empty"),
+        (["search", "x", "--index", "here", "--kind", "PDF"], 2, "no file is of the kind 'PDF'. Kinds are text, markdown,"),
         (["ask", "x", "--index", "none", "--strict"], 2, "no effect"),
         (["ask", "x", "--index", "none", "--temperature", "1"], 2, "no effect"),
         (["add", "missing", "--index", "made"], 2, "does not exist"),
@@ -87,6 +111,7 @@ def test_json_is_json_whatever_the_names_and_the_terminal(folder: Path, encoding
     ],
 )
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str) -> None:
+    Index.create(folder / "here")
     assert run(["rag", *arguments]) == code
     error = capsys.readouterr().err
     assert message in error

@@ -96,7 +96,8 @@ def test_attention(instructions: str, lengths: tuple[int, ...], heads: int, kv_h
     wanted.backward(grad.double())
     close(out.detach(), wanted.detach())
     for own, other in zip(ours, exact, strict=True):
-        assert own.grad is not None and other.grad is not None
+        assert own.grad is not None
+        assert other.grad is not None
         close(own.grad, other.grad)
 
 
@@ -135,7 +136,8 @@ def test_norm_rotation_and_gate(instructions: str) -> None:
     wanted = rms_norm(other, weight.double(), 1e-5)
     wanted.backward(grad.double())
     close(native.normalised(x, weight, 1e-5), wanted.detach())
-    assert own.grad is not None and other.grad is not None
+    assert own.grad is not None
+    assert other.grad is not None
     close(own.grad, other.grad)
 
     x, grad = normal(2, 7, 3, 40), normal(2, 7, 3, 40, seed=2)
@@ -158,7 +160,8 @@ def test_norm_rotation_and_gate(instructions: str) -> None:
 def test_a_trained_norm_has_its_gradient() -> None:
     weight = normal(16).requires_grad_()
     native.normalised(normal(3, 16), weight, 1e-5).sum().backward()
-    assert weight.grad is not None and weight.grad.abs().sum() > 0
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -202,7 +205,8 @@ def test_weights_stay_resizable() -> None:
     """FSDP frees the storage of gathered weights; PyTorch's `numpy()` would forbid that."""
     weight, x = normal(8, 8), normal(4, 8)
     native.project(x, [native.factor(weight, normal(8))])
-    assert weight.untyped_storage().resizable() and x.untyped_storage().resizable()
+    assert weight.untyped_storage().resizable()
+    assert x.untyped_storage().resizable()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,9 @@ def test_what_autograd_keeps_is_not_used_again() -> None:
     del y
     others = [native.memory.empty(300, 300).fill_(float("nan")) for _ in range(4)]
     (found,) = torch.autograd.grad(z.sum(), x)
-    assert others and bool(torch.isfinite(found).all()) and bool(torch.isfinite(kept).all())
+    assert others
+    assert bool(torch.isfinite(found).all())
+    assert bool(torch.isfinite(kept).all())
 
 
 @settings(deadline=None, max_examples=50)

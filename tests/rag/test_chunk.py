@@ -141,3 +141,26 @@ def test_sentences() -> None:
         'In the U.S. Army he was "good."',
         "Then a checkpoint of\n1.2 billion loads.",
     ]
+
+
+def test_a_heading_ends_with_its_line_and_code_at_every_line() -> None:
+    text = "# Pump\nIt stands at the quay.\n\n```sh\nrun --fast   quickly\nstop\n```\nThen it is\nquiet.\n\n"
+    text += "| day | opens |\n|---|---|\n| Monday | 10:00 |"
+    said = [
+        "Pump",
+        "It stands at the quay.",
+        "run --fast   quickly",
+        "stop",
+        "Then it is\nquiet.",
+        "day | opens",
+        "---|---",
+        "Monday | 10:00",
+    ]
+    assert [text[start:end] for start, end in sentences(text)] == said
+    cut = "run --fast   quickly\nstop\n```\n\nThen it is\nquiet.\n\n```\nlast"  # the chunk began within the code
+    assert [cut[start:end] for start, end in sentences(cut)] == [
+        "run --fast   quickly",
+        "stop",
+        "Then it is\nquiet.",
+        "last",
+    ]

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from llmkit.errors import UsageError
 from llmkit.rag import ingest
-from llmkit.rag.index import BrokenIndex, Index, IndexMissing
-from llmkit.rag.ingest import add, nothing_to_do
+from llmkit.rag.index import BrokenIndex, Index, IndexMissing, Settings
+from llmkit.rag.ingest import EMBEDDED, add, nothing_to_do
 from llmkit.rag.retrieve import search
 from tests.rag.conftest import BOAT
 
@@ -245,3 +248,38 @@ def test_unsaid_batches_do_not_change_what_is_stored(tmp_path: Path, docs: Path,
     assert rows(one) == rows(two)
     assert one.statistics() == two.statistics()
     assert one.frequencies(["pump", "absent"]) == two.frequencies(["pump", "absent"]) != {}
+
+
+class Letters:
+    """An embedder that counts letters; keeps how many texts it was given at once."""
+
+    name, fingerprint, dimension, max_tokens = "letters", "letters", 26, 512
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def count(self, text: str) -> int:
+        return len(text.split())
+
+    def documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        self.calls.append(len(texts))
+        return np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
+
+    queries = documents
+
+
+def test_progress_is_told_while_a_batch_is_embedded(tmp_path: Path) -> None:
+    """One commit holds hundreds of chunks; on a slow machine embedding them takes a minute."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text("\n\n".join(f"{word} {number}. " + "Words that fill. " * 10 for word in ["Alpha"] * 80))
+    embedder = Letters()
+    index = Index.create(tmp_path / "index", Settings("letters", "letters", 26, 32))
+    told: list[tuple[int, int]] = []
+    report = add(index, [folder], embedder=embedder, progress=lambda done, total: told.append((done, total)))
+    assert report.chunks == sum(embedder.calls) == 320
+    assert max(embedder.calls) <= EMBEDDED
+    assert told == sorted(told)
+    assert {done for done, _ in told} == {0, 1, 3, 4}  # nothing is done before it is embedded
+    assert told[-1] == (4, 4)

@@ -72,3 +72,16 @@ def test_ask_with_a_model_whose_words_have_no_proof(index: Index, tiny_model_dir
     out = capsys.readouterr().out
     assert out.startswith("The documents do not say.")
     assert "The nearest passages:" in out
+
+
+def test_of_a_passage_that_is_too_long_the_sentences_that_fit_are_sent(index: Index) -> None:
+    hits = search(index, QUESTION)
+    llm = Scripted("")
+    messages, whole = grounded(llm, hits[:1], QUESTION, context_tokens=1500, sampling={})  # type: ignore[arg-type]
+    llm.ctx_size = len(llm.encode_chat(messages)) + 9  # one word less than that and the reply
+    messages, used = grounded(llm, hits, QUESTION, context_tokens=1500, sampling={"max_tokens": 10})  # type: ignore[arg-type]
+    assert len(used) == 1
+    assert "340 litres" in used[0].text
+    assert len(used[0].text) < len(whole[0].text)
+    assert Path(used[0].row.file).read_text()[used[0].start : used[0].end] == used[0].text
+    assert used[0].text in messages[-1]["content"]
