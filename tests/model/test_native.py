@@ -214,9 +214,9 @@ def test_weights_stay_resizable() -> None:
 )  # the last: the arrays are too short
 def test_what_does_not_fit_is_refused(sizes: tuple[int, int, int, int, float]) -> None:
     arrays = [normal(4).numpy() for _ in range(5)]
-    with pytest.raises(ValueError, match="heads|bytes"):
+    with pytest.raises(ValueError, match=r"heads|bytes"):
         kernels.attend_documents(sizes, (4,), (arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]), None, 1)
-    with pytest.raises(ValueError, match="bytes|fit"):
+    with pytest.raises(ValueError, match=r"bytes|fit"):
         native.project_back([normal(3, 5), normal(3, 5)], [native.factor(normal(5, 4)), native.factor(normal(6, 4))])
     with pytest.raises(ValueError, match="columns"):
         native.project(normal(3, 4), [native.factor(normal(5, 4)), native.factor(normal(6, 3))])
