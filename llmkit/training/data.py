@@ -28,7 +28,7 @@ IGNORE = -100  # the label of a slot that is not learned, as everywhere in PyTor
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows: int64 tensors `[rows, length]`, and the documents that lie in them."""
+    """Packed rows: int64 tensors `[rows, length]`, and the documents that lie in them. Each slot has a token."""
 
     tokens: Tensor
     labels: Tensor  # the token to predict at each slot; IGNORE: none
@@ -95,28 +95,26 @@ def rows_of(corpus: Corpus, documents: Iterable[int], max_length: int, group: in
 
 
 def make_batch(corpus: Corpus, rows: Sequence[Ints]) -> Batch:
-    """Rows of pieces (each `[pieces, 3]`) as tensors, as long as the fullest row.
+    """Rows of pieces (each `[pieces, 3]`) as tensors. Rows of different lengths become one row, one behind the other: no slot is unused.
 
-    Unused slots at the end of a row form a segment of their own, with nothing to learn.
+    Every piece is a segment of its own, numbered through the batch.
     """
-    length = max(int(row[:, 2].sum()) for row in rows)
-    tokens, labels, positions, segments = (np.zeros((len(rows), length), np.int64) for _ in range(4))
-    labels[:] = IGNORE
-    for r, row in enumerate(rows):
-        at = 0
-        for segment, (document, start, count) in enumerate(row.tolist()):
-            first = int(corpus.offsets[document]) + start
-            here = slice(at, at + count)
-            targets = slice(first + 1, first + 1 + count)
-            tokens[r, here] = corpus.tokens[first : first + count]
-            labels[r, here] = np.where(corpus.learned[targets], corpus.tokens[targets], IGNORE)
-            positions[r, here] = np.arange(count)
-            segments[r, here] = segment
-            at += count
-        positions[r, at:] = np.arange(length - at)
-        segments[r, at:] = len(row)
+    lengths = [int(row[:, 2].sum()) for row in rows]
+    shape = (len(rows), lengths[0]) if len(set(lengths)) == 1 else (1, sum(lengths))
+    tokens, labels, positions, segments = (np.empty(sum(lengths), np.int64) for _ in range(4))
+    at = 0
+    for segment, (document, start, count) in enumerate(np.concatenate(rows).tolist()):
+        first = int(corpus.offsets[document]) + start
+        here = slice(at, at + count)
+        targets = slice(first + 1, first + 1 + count)
+        tokens[here] = corpus.tokens[first : first + count]
+        labels[here] = np.where(corpus.learned[targets], corpus.tokens[targets], IGNORE)
+        positions[here] = np.arange(count)
+        segments[here] = segment
+        at += count
     documents = tuple(dict.fromkeys(int(d) for row in rows for d in row[:, 0]))
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions), torch.from_numpy(segments), documents)
+    whole = [torch.from_numpy(array.reshape(shape)) for array in (tokens, labels, positions, segments)]
+    return Batch(whole[0], whole[1], whole[2], whole[3], documents)
 
 
 class RowStream:

@@ -100,8 +100,7 @@ class Preference(Objective, ABC):
 
 def _document_of_targets(batch: Batch) -> Tensor:
     """A number for the document of each target, int64 `[targets]`, rising along the flattened batch."""
-    rows = (batch.labels.flatten() != IGNORE).nonzero().squeeze(1)
-    return rows // batch.tokens.shape[1] * (int(batch.segments.max()) + 1) + batch.segments.flatten()[rows]
+    return batch.segments[batch.labels != IGNORE]
 
 
 @dataclass

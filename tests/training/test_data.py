@@ -184,10 +184,21 @@ def test_every_target_is_learned_once_per_epoch() -> None:
     while (batch := stream.next_batch(2)) is not None:
         learned = batch.labels != IGNORE
         pairs += list(zip(batch.tokens[learned].tolist(), batch.labels[learned].tolist(), strict=True))
-        assert batch.tokens.shape[1] <= 16
+        assert batch.tokens.numel() <= 2 * 16
+        assert int(batch.positions.max()) < 16
     ends = {5, 75, 77, 110, 119}
     assert sorted(pairs) == [(t, t + 1) for t in range(1, 119) if t not in ends]
     assert corpus.target_count == len(pairs)
+
+
+def test_no_slot_is_unused() -> None:
+    """Rows of one length stay rows; others follow each other in one."""
+    (full,) = sequential_batches(corpus_of([17, 17]), 16, 4)
+    assert full.tokens.shape == (2, 16)
+    (rest,) = sequential_batches(corpus_of([17, 13, 4, 9]), 16, 4)
+    assert rest.tokens.shape == (1, 16 + 12 + 3 + 8)
+    assert sorted(rest.segments.unique().tolist()) == [0, 1, 2, 3]
+    assert (rest.labels != IGNORE).all()
 
 
 def test_chats_are_cut_not_continued() -> None:
