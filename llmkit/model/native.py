@@ -90,7 +90,7 @@ class Memory:
             piece = self._free.pop(place)[2]
         else:
             self._forget(count)
-            piece = np.empty(count, np.float32)
+            piece = np.empty(count + count // 4, np.float32)  # a longer batch may come; what is not written to takes no memory
         lent = piece[:count].reshape(shape)
         weakref.finalize(lent, self._take_back, piece).atexit = False  # PyTorch drops it with the storage of the tensor
         return torch.from_numpy(lent)

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <new>
 #include <set>
@@ -134,29 +135,35 @@ OpenMP lent;
 struct Apart {
   void (*work)(void*, int, int);
   void* context;
-  int threads;
+  std::atomic<bool> failed{false};
+  std::exception_ptr problem;
+
+  void run(int thread, int threads) {
+    try {
+      work(context, thread, threads);
+    } catch (...) {
+      if (!failed.exchange(true)) problem = std::current_exception();
+    }
+  }
 };
 }  // namespace
 
 void lend(const OpenMP& runtime) { lent = runtime; }
 
 void run_apart(int threads, void (*work)(void*, int, int), void* context) {
-  Apart apart{work, context, threads};
-  if (lent.parallel) {
-    lent.parallel(
-        [](void* data) {
-          const Apart& a = *static_cast<Apart*>(data);
-          a.work(a.context, lent.thread(), lent.threads());
-        },
-        &apart, unsigned(threads), 0);
-    return;
+  struct Shared : Apart { int threads; } shared{{work, context, {}, {}}, threads};
+  if (lent.parallel) lent.parallel([](void* data) { static_cast<Shared*>(data)->run(lent.thread(), lent.threads()); }, &shared, unsigned(threads), 0);
+  else pool_of(threads)->run([](void* data, int thread) { static_cast<Shared*>(data)->run(thread, static_cast<Shared*>(data)->threads); }, &shared);
+  if (shared.problem) std::rethrow_exception(shared.problem);
+}
+
+float* scratch_of_thread(int64_t floats) {
+  static thread_local std::unique_ptr<Memory> memory;
+  if (!memory || memory->bytes < size_t(floats) * 4) {
+    memory.reset();
+    memory = std::make_unique<Memory>(size_t(floats) * 4);
   }
-  pool_of(threads)->run(
-      [](void* data, int thread) {
-        const Apart& a = *static_cast<Apart*>(data);
-        a.work(a.context, thread, a.threads);
-      },
-      &apart);
+  return reinterpret_cast<float*>(memory->data);
 }
 
 ArmFeatures arm_features() {

@@ -63,7 +63,7 @@ struct OpenMP {
   int (*threads)() = nullptr;
 };
 void lend(const OpenMP& runtime);
-void run_apart(int threads, void (*work)(void*, int, int), void* context);
+void run_apart(int threads, void (*work)(void*, int, int), void* context);  // throws what the first of them threw
 
 // Bytes that are zero, aligned to 64, and in large pages where the system has them.
 struct Memory {
@@ -74,5 +74,8 @@ struct Memory {
   uint8_t* data = nullptr;
   size_t bytes = 0;
 };
+
+// Memory of the calling thread that stays for its next call, with whatever is in it.
+float* scratch_of_thread(int64_t floats);
 
 }  // namespace llmkit

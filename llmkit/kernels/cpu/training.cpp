@@ -74,12 +74,44 @@ struct Widening {
   }
 };
 
-struct Panels {
+struct Products {
   const Kernels& kernels;
   const Matmul& job;
-  int64_t count;
-  float* scratch;
+  bool by_tokens;
+
+  void work(int thread, int threads) const {
+    const int64_t panels = kernels.matmul_panels(job);
+    float* own = scratch_of_thread(kMatmulScratch);
+    if (!by_tokens) {
+      const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
+      if (first < last) kernels.matmul(job, first, last, own);
+      return;
+    }
+    const auto bound = [&](int i) { return i == threads ? job.tokens : job.tokens * i / threads / kRowsTogether * kRowsTogether; };
+    const int64_t first = bound(thread), tokens = bound(thread + 1) - first;
+    if (!tokens) return;
+    std::vector<const float*> x;
+    std::vector<float*> y;
+    for (int p = 0; p < job.parts; ++p) {
+      const Linear& w = job.factors[p].w;
+      if (job.back || !p) x.push_back(job.x[p] + first * (job.back ? w.n : w.k));
+      if (!job.back || !p) y.push_back(job.y[p] + first * (job.back ? w.k : w.n));
+    }
+    const Matmul part{job.back, job.parts, job.factors, tokens, x.data(), y.data()};
+    kernels.matmul(part, 0, panels, own);
+  }
+  static constexpr int64_t kRowsTogether = 12;  // of the largest tile
 };
+
+// Threads that share the columns each copy all of x, threads that share the tokens each pack all of U: whichever is less. Not both at a
+// time: a result depends on its row of x and its row of U alone either way.
+bool by_tokens(const Matmul& job) {
+  int64_t columns = 0, depth = 0;
+  for (int p = 0; p < job.parts; ++p) columns += job.factors[p].w.n;
+  depth = job.factors[0].w.k;
+  if (job.back) std::swap(columns, depth);
+  return columns < job.tokens;
+}
 
 struct Documents {
   const Kernels& kernels;
@@ -87,16 +119,16 @@ struct Documents {
   const std::vector<int64_t>& lengths;
   std::vector<int64_t> begins;
   bool back;
-  float* scratch;
   int64_t scratch_size;
   std::atomic<int64_t> next{0};
 
-  void work(int thread) {
+  void work() {
+    float* own = scratch_of_thread(scratch_size);
     const int64_t units = int64_t(lengths.size()) * job.kv_heads;
     for (int64_t unit; (unit = next.fetch_add(1)) < units;) {
       const size_t document = size_t(unit / job.kv_heads);
       const auto run = back ? kernels.attend_document_back : kernels.attend_document;
-      run(job, begins[document], lengths[document], unit % job.kv_heads, scratch + thread * scratch_size);
+      run(job, begins[document], lengths[document], unit % job.kv_heads, own);
     }
   }
 };
@@ -105,25 +137,15 @@ struct Documents {
 
 void attend_documents(const Kernels& kernels, int threads, const DocumentAttention& job, const std::vector<int64_t>& lengths, bool back) {
   const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
-  const int64_t size = round_up(kernels.document_scratch(job, longest), 64);
-  Memory scratch(size_t(threads * size) * 4);
   std::vector<int64_t> begins(lengths.size());
   std::exclusive_scan(lengths.begin(), lengths.end(), begins.begin(), int64_t(0));
-  Documents documents{kernels, job, lengths, std::move(begins), back, reinterpret_cast<float*>(scratch.data), size};
-  run_apart(threads, [](void* context, int thread, int) { static_cast<Documents*>(context)->work(thread); }, &documents);
+  Documents documents{kernels, job, lengths, std::move(begins), back, kernels.document_scratch(job, longest)};
+  run_apart(threads, [](void* context, int, int) { static_cast<Documents*>(context)->work(); }, &documents);
 }
 
 void matmul(const Kernels& kernels, int threads, const Matmul& job) {
-  Memory scratch(size_t(threads) * kMatmulScratch * 4);
-  Panels panels{kernels, job, kernels.matmul_panels(job), reinterpret_cast<float*>(scratch.data)};
-  run_apart(
-      threads,
-      [](void* context, int thread, int count) {
-        const Panels& p = *static_cast<Panels*>(context);
-        const int64_t first = p.count * thread / count, last = p.count * (thread + 1) / count;
-        if (first < last) p.kernels.matmul(p.job, first, last, p.scratch + thread * kMatmulScratch);
-      },
-      &panels);
+  Products products{kernels, job, by_tokens(job)};
+  run_apart(threads, [](void* context, int thread, int of) { static_cast<Products*>(context)->work(thread, of); }, &products);
 }
 
 void dequantize(int threads, const Linear& w, float* out) {
