@@ -162,11 +162,11 @@ class NativeBackend:
         return None if all(name is None for name in names) else np.array([self._adapters.get(name or "", -1) for name in names], np.int32)
 
 
-def product(weight: Weight, bias: NDArray[np.float32] | None, x: NDArray[np.float32], threads: int) -> NDArray[np.float32]:
-    """`x W^T + bias` by itself, with the arithmetic of a step: x float32 `[rows, in]`, returns float32 `[rows, out]`."""
+def product(weight: Weight, bias: Floats | None, x: Floats, threads: int, out: Floats | None = None) -> Floats:
+    """`x W^T + bias` by itself, with the arithmetic of a step: x float32 `[rows, in]`, returns out, float32 `[rows, out]`."""
     from llmkit.kernels.cpu import _native
 
-    out = np.empty((len(x), weight.shape[0]), np.float32)
+    out = np.empty((len(x), weight.shape[0]), np.float32) if out is None else out
     _native.product(os.environ.get("LLMKIT_KERNELS") or None, threads, _linear(weight, bias), x, out)
     return out
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from llmkit.errors import UsageError
 from llmkit.kernels.format import widen
+from llmkit.kernels.native import product
 from llmkit.lora.adapter import Adapter
 from llmkit.lora.fused import LowRank, feed_fused, project_fused
+from llmkit.model import native
 from llmkit.model.attention import Attention
 from llmkit.model.layers import MLP, Activation, Products, feed, project
 from llmkit.model.transformer import Transformer
@@ -174,22 +176,24 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 def use_integers(model: Transformer) -> bool:
     """Lets frozen q4 and q8 linears on a CPU compute forwards as in generating; False where there are none, or no native kernels."""
     from llmkit.kernels import native_problem
-    from llmkit.kernels.native import product
 
     if native_problem() is not None:
         return False
+    native.available()  # lends PyTorch's threads
     found = False
     for _, linear in adapted(model):
         base = linear.base_layer
         if isinstance(base, QuantizedLinear) and base.codes.device.type == "cpu":
-            linear.integer = partial(_integer_product, product, base)
+            linear.integer = partial(_integer_product, base)
             found = True
     return found
 
 
-def _integer_product(product: Callable[..., Any], base: QuantizedLinear, x: Tensor) -> Tensor:
+def _integer_product(base: QuantizedLinear, x: Tensor) -> Tensor:
     bias = None if base.bias is None else base.bias.detach().float().numpy()
-    return torch.from_numpy(product(base.matrix, bias, x.detach().contiguous().numpy(), torch.get_num_threads()))
+    y = native.memory.empty(len(x), base.out_features)
+    product(base.matrix, bias, x.detach().contiguous().numpy(), torch.get_num_threads(), y.numpy())
+    return y
 
 
 @torch.no_grad()

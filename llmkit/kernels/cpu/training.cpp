@@ -17,20 +17,16 @@ struct Product {
   int64_t tokens;
   float* y;
   QuantizedRows rounded;
-  float* scratch;
   int64_t scratch_size;
-  Pool& pool;
 
-  void work(int thread) {
-    const int threads = pool.threads();
-    if (w.quantized()) {
-      for (int64_t t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t) kernels.quantize_row(x + t * w.k, w.k, rounded, t);
-      pool.barrier().wait();
-    }
+  void round(int thread, int threads) const {
+    for (int64_t t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t) kernels.quantize_row(x + t * w.k, w.k, rounded, t);
+  }
+  void multiply(int thread, int threads) const {
     const int64_t rows = kernels.tile_rows(w), tiles = (w.n + rows - 1) / rows;
     const int64_t first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
-    float* own = scratch + thread * scratch_size;
     if (first == last) return;
+    float* own = scratch_of_thread(scratch_size);
     if (w.quantized()) kernels.quantized(w, rounded, tokens, y, w.n, first, last, reinterpret_cast<uint8_t*>(own));
     else kernels.dense(w, x, w.k, tokens, y, w.n, first, last, own);
   }
@@ -39,15 +35,14 @@ struct Product {
 struct Widening {
   const Linear& w;
   float* out;
-  Pool& pool;
 
   // The panels of this thread; a panel is read once, 16 rows of 32 columns at a time.
-  void work(int thread) {
+  void work(int thread, int threads) const {
     const int64_t panels = (w.n + 15) / 16, blocks = round_up(w.k, 32) / 32, per_block = 32 / w.group;
     const bool four = w.kind == Kind::Q4;
     int8_t numbers[16] = {};
     for (int i = 0; four && i < 16; ++i) numbers[i] = int8_t(int(w.codebook[i]) - 64);
-    for (int64_t panel = panels * thread / pool.threads(); panel < panels * (thread + 1) / pool.threads(); ++panel) {
+    for (int64_t panel = panels * thread / threads; panel < panels * (thread + 1) / threads; ++panel) {
       const int rows = int(std::min<int64_t>(16, w.n - panel * 16));
       for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t* codes = static_cast<const uint8_t*>(w.data) + (panel * blocks + b) * (four ? 256 : 512);
@@ -149,9 +144,8 @@ void matmul(const Kernels& kernels, int threads, const Matmul& job) {
 }
 
 void dequantize(int threads, const Linear& w, float* out) {
-  const std::shared_ptr<Pool> pool = pool_of(threads);
-  Widening job{w, out, *pool};
-  pool->run([](void* context, int thread) { static_cast<Widening*>(context)->work(thread); }, &job);
+  Widening job{w, out};
+  run_apart(threads, [](void* context, int thread, int of) { static_cast<Widening*>(context)->work(thread, of); }, &job);
 }
 
 void product(const Kernels& kernels, int threads, Linear w, const float* x, int64_t tokens, float* y) {
@@ -160,14 +154,12 @@ void product(const Kernels& kernels, int threads, Linear w, const float* x, int6
     for (int i = 0; i < 16; ++i) entries[i] = kernels.signed_dot ? uint8_t(w.codebook[i] - 64) : w.codebook[i];
     w.lookup = entries;
   }
-  const std::shared_ptr<Pool> pool = pool_of(threads);
-  const int64_t padded = round_up(w.k, 32), scratch = round_up(product_scratch_floats(padded), 64);
-  // Rounded rows, then the scratch of each thread, in one allocation; every part is a multiple of 64 bytes.
-  const int64_t rows = w.quantized() ? round_up(tokens, 16) : 0, groups = padded / 32;
-  Memory memory(size_t(rows * (padded + groups * 16 + 4) + threads * scratch * 4));
+  const int64_t padded = round_up(w.k, 32), groups = padded / 32;
+  // Rounded rows in one allocation; every part is a multiple of 64 bytes.
+  const int64_t rows = w.quantized() ? round_up(tokens, 16) : 0;
+  Memory memory(size_t(rows * (padded + groups * 16 + 4)));
   uint8_t* at = memory.data;
   auto take = [&](int64_t bytes) { uint8_t* begin = at; at += bytes; return begin; };
-  float* own = reinterpret_cast<float*>(take(threads * scratch * 4));
   QuantizedRows rounded;
   rounded.k_padded = padded;
   rounded.q = reinterpret_cast<int8_t*>(take(rows * padded));
@@ -175,8 +167,9 @@ void product(const Kernels& kernels, int threads, Linear w, const float* x, int6
   rounded.offset = reinterpret_cast<int32_t*>(take(rows * groups * 8));
   rounded.offset32 = reinterpret_cast<int32_t*>(take(rows * groups * 4));
   rounded.start = reinterpret_cast<float*>(take(rows * 4));
-  Product job{kernels, w, x, tokens, y, rounded, own, scratch, *pool};
-  pool->run([](void* context, int thread) { static_cast<Product*>(context)->work(thread); }, &job);
+  Product job{kernels, w, x, tokens, y, rounded, product_scratch_floats(padded)};
+  if (w.quantized()) run_apart(threads, [](void* context, int thread, int of) { static_cast<Product*>(context)->round(thread, of); }, &job);
+  run_apart(threads, [](void* context, int thread, int of) { static_cast<Product*>(context)->multiply(thread, of); }, &job);
 }
 
 }  // namespace llmkit
