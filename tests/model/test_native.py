@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -249,6 +250,21 @@ def test_what_autograd_keeps_is_not_used_again() -> None:
     assert others
     assert bool(torch.isfinite(found).all())
     assert bool(torch.isfinite(kept).all())
+
+
+def test_a_tensor_may_go_while_a_piece_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the hand of another thread, or of the garbage collector."""
+    memory = Memory()
+    small, large = [memory.empty(300, 300)], memory.empty(500, 500)
+    del large
+
+    def interrupted(*arguments: Any, **keys: Any) -> int:
+        place = bisect_left(*arguments, **keys)
+        small.clear()
+        return place
+
+    monkeypatch.setattr("llmkit.model.native.bisect_left", interrupted)
+    assert memory.empty(500, 500).shape == (500, 500)
 
 
 @settings(deadline=None, max_examples=50)
