@@ -23,7 +23,7 @@ from llmkit.model.layers import rms_norm
 from llmkit.model.native import Memory
 from llmkit.model.rope import rotate
 from llmkit.model.transformer import Transformer, init_weights
-from llmkit.training.data import Batch
+from llmkit.training.data import IGNORE, Batch
 from llmkit.training.loss import cross_entropy
 
 if (problem := native_problem()) is not None:
@@ -200,6 +200,13 @@ def test_models_learn_the_same(name: str, packed: bool) -> None:
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_targets_has_no_loss() -> None:
+    model = Transformer(read_config({**SIZES, **MODELS["llama"]})).requires_grad_(False)
+    given = batch(packed=True)
+    empty = Batch(given.tokens, torch.full_like(given.labels, IGNORE), given.positions, given.segments, ())
+    assert cross_entropy(model, empty).item() == 0
 
 
 def test_weights_stay_resizable() -> None:
