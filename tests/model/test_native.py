@@ -111,6 +111,21 @@ def test_attention_of_large_scores(large: bool) -> None:
     close(out, attention(q.double(), k.double(), v.double(), visible(index, index, None).unsqueeze(0)), 1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("place", [4, 250])
+def test_attention_hides_no_nan(instructions: str, place: int, window: int | None) -> None:
+    """A broken key reaches all who see it, a broken query its own row; else a run would go on with broken weights."""
+    length = 400
+    last = length if window is None else place + window
+    for broken, rows in ((0, range(place, place + 1)), (1, range(place, last))):
+        inputs = [normal(1, length, heads, 8, seed=heads) for heads in (2, 1, 1)]
+        inputs[broken][0, place, 0, 3] = float("nan")
+        q, k, v = (t.requires_grad_() for t in inputs)
+        out = native.document_attention(q, k, v, [length], window, 0.3)
+        assert out[0, :, 0].isnan().all(-1).nonzero().flatten().tolist() == list(rows)
+        assert all(grad.isnan().any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads: int) -> None:
     def everything() -> list[Tensor]:
