@@ -8,11 +8,13 @@ from __future__ import annotations
 import ctypes
 import weakref
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -73,26 +75,27 @@ class Memory:
 
     Activations come and go in the same sizes at every step. The system's allocator gives large pieces back and takes them
     anew, which costs a fault for every page, or keeps them and leaves holes; here a piece waits for the next tensor that it fits.
+
+    Tensors come and go in any thread. The last reference may also go, by the garbage collector's hand, while `empty` looks for a
+    piece: what comes back is only put down, and sorted in by whoever asks next.
     """
 
     SMALL = 1 << 16  # numbers; smaller tensors are PyTorch's own
 
     def __init__(self) -> None:
-        self._free: list[tuple[int, int, NDArray[np.float32]]] = []  # (numbers, serial, piece), the smallest first
-        self._serial = 0
+        self._free: list[NDArray[np.float32]] = []  # the smallest first
+        self._returned: deque[NDArray[np.float32]] = deque()
+        self._lock = Lock()  # of _free
 
     def empty(self, *shape: int) -> Tensor:
         count = prod(shape)
         if count < self.SMALL:
             return torch.empty(shape)
-        place = bisect_left(self._free, (count,))
-        if place < len(self._free) and self._free[place][0] <= 2 * count:
-            piece = self._free.pop(place)[2]
-        else:
-            self._forget(count)
+        piece = self._fitting(count)
+        if piece is None:
             piece = np.empty(count + count // 4, np.float32)  # a longer batch may come; what is not written to takes no memory
         lent = piece[:count].reshape(shape)
-        weakref.finalize(lent, self._take_back, piece).atexit = False  # PyTorch drops it with the storage of the tensor
+        weakref.finalize(lent, self._returned.append, piece).atexit = False  # PyTorch drops it with the storage of the tensor
         return torch.from_numpy(lent)
 
     def like(self, x: Tensor) -> Tensor:
@@ -101,16 +104,22 @@ class Memory:
     @property
     def waiting(self) -> int:
         """Numbers that wait for a tensor."""
-        return sum(count for count, _, _ in self._free)
+        return sum(map(len, (*self._free, *self._returned)))
 
-    def _forget(self, count: int) -> None:
-        """What waits in sizes that are not asked for makes room: in all no more is held than was once in use."""
-        while count > 0 and self._free:
-            count -= self._free.pop()[0]
+    def _fitting(self, count: int) -> NDArray[np.float32] | None:
+        """A waiting piece of `count` to twice as many numbers. Without one, what waits in sizes that are not asked for makes room.
 
-    def _take_back(self, piece: NDArray[np.float32]) -> None:
-        self._serial += 1
-        insort(self._free, (len(piece), self._serial, piece))
+        So in all no more is held than was once in use.
+        """
+        with self._lock:
+            while self._returned:
+                insort(self._free, self._returned.popleft(), key=len)
+            place = bisect_left(self._free, count, key=len)
+            if place < len(self._free) and len(self._free[place]) <= 2 * count:
+                return self._free.pop(place)
+            while count > 0 and self._free:
+                count -= len(self._free.pop())
+        return None
 
 
 memory = Memory()

@@ -68,7 +68,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
         count, vocab = len(hidden), len(weight)
-        rows = min(count, max(1, _LOGITS // vocab))
+        rows = max(1, min(count, _LOGITS // vocab))
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
         gradients = torch.empty_like(hidden)
         project, back = _head_products(hidden, weight, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from llmkit.model.layers import rms_norm
 from llmkit.model.native import Memory
 from llmkit.model.rope import rotate
 from llmkit.model.transformer import Transformer, init_weights
-from llmkit.training.data import Batch
+from llmkit.training.data import IGNORE, Batch
 from llmkit.training.loss import cross_entropy
 
 if (problem := native_problem()) is not None:
@@ -108,6 +109,21 @@ def test_attention_of_large_scores(large: bool) -> None:
     out = native.document_attention(q, k, v, [50], None, 1.0)
     index = torch.arange(50)
     close(out, attention(q.double(), k.double(), v.double(), visible(index, index, None).unsqueeze(0)), 1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("place", [4, 250])
+def test_attention_hides_no_nan(instructions: str, place: int, window: int | None) -> None:
+    """A broken key reaches all who see it, a broken query its own row; else a run would go on with broken weights."""
+    length = 400
+    last = length if window is None else place + window
+    for broken, rows in ((0, range(place, place + 1)), (1, range(place, last))):
+        inputs = [normal(1, length, heads, 8, seed=heads) for heads in (2, 1, 1)]
+        inputs[broken][0, place, 0, 3] = float("nan")
+        q, k, v = (t.requires_grad_() for t in inputs)
+        out = native.document_attention(q, k, v, [length], window, 0.3)
+        assert out[0, :, 0].isnan().all(-1).nonzero().flatten().tolist() == list(rows)
+        assert all(grad.isnan().any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -201,6 +217,13 @@ def test_models_learn_the_same(name: str, packed: bool) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_batch_without_targets_has_no_loss() -> None:
+    model = Transformer(read_config({**SIZES, **MODELS["llama"]})).requires_grad_(False)
+    given = batch(packed=True)
+    empty = Batch(given.tokens, torch.full_like(given.labels, IGNORE), given.positions, given.segments, ())
+    assert cross_entropy(model, empty).item() == 0
+
+
 def test_weights_stay_resizable() -> None:
     """FSDP frees the storage of gathered weights; PyTorch's `numpy()` would forbid that."""
     weight, x = normal(8, 8), normal(4, 8)
@@ -249,6 +272,21 @@ def test_what_autograd_keeps_is_not_used_again() -> None:
     assert others
     assert bool(torch.isfinite(found).all())
     assert bool(torch.isfinite(kept).all())
+
+
+def test_a_tensor_may_go_while_a_piece_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the hand of another thread, or of the garbage collector."""
+    memory = Memory()
+    small, large = [memory.empty(300, 300)], memory.empty(500, 500)
+    del large
+
+    def interrupted(*arguments: Any, **keys: Any) -> int:
+        place = bisect_left(*arguments, **keys)
+        small.clear()
+        return place
+
+    monkeypatch.setattr("llmkit.model.native.bisect_left", interrupted)
+    assert memory.empty(500, 500).shape == (500, 500)
 
 
 @settings(deadline=None, max_examples=50)

@@ -113,7 +113,7 @@ static void attend_document(const DocumentAttention& a, int64_t begin, int64_t l
           float* row = s.scores + r * kScoreStride;
           F most = set1(-INFINITY);
           for (int64_t i = 0; i < count; i += 16) most = max(most, keep(load(row + i), within(own.first - i), within(own.last - i), -INFINITY));
-          const float before = largest[r], here = hmax(most), now = here > before ? here : before;
+          const float before = largest[r], here = hmax(most), now = before > here ? before : here;  // NaN wins
           F sum = zero();
           if (now == -INFINITY) {  // nothing is visible yet
             for (int64_t i = 0; i < count; i += 16) store(row + i, zero());

@@ -1,8 +1,9 @@
 // Elementary functions and what works on one row: exp, activations, norms.
 
-// e^x, relative error 2e-7; exactly 1 at 0 and exactly 0 below -87.3 (Cephes expf's reduction and polynomial).
+// e^x, relative error 2e-7; exactly 1 at 0 and exactly 0 below -87.3 (Cephes expf's reduction and polynomial). NaN of NaN: of two
+// numbers without an order, min and max give the second.
 static inline F exp(F x) {
-  F limited = max(min(x, set1(88.0f)), set1(-87.3f));
+  F limited = max(set1(-87.3f), min(set1(88.0f), x));
   F n = round_even(mul(limited, set1(1.44269504f)));
   F r = fma(n, set1(-0.693359375f), limited);
   r = fma(n, set1(2.12194440e-4f), r);
@@ -16,7 +17,7 @@ static inline F exp(F x) {
   return zero_below(x, -87.3f, scale2(p, n));
 }
 static inline F tanh(F x) {  // 1 - 2 / (e^2x + 1)
-  F limited = max(min(x, set1(20.0f)), set1(-20.0f));
+  F limited = max(set1(-20.0f), min(set1(20.0f), x));
   return sub(set1(1.0f), div(set1(2.0f), add(exp(add(limited, limited)), set1(1.0f))));
 }
 static float exp1(float x) { float out[16]; store(out, exp(set1(x))); return out[0]; }

@@ -35,7 +35,7 @@ static inline __m256 power2(__m256 n) { return _mm256_castsi256_ps(_mm256_slli_e
 static inline F scale2(F x, F n) { return {_mm256_mul_ps(x.a, power2(n.a)), _mm256_mul_ps(x.b, power2(n.b))}; }
 static inline F zero_below(F x, float limit, F y) {
   const __m256 l = _mm256_set1_ps(limit);
-  return {_mm256_and_ps(y.a, _mm256_cmp_ps(x.a, l, _CMP_GE_OQ)), _mm256_and_ps(y.b, _mm256_cmp_ps(x.b, l, _CMP_GE_OQ))};
+  return {_mm256_and_ps(y.a, _mm256_cmp_ps(x.a, l, _CMP_NLT_UQ)), _mm256_and_ps(y.b, _mm256_cmp_ps(x.b, l, _CMP_NLT_UQ))};
 }
 static inline F keep(F x, int first, int last, float other) {
   const __m256 o = _mm256_set1_ps(other);

@@ -27,7 +27,7 @@ static inline F scale2(F a, F n) {
   return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23)))};
 }
 static inline F zero_below(F x, float limit, F a) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), a.v)};
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
 }
 static inline F keep(F a, int first, int last, float other) {
   return {_mm512_mask_mov_ps(_mm512_set1_ps(other), __mmask16(((1u << last) - 1) & ~((1u << first) - 1)), a.v)};

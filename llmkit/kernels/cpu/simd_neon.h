@@ -44,7 +44,7 @@ static inline F scale2(F x, F n) {
   return x;
 }
 static inline F zero_below(F x, float limit, F y) {
-  LANES y.v[i] = vbslq_f32(vcgeq_f32(x.v[i], vdupq_n_f32(limit)), y.v[i], vdupq_n_f32(0));
+  LANES y.v[i] = vbslq_f32(vcltq_f32(x.v[i], vdupq_n_f32(limit)), vdupq_n_f32(0), y.v[i]);
   return y;
 }
 static inline F keep(F x, int first, int last, float other) {

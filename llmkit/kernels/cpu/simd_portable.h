@@ -28,12 +28,12 @@ static inline F max(F a, F b) { LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]
 static inline F min(F a, F b) { LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
 static inline F abs(F a) { LANES a.v[i] = fabsf(a.v[i]); return a; }
 static inline F round_even(F a) { LANES a.v[i] = nearbyintf(a.v[i]); return a; }
-// a * 2^n for integers n in -126..127
+// a * 2^n for integers n in -126..127; NaN of NaN
 static inline F scale2(F a, F n) {
-  LANES { int32_t bits = (int32_t(n.v[i]) + 127) << 23; float f; memcpy(&f, &bits, 4); a.v[i] *= f; }
+  LANES { int32_t bits = (int32_t(n.v[i] >= -126 ? n.v[i] : 0) + 127) << 23; float f; memcpy(&f, &bits, 4); a.v[i] *= f; }
   return a;
 }
-static inline F zero_below(F x, float limit, F a) { LANES a.v[i] = x.v[i] >= limit ? a.v[i] : 0; return a; }
+static inline F zero_below(F x, float limit, F a) { LANES a.v[i] = x.v[i] < limit ? 0 : a.v[i]; return a; }
 // lanes first <= i < last of a, `other` elsewhere
 static inline F keep(F a, int first, int last, float other) { LANES a.v[i] = i >= first && i < last ? a.v[i] : other; return a; }
 static inline float hsum(F a) {
