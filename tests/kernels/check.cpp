@@ -1,5 +1,5 @@
-// Every instruction set of this processor against the portable one, bit for bit, and whole steps of a small model in every way
-// of cutting them. Linked with the kernels alone, without Python: one source for native runs, emulators and sanitizers.
+// Every instruction set of this processor against the portable one, bit for bit, those of training against exact arithmetic too, and
+// whole steps of a small model in every way of cutting them. Linked with the kernels alone, without Python: one source for native runs, emulators and sanitizers.
 //
 //   check           all that this processor runs; prints a line "NAME CHECKS DIGEST" for each. The digest of all results is the
 //                   same on every processor. What differs is named on standard error, and the exit status is 1.
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "training.h"
 
 using namespace llmkit;
 
@@ -72,6 +73,17 @@ Matrix matrix(Random& random, Kind kind, int64_t n, int64_t k, int group = 32, b
   return m;
 }
 
+double stored(const Linear& w, int64_t i) {
+  if (w.kind == Kind::F32) return double(static_cast<const float*>(w.data)[i]);
+  const uint32_t bits = static_cast<const uint16_t*>(w.data)[i], wide = bits << 16;
+  float number;
+  std::memcpy(&number, &wide, 4);
+  return w.kind == Kind::BF16 ? double(number) : std::ldexp((bits >> 15 ? -1.0 : 1.0) * (1024 + bits % 1024), int(bits >> 10 & 31) - 25);
+}
+
+// Room for so many floats and no more, in which nothing may be read before it is written.
+std::vector<float> unwritten(int64_t n) { return std::vector<float>(size_t(n), NAN); }
+
 struct Rounded {
   std::vector<int8_t> q;
   std::vector<float> start;
@@ -112,6 +124,18 @@ class Checker {
     same(what, expected.data(), found.data(), size_t(count) * 4, digested);
   }
 
+  // Against exact arithmetic, relative to the largest number, or to terms of this size that cancel each other.
+  void near(const std::string& what, const std::vector<double>& exact, const float* found, double terms = 0) {
+    double largest = terms, furthest = 0;
+    for (size_t i = 0; i < exact.size(); ++i) {
+      const double away = std::fabs(exact[i] - double(found[i]));
+      largest = std::max(largest, std::fabs(exact[i]));
+      if (!(away <= furthest)) furthest = away;  // what is no number stays
+    }
+    ++checks;
+    if (!(furthest <= 1e-5 * largest) && ++failures <= 20) std::fprintf(stderr, "%s: %s is wrong by %.3g of %.3g\n", kernels_.name, what.c_str(), furthest, largest);
+  }
+
   void elementwise() {
     Random random{1};
     for (int64_t n : {1, 7, 15, 16, 17, 33, 64, 77}) {
@@ -128,6 +152,7 @@ class Checker {
       }
       compare("rms_norm" + at, n, [&](const Kernels& k, float* out) { k.rms_norm(x.data(), y.data(), 1e-5f, n, out); });
       compare("layer_norm" + at, n, [&](const Kernels& k, float* out) { k.layer_norm(x.data(), y.data(), bias.data(), 1e-5f, n, out); });
+      gradients(at, n, random.floats(n, 8), y, bias);
     }
     // Where exp over- and underflows, and what is no number: the answer may be anything, but not undefined.
     const std::vector<float> extreme = {0, -0.0f, 87, -87, 88.5f, -88.5f, 1e30f, -1e30f, INFINITY, -INFINITY, 1e-30f, -1e-42f};
@@ -136,6 +161,12 @@ class Checker {
         std::memcpy(out, extreme.data(), extreme.size() * 4);
         k.activate(activation, out, nullptr, int64_t(extreme.size()));
       }, false);
+    const std::vector<float> ones(extreme.size(), 1);
+    compare("gate, extreme", 3 * int64_t(extreme.size()), [&](const Kernels& k, float* out) {
+      const int64_t n = int64_t(extreme.size());
+      k.gate(extreme.data(), ones.data(), n, out);
+      k.gate_back(extreme.data(), ones.data(), ones.data(), n, out + n, out + 2 * n);
+    }, false);
   }
 
   void products() {
@@ -182,7 +213,188 @@ class Checker {
         for (int64_t window : {0, 37}) attention(random, kind, dim, window, dim == 20 ? 2.0f : 0.0f);
   }
 
+  void training_products() {
+    Random random{7};
+    std::vector<Product> all = {{13, 16, {800, 9}, Kind::F16, 3}, {49, 1200, {17}, Kind::BF16, 16}, {61, 805, {4, 600, 20}, Kind::F32, 0}};
+    for (int64_t tokens = 1; tokens <= 61; ++tokens) {
+      constexpr int64_t ranks[] = {0, 3, 16};
+      Product one{tokens, 1 + random.below(99), {}, Kind(random.below(3)), ranks[random.below(3)]};
+      for (int64_t parts = 1 + random.below(3); parts; --parts) one.n.push_back(1 + random.below(70));
+      all.push_back(one);
+    }
+    for (const Product& one : all)
+      for (bool back : {false, true}) training_product(random, one, back);
+  }
+
+  void documents() {
+    Random random{8};
+    documents(random, {1, 1, 8, 0}, {1});
+    documents(random, {4, 2, 20, 0}, {1, 1, 2, 61});
+    documents(random, {2, 1, 33, 7}, {100, 3});
+    documents(random, {6, 2, 64, 0}, {230});
+    documents(random, {2, 1, 256, 0}, {49, 13});
+    documents(random, {1, 1, 200, 60}, {250, 1});
+    documents(random, {3, 3, 100, 1}, {60});
+    documents(random, {2, 2, 8, 400}, {420});
+  }
+
  private:
+  // x [n] within -8..8, where the logistic function is far from its ends
+  void gradients(const std::string& at, int64_t n, const std::vector<float>& x, const std::vector<float>& y, const std::vector<float>& dy) {
+    auto checked = [&](const std::string& what, const std::vector<double>& exact, const std::function<void(const Kernels&, float*)>& run) {
+      std::vector<float> found = unwritten(int64_t(exact.size()));
+      run(kernels_, found.data());
+      near(what + at, exact, found.data(), 1);
+      compare(what + at, int64_t(exact.size()), run);
+    };
+    double squares = 0, products = 0;
+    for (size_t i = 0; i < x.size(); ++i) squares += double(x[i]) * double(x[i]), products += double(x[i]) * double(y[i]) * double(dy[i]);
+    const double r = 1 / std::sqrt(squares / double(n) + 1e-5);
+    std::vector<double> dx, h, gates, ups;
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double s = 1 / (1 + std::exp(-double(x[i]))), d = double(dy[i]);
+      dx.push_back(r * double(y[i]) * d - r * r * r * double(x[i]) * products / double(n));
+      h.push_back(double(x[i]) * s * double(y[i]));
+      gates.push_back(d * double(y[i]) * s * (1 + double(x[i]) * (1 - s)));
+      ups.push_back(d * double(x[i]) * s);
+    }
+    gates.insert(gates.end(), ups.begin(), ups.end());
+    checked("rms_norm_back", dx, [&](const Kernels& k, float* out) { k.rms_norm_back(x.data(), y.data(), 1e-5f, dy.data(), n, out); });
+    checked("gate", h, [&](const Kernels& k, float* out) { k.gate(x.data(), y.data(), n, out); });
+    checked("gate_back", gates, [&](const Kernels& k, float* out) { k.gate_back(x.data(), y.data(), dy.data(), n, out, out + n); });
+    for (int64_t turned : {n / 2 * 2, n / 4 * 2})
+      for (bool back : {false, true}) {
+        const std::vector<float> cos(y.begin(), y.begin() + turned), sin(dy.begin(), dy.begin() + turned);
+        std::vector<double> exact(x.begin(), x.end());
+        for (int64_t i = 0; i < turned; ++i)
+          exact[size_t(i)] = double(cos[size_t(i)]) * double(x[size_t(i)]) + (back ? -1 : 1) * double(sin[size_t(i)]) * double(x[size_t((i + turned / 2) % turned)]);
+        checked("rotate", exact, [&](const Kernels& k, float* out) { k.rotate(x.data(), cos.data(), sin.data(), turned, n, back, out); });
+      }
+  }
+
+  struct Product {
+    int64_t tokens, k;
+    std::vector<int64_t> n;
+    Kind kind;
+    int64_t rank;
+  };
+
+  void training_product(Random& random, const Product& one, bool back) {
+    const int64_t tokens = one.tokens, k = one.k;
+    std::vector<Matrix> weights;
+    std::vector<std::vector<float>> a, b, x;
+    std::vector<int64_t> widths;  // of y
+    for (int64_t n : one.n) {
+      weights.push_back(matrix(random, one.kind, n, k, 32, (n + tokens) % 2 == 0));
+      a.push_back(random.floats(one.rank * k)), b.push_back(random.floats(n * one.rank));
+      if (back || x.empty()) x.push_back(random.floats(tokens * (back ? n : k)));
+      if (!back || widths.empty()) widths.push_back(back ? k : n);
+    }
+    std::vector<Factor> factors;
+    std::vector<std::vector<double>> exact;
+    for (int64_t width : widths) exact.emplace_back(size_t(tokens * width));
+    for (size_t p = 0; p < weights.size(); ++p) {
+      const Linear& w = weights[p].w;
+      factors.push_back({w, one.rank ? a[p].data() : nullptr, one.rank ? b[p].data() : nullptr, one.rank, 0.7f});
+      for (int64_t i = 0; i < w.n * k; ++i) {
+        const int64_t row = i / k, column = i % k;
+        double u = 0;
+        for (int64_t j = 0; j < one.rank; ++j) u += double(b[p][size_t(row * one.rank + j)]) * double(a[p][size_t(j * k + column)]);
+        u = stored(w, i) + double(0.7f) * u;
+        for (int64_t t = 0; t < tokens; ++t)
+          if (back) exact[0][size_t(t * k + column)] += double(x[p][size_t(t * w.n + row)]) * u;
+          else exact[p][size_t(t * w.n + row)] += double(x[0][size_t(t * k + column)]) * u + (w.bias && !column ? double(w.bias[row]) : 0.0);
+      }
+    }
+    auto run = [&](const Kernels& kernels, int threads) {
+      std::vector<std::vector<float>> y;
+      std::vector<const float*> from;
+      std::vector<float*> to;
+      for (const std::vector<float>& rows : x) from.push_back(rows.data());
+      for (int64_t width : widths) y.push_back(unwritten(tokens * width));
+      for (std::vector<float>& rows : y) to.push_back(rows.data());
+      const Matmul job{back, int(weights.size()), factors.data(), tokens, from.data(), to.data()};
+      if (threads) matmul(kernels, threads, job);
+      const int64_t panels = threads ? 0 : kernels.matmul_panels(job);
+      for (int64_t part = 0; part < 2 && panels; ++part) {  // as two threads share it
+        std::vector<float> scratch = unwritten(kMatmulScratch);
+        if (part || panels > 1) kernels.matmul(job, panels / 2 * part, part ? panels : panels / 2, scratch.data());
+      }
+      return y;
+    };
+    const std::vector<std::vector<float>> expected = run(*portable_kernels(), 0), found = run(kernels_, 0), threaded = run(kernels_, 3);
+    const std::string what = std::string(back ? "product back" : "product of training") + ", kind " + std::to_string(int(one.kind)) + ", k " + std::to_string(k) +
+                             ", n " + std::to_string(one.n[0]) + ", rank " + std::to_string(one.rank) + ", tokens " + std::to_string(tokens);
+    for (size_t p = 0; p < exact.size(); ++p) {
+      same(what, expected[p].data(), found[p].data(), found[p].size() * 4);
+      same(what + ", three threads", found[p].data(), threaded[p].data(), found[p].size() * 4);
+      near(what, exact[p], found[p].data());
+    }
+  }
+
+  void documents(Random& random, DocumentAttention a, const std::vector<int64_t>& lengths) {
+    const int64_t tokens = std::accumulate(lengths.begin(), lengths.end(), int64_t(0)), ldq = a.heads * a.dim, ldk = a.kv_heads * a.dim;
+    const std::vector<float> q = random.floats(tokens * ldq, 3), k = random.floats(tokens * ldk), v = random.floats(tokens * ldk), dout = random.floats(tokens * ldq);
+    a.scale = 0.3f, a.q = q.data(), a.k = k.data(), a.v = v.data(), a.dout = dout.data();
+    const char* const names[] = {"the result", "lse", "dq", "dk", "dv"};
+    const int64_t sizes[] = {tokens * ldq, tokens * a.heads, tokens * ldq, tokens * ldk, tokens * ldk};
+
+    std::vector<double> exact[5];
+    for (int i = 0; i < 5; ++i) exact[i].resize(size_t(sizes[i]));
+    auto dot = [&](const float* x, const float* y) { return std::inner_product(x, x + a.dim, y, 0.0, std::plus<>(), [](float s, float t) { return double(s) * double(t); }); };
+    int64_t begin = 0;
+    for (int64_t length : lengths) {
+      for (int64_t t = begin; t < begin + length; ++t)
+        for (int64_t head = 0; head < a.heads; ++head) {
+          const int64_t first = a.window ? std::max(begin, t + 1 - a.window) : begin, own = t * ldq + head * a.dim;
+          auto key = [&](int64_t at) { return at * ldk + head / (a.heads / a.kv_heads) * a.dim; };
+          std::vector<double> p;
+          double sum = 0, delta = 0;
+          for (int64_t s = first; s <= t; ++s) p.push_back(std::exp(double(a.scale) * dot(&q[size_t(own)], &k[size_t(key(s))]))), sum += p.back();
+          exact[1][size_t(t * a.heads + head)] = std::log(sum);
+          for (int64_t s = first; s <= t; ++s) {
+            p[size_t(s - first)] /= sum;
+            delta += p[size_t(s - first)] * dot(&dout[size_t(own)], &v[size_t(key(s))]);
+          }
+          for (int64_t s = first; s <= t; ++s) {
+            const double here = p[size_t(s - first)], ds = double(a.scale) * here * (dot(&dout[size_t(own)], &v[size_t(key(s))]) - delta);
+            for (int64_t d = 0; d < a.dim; ++d) {
+              const size_t mine = size_t(own + d), theirs = size_t(key(s) + d);
+              exact[0][mine] += here * double(v[theirs]), exact[2][mine] += ds * double(k[theirs]);
+              exact[3][theirs] += ds * double(q[mine]), exact[4][theirs] += here * double(dout[mine]);
+            }
+          }
+        }
+      begin += length;
+    }
+
+    auto run = [&](const Kernels& kernels, int threads) {
+      std::vector<std::vector<float>> found;
+      for (int64_t size : sizes) found.push_back(unwritten(size));
+      DocumentAttention job = a;
+      job.out = found[0].data(), job.lse = found[1].data(), job.dq = found[2].data(), job.dk = found[3].data(), job.dv = found[4].data();
+      for (bool back : {false, true}) {
+        if (threads) attend_documents(kernels, threads, job, lengths, back);
+        int64_t at = 0;
+        for (int64_t length : lengths) {
+          for (int64_t head = 0; head < a.kv_heads && !threads; ++head) {
+            std::vector<float> scratch = unwritten(kernels.document_scratch(job, length));
+            (back ? kernels.attend_document_back : kernels.attend_document)(job, at, length, head, scratch.data());
+          }
+          at += length;
+        }
+      }
+      return found;
+    };
+    const std::vector<std::vector<float>> expected = run(*portable_kernels(), 0), found = run(kernels_, 0), threaded = run(kernels_, 3);
+    for (size_t i = 0; i < 5; ++i) {  // the logarithm is the standard library's: not the same everywhere
+      const std::string what = "documents, dim " + std::to_string(a.dim) + ", window " + std::to_string(a.window) + ": " + names[i];
+      same(what, expected[i].data(), found[i].data(), found[i].size() * 4, i == 0);
+      same(what + ", three threads", found[i].data(), threaded[i].data(), found[i].size() * 4, false);
+      near(what, exact[i], found[i].data(), 1);
+    }
+  }
+
   static void multiply(const Kernels& kernels, const Matrix& m, const std::vector<float>& x, int64_t tokens, float* y, int64_t ldy) {
     const Linear w = m.of(kernels);
     const int64_t tiles = (w.n + kernels.tile_rows(w) - 1) / kernels.tile_rows(w);
@@ -357,6 +569,8 @@ bool check(const Kernels& kernels) {
   checker.rounding();
   checker.products();
   checker.attention();
+  checker.training_products();
+  checker.documents();
   for (Kind cache : {Kind::F32, Kind::F16, Kind::Q8}) {
     for (Kind kind : {Kind::F32, Kind::F16, Kind::BF16, Kind::Q4, Kind::Q8}) steps(checker, kernels, kind, 32, cache, 41);
     steps(checker, kernels, Kind::Q4, 16, cache, SPLIT + 30);

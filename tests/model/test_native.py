@@ -7,10 +7,12 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmkit.config import ModelConfig
@@ -243,6 +245,94 @@ def test_what_does_not_fit_is_refused(sizes: tuple[int, int, int, int, float]) -
         native.project_back([normal(3, 5), normal(3, 5)], [native.factor(normal(5, 4)), native.factor(normal(6, 4))])
     with pytest.raises(ValueError, match="columns"):
         native.project(normal(3, 4), [native.factor(normal(5, 4)), native.factor(normal(6, 3))])
+
+
+W = (0, 3, 4, np.ones((3, 4), np.float32), None, None, None, 32, None)  # a weight [3, 4]
+
+
+def row(count: int) -> NDArray[np.float32]:
+    return np.ones(count, np.float32)
+
+
+def read_only(count: int) -> NDArray[np.float32]:
+    array = row(count)
+    array.flags.writeable = False
+    return array
+
+
+BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "x is no whole row": ("norm", (row(7), row(4), 1e-5, row(4))),
+    "x is less than a row": ("norm", (row(3), row(4), 1e-5, row(0))),
+    "empty rows": ("norm", (row(8), row(0), 1e-5, row(8))),
+    "strides": ("norm", (row(16)[::2], row(4), 1e-5, row(8))),
+    "columns first": ("norm", (np.ones((4, 2), np.float32).T, row(4), 1e-5, row(8))),
+    "result too short": ("norm", (row(8), row(4), 1e-5, row(4))),
+    "result too long": ("norm", (row(8), row(4), 1e-5, row(12))),
+    "result not writable": ("norm", (row(8), row(4), 1e-5, read_only(8))),
+    "bytes": ("norm", (np.ones(33, np.uint8), row(4), 1e-5, row(8))),
+    "odd address": ("norm", (np.ones(33, np.uint8)[1:], row(4), 1e-5, row(8))),
+    "gradient of other rows": ("norm_back", (row(8), row(4), 1e-5, row(4), row(8))),
+    "no heads": ("rotate", (0, 4, row(8), row(4), row(4), False, row(8))),
+    "heads x dim overflows": ("rotate", (2**62, 4, row(8), row(4), row(4), False, row(8))),
+    "heads are no int64": ("rotate", (2**64, 4, row(8), row(4), row(4), False, row(8))),
+    "dim too large": ("rotate", (1, 2048, row(2048), row(4), row(4), False, row(2048))),
+    "cos is wider than a head": ("rotate", (2, 4, row(8), row(6), row(6), False, row(8))),
+    "cos is odd": ("rotate", (2, 4, row(8), row(3), row(3), False, row(8))),
+    "cos has fewer rows": ("rotate", (1, 4, row(8), row(1), row(1), False, row(8))),
+    "cos is empty": ("rotate", (2, 4, row(8), row(0), row(0), False, row(8))),
+    "sin is narrower": ("rotate", (2, 4, row(8), row(4), row(2), False, row(8))),
+    "no width": ("gate", (0, row(8), row(8), row(8))),
+    "negative width": ("gate", (-4, row(8), row(8), row(8))),
+    "width overflows": ("gate", (2**62, row(8), row(8), row(8))),
+    "up is shorter": ("gate", (4, row(8), row(4), row(8))),
+    "a gradient is not writable": ("gate_back", (4, row(8), row(8), row(8), row(8), read_only(8))),
+    "no factors": ("matmul", (False, (), (row(4),), (row(3),))),
+    "too few results": ("matmul", (False, ((W, None, None, 1.0),) * 2, (row(4),), (row(3),))),
+    "A of other columns": ("matmul", (False, ((W, row(5), row(3), 1.0),), (row(4),), (row(3),))),
+    "B of another rank": ("matmul", (False, ((W, row(8), row(3), 1.0),), (row(4),), (row(3),))),
+    "A without B": ("matmul", (False, ((W, row(4), None, 1.0),), (row(4),), (row(3),))),
+    "B of rank 0": ("matmul", (False, ((W, row(0), row(3), 1.0),), (row(4),), (row(3),))),
+    "a short factor": ("matmul", (False, ((W,),), (row(4),), (row(3),))),
+    "lists": ("matmul", (False, [(W, None, None, 1.0)], [row(4)], [row(3)])),
+    "x of other columns": ("matmul", (False, ((W, None, None, 1.0),), (row(5),), (row(3),))),
+    "dy of other rows": ("matmul", (True, ((W, None, None, 1.0),) * 2, (row(6), row(3)), (row(8),))),
+    "no tokens, but results": ("matmul", (False, ((W, None, None, 1.0),), (row(0),), (row(3),))),
+    "documents shorter than q": ("attend", ((1, 1, 4, 0, 1.0), (1,), row(8), row(8), row(8), row(8), row(2), None)),
+    "an empty document": ("attend", ((1, 1, 4, 0, 1.0), (2, 0), row(8), row(8), row(8), row(8), row(2), None)),
+    "too many tokens": ("attend", ((65536, 65536, 1024, 0, 1.0), (2**31,) * 2**17, *[row(0)] * 5, None)),
+    "three gradients": ("attend", ((1, 1, 4, 0, 1.0), (2,), row(8), row(8), row(8), row(8), row(2), (row(8),) * 3)),
+    "dk is shorter": ("attend", ((1, 1, 4, 0, 1.0), (2,), row(8), row(8), row(8), row(8), row(2), (row(8), row(8), row(4), row(8)))),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_arrays_are_refused(name: str) -> None:
+    function, arguments = BAD[name]
+    with pytest.raises((ValueError, TypeError, IndexError, OverflowError, BufferError)):
+        getattr(_native, function)(None, 1, *arguments)
+
+
+def test_a_runtime_is_lent_whole() -> None:
+    with pytest.raises(ValueError, match="missing"):
+        _native.lend(1, 0, 0)
+
+
+def test_nothing_is_as_good_as_something() -> None:
+    """No tokens, no rank: arrays of no numbers."""
+    one = native.factor(normal(5, 4), normal(5), (normal(0, 4), normal(5, 0)))
+    assert torch.equal(native.project(normal(3, 4), [one])[0], native.project(normal(3, 4), [native.factor(normal(5, 4), normal(5))])[0])
+    assert native.project(normal(0, 4), [one])[0].shape == (0, 5)
+    assert native.project_back([normal(0, 5)], [one]).shape == (0, 4)
+    assert native.gated(normal(0, 4), normal(0, 4)).shape == (0, 4)
+    assert [t.shape for t in native.gated_back(normal(0, 4), normal(0, 4), normal(0, 4))] == [(0, 4)] * 2
+    for shape in [(1, 0, 2, 8), (0, 3, 2, 8)]:
+        x = normal(*shape).requires_grad_()
+        tables = normal(1, shape[1], 1, 8), normal(1, shape[1], 1, 8)
+        turned = native.rotated(native.normalised(x, normal(8), 1e-5), tables)
+        out = native.document_attention(turned, turned, turned, (), None, 1.0)
+        out.sum().backward()
+        assert out.shape == shape
+        assert x.grad is not None
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

@@ -78,11 +78,11 @@ static inline void adapted_rows(const Factor& f, int64_t n, int64_t first, int64
   each(count, [&](int64_t i, int m) {
     F sum[Rows];
     for (int r = 0; r < Rows; ++r) sum[r] = zero();
-    const float *a = f.a + first + i, *b = f.b + n * f.rank;
-    for (int64_t j = 0; j < f.rank; ++j, a += f.w.k, ++b) {
-      const F v = load_n(a, m);
+    const float* b = f.b + n * f.rank;
+    for (int64_t j = 0, at = first + i; j < f.rank; ++j, at += f.w.k) {  // without a rank there is no A
+      const F v = load_n(f.a + at, m);
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) sum[r] = fma(set1(b[r * f.rank]), v, sum[r]);
+      for (int r = 0; r < Rows; ++r) sum[r] = fma(set1(b[r * f.rank + j]), v, sum[r]);
     }
     for (int r = 0; r < Rows; ++r) {
       const F stored = m == 16 ? load_weights(w + r * f.w.k + i) : load_tail(w + r * f.w.k + i, m);

@@ -134,12 +134,13 @@ PyObject* attend_of(PyObject*, PyObject* args) {
     a.scale = float(number(item(sizes, 4)));
     if (a.kv_heads < 1 || a.heads < 1 || a.heads > 65536 || a.heads % a.kv_heads || a.dim < 1 || a.dim > kMaxHeadDim || a.window < 0)
       throw std::invalid_argument("the heads have an impossible shape");
+    constexpr int64_t most = int64_t(1) << 31;  // of all documents: times 65536 heads of kMaxHeadDim numbers it is still an int64
     std::vector<int64_t> lengths;
     int64_t tokens = 0;
     if (!PyTuple_Check(documents)) throw std::invalid_argument("the lengths are no tuple");
     for (Py_ssize_t i = 0; i < PyTuple_Size(documents); ++i) {
       const int64_t length = integer(item(documents, i));
-      if (length < 1 || length > (int64_t(1) << 31)) throw std::invalid_argument("a document has an impossible length");
+      if (length < 1 || length > most - tokens) throw std::invalid_argument("a document has an impossible length");
       lengths.push_back(length);
       tokens += length;
     }
@@ -163,11 +164,12 @@ PyObject* attend_of(PyObject*, PyObject* args) {
   });
 }
 
-// lend(parallel, thread, threads): the addresses of three functions of an OpenMP runtime
+// lend(parallel, thread, threads): the addresses of three functions of an OpenMP runtime; or 0, 0, 0: none is lent
 PyObject* lend_threads(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     unsigned long long parallel = 0, thread = 0, threads = 0;
     if (!PyArg_ParseTuple(args, "KKK", &parallel, &thread, &threads)) throw PythonError();
+    if (!parallel != !thread || !parallel != !threads) throw std::invalid_argument("of three functions some are missing");
     OpenMP runtime;
     runtime.parallel = reinterpret_cast<decltype(runtime.parallel)>(uintptr_t(parallel));
     runtime.thread = reinterpret_cast<decltype(runtime.thread)>(uintptr_t(thread));
