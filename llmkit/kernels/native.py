@@ -29,6 +29,9 @@ ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_ta
 CACHE_KINDS = {32: 0, 16: 1, 8: Q8}
 SLOTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# What an extension of an older llmkit may lack.
+_FUNCTIONS = ("product", "dequantize", "matmul", "attend", "norm", "norm_back", "rotate", "gate", "gate_back", "lend")
+
 Floats = NDArray[np.float32]
 LowRank = tuple[NDArray[np.float32], NDArray[np.float32]]  # A [rank, in], B [out, rank], scaled: y += B (A x)
 
@@ -46,6 +49,9 @@ def native_problem(config: ModelConfig | None = None) -> str | None:
         from llmkit.kernels.cpu import _native
     except ImportError:
         return "the native kernels were not built (no C++ compiler when llmkit was installed)"
+    missing = [name for name in _FUNCTIONS if not hasattr(_native, name)]
+    if missing:
+        return f"the native kernels were built for an older llmkit, without {missing[0]}; install llmkit again"
     names = _native.available()
     if wanted and wanted not in names:
         raise UsageError(f"LLMKIT_KERNELS is {wanted!r}, which this processor does not run. Use one of {', '.join(names)} or reference.")

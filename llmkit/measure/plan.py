@@ -24,13 +24,17 @@ class Constants:
 
     native_process: int = 55_000_000  # Python, numpy, the tokenizer's library, native kernels
     torch_process: int = 258_000_000  # and torch
-    training_process: int = 410_000_000  # and optimizers, which import torch's compiler
+    training_process: int = 445_000_000  # and optimizers, which import torch's compiler, and what the first steps leave
     adapter_process: int = 125_000_000  # PEFT, on top of it
     cuda_context: int = 600_000_000  # on the GPU: driver, kernels, the libraries' workspaces
     tokenizer: float = 10.0  # bytes for each of tokenizer.json
     data: float = 2.0  # bytes for each of the data files
-    holes: float = 0.45  # of activations on a CPU: what the C library keeps between them (glibc, mmap threshold 32 MB)
-    fewer_holes: float = 0.15  # with checkpointing, where the threshold is 2 MB
+    holes: float = 0.45  # of activations on a CPU in PyTorch: what the C library keeps between them
+    fewer_holes: float = 0.15  # with checkpointing, where it keeps smaller pieces only
+    kept_piece: int = 32 << 20  # the largest piece that the C library keeps when it is freed (model/backend.py: keep_freed_memory)
+    kept_piece_checkpointing: int = 2 << 20
+    huge_page: int = 2 << 20  # of which arrays of numpy lie in where they are large
+    huge_array: int = 4 << 20
     nf4_work: int = 30_000_000  # of a dequantization, beside the matrix
     logit_copies: int = 4  # float32 copies of a chunk of logits: they, their log-softmax, and both gradients
     logit_elements: int = 1 << 24  # of a chunk of logits

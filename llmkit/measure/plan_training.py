@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from llmkit.checkpoint.weights import EMBEDDING, HEAD
 from llmkit.config import LayerConfig, ModelConfig
+from llmkit.kernels import native_problem
 from llmkit.measure.facts import Facts, Storage, storage_bytes
 from llmkit.measure.plan import CONSTANTS, Change, Constants, Terms, attention_sizes, without_zeros
 from llmkit.quant.schemes import Choice, choose
@@ -21,7 +22,6 @@ class Setting:
     tokens: int  # in one forward pass
     length: int
     lora: bool
-    rank: int
     factors: int  # numbers in adapters
     saved: int  # numbers in modules trained whole beside them
     quantize: str | None
@@ -31,6 +31,8 @@ class Setting:
     ema: bool
     bfloat16: bool  # of products, on a GPU
     loss: str
+    native: bool  # the kernels run here: on a CPU they attend
+    fused: bool  # all of an adapter goes through lora/fused.py, in float32 on a CPU
 
     @property
     def trained(self) -> int:
@@ -46,7 +48,6 @@ def setting(recipe: Recipe, facts: Facts, checkpointing: bool = False) -> Settin
         tokens=recipe.batch_size * length * _group(recipe),
         length=length,
         lora=lora is not None,
-        rank=0 if lora is None else lora.r,
         factors=factors,
         saved=saved,
         quantize=recipe.quantize,
@@ -56,6 +57,8 @@ def setting(recipe: Recipe, facts: Facts, checkpointing: bool = False) -> Settin
         ema=recipe.ema is not None,
         bfloat16=recipe.dtype != "float32",
         loss=recipe.loss,
+        native=native_problem() is None,
+        fused=lora is not None and not lora.use_dora and not lora.dropout and recipe.dtype != "bfloat16",
     )
 
 
@@ -109,9 +112,11 @@ def training(
     if how.ema:
         terms["average of the weights"] = 4 * how.trained
 
+    attends, pooled = on_cpu and how.native, on_cpu and how.native and how.fused
     layers = [_saved_numbers(config, layer, how) for layer in config.layers]
-    if how.checkpointing:  # what attention gave is kept; see model/transformer.py
-        kept = 4 * config.hidden_size + size * (config.num_attention_heads * config.head_dim + config.num_attention_heads)
+    if how.checkpointing:  # what PyTorch's attention gave is kept; see model/transformer.py
+        kept = 4 * config.hidden_size
+        kept += 0 if attends else size * (config.num_attention_heads * config.head_dim + config.num_attention_heads)
         activations = how.tokens * (len(layers) * kept + size * max(layers))
     else:
         activations = how.tokens * size * sum(layers)
@@ -122,20 +127,58 @@ def training(
     copies = 1 if once else constants.logit_copies * (2 if how.loss == "distill" else 1)
     logits = copies * rows * config.vocab_size * 4
     head = EMBEDDING if HEAD not in facts.shapes else HEAD
-    if held[head] != "F32":  # widened for the product, 16 bits a part at a time
-        logits += constants.logit_elements if once and not isinstance(held[head], Choice) else math.prod(facts.head) * 4
+    if isinstance(held[head], Choice) or (held[head] != "F32" and not once):
+        logits += 4 * math.prod(facts.head)
+    elif held[head] != "F32" and not pooled:  # widened a part at a time
+        logits += constants.logit_elements
     inner = max(_mlp_numbers(config, layer) for layer in config.layers)
-    narrow = [math.prod(facts.shapes[name]) for name in facts.linears if held[name] != "F32"]
-    backward = how.tokens * (5 * inner // 2 + 3 * config.hidden_size) * size + 4 * max(narrow, default=0)
+    backward = how.tokens * (5 * inner // 2 + 3 * config.hidden_size) * size + _widened(facts, held, pooled)
     terms["activations"] = activations
-    terms["holes between them"] = int((constants.fewer_holes if how.checkpointing else constants.holes) * activations) if on_cpu else 0
+    if pooled:
+        terms["holes between them"] = _huge_pages(how, config, constants)
+    elif on_cpu:
+        terms["holes between them"] = int((constants.fewer_holes if how.checkpointing else constants.holes) * activations)
     gradients = 4 * how.trained
     if not how.lora and not how.accumulates:
         # While gradients come, activations go; those of head and embedding come first and last.
         gradients = max(0, gradients - activations) + 4 * math.prod(facts.head)
     terms["gradients"] = gradients
     terms["logits or backward buffers"] = max(logits, backward)
+    kept_piece = constants.kept_piece_checkpointing if how.checkpointing else constants.kept_piece
+    if pooled and how.tokens * 4 * config.intermediate_size <= kept_piece:  # the pool gave them up for logits, the C library keeps them
+        terms["logits or backward buffers"] = logits + backward
     return without_zeros(terms)
+
+
+def _widened(facts: Facts, held: dict[str, Storage], pooled: bool) -> int:
+    """Bytes of the matrices that stand in float32 beside a product on the way back: the native ones read 16 bits as they are, and
+    take all that have one input together."""
+    if not pooled:
+        return 4 * max((math.prod(facts.shapes[name]) for name in facts.linears if held[name] != "F32"), default=0)
+    together: dict[str, int] = {}
+    for name, shape in facts.linears.items():
+        if isinstance(held[name], Choice):
+            place, linear = name.removesuffix(".weight").rsplit(".", 1)
+            group = f"{place}.out" if linear in ("o_proj", "down_proj") else place
+            together[group] = together.get(group, 0) + 4 * math.prod(shape)
+    return max(together.values(), default=0)
+
+
+def _huge_pages(how: Setting, config: ModelConfig, constants: Constants) -> int:
+    """What the room behind the pieces of the pool (`model.native.Memory`: a quarter of each) takes. It is not written to, but the large
+    pieces lie in huge pages, of which the last is half used on average."""
+    hidden, (q, kv) = config.hidden_size, attention_sizes(config)
+    found = []
+    for layer in config.layers:
+        mlp = _mlp_numbers(config, layer)
+        pieces = [hidden] * _norms(config) + [q, q, kv, kv] + ([mlp // 2] * 2 if config.gated_mlp else [mlp])
+        sizes = [4 * how.tokens * numbers for numbers in pieces]
+        found.append(sum(min(size // 4, constants.huge_page // 2) for size in sizes if 5 * size // 4 >= constants.huge_array))
+    return max(found) if how.checkpointing else sum(found)
+
+
+def _norms(config: ModelConfig) -> int:
+    return {"pre": 2, "post": 2, "sandwich": 4}[config.norm_placement]
 
 
 def _optimizer_bytes(how: Setting, facts: Facts) -> int:
@@ -149,13 +192,12 @@ def _optimizer_bytes(how: Setting, facts: Facts) -> int:
 def _saved_numbers(config: ModelConfig, layer: LayerConfig, how: Setting) -> int:
     """Numbers that a layer keeps for the backward pass, for each token.
 
-    Low-rank (lora/fused.py): the inputs of norms and of linears once each, query, key, value, the attention's result, gate and up, and the
-    rank for every adapter. All weights trained: each norm also its normalised input, and the MLP its activation and product.
+    Low-rank (lora/fused.py): the inputs of norms and of linears once each, query, key, value, the attention's result, gate and up.
+    All weights trained: each norm also its normalised input, and the MLP its activation and product.
     """
     hidden, (q, kv) = config.hidden_size, attention_sizes(config)
-    norms = {"pre": 2, "post": 2, "sandwich": 4}[config.norm_placement]
     own = 1 if how.lora else 2
-    numbers = (own * norms + 2) * hidden + 2 * q + 2 * kv + config.num_attention_heads + 2
+    numbers = (own * _norms(config) + 2) * hidden + 2 * q + 2 * kv + config.num_attention_heads + 2
     if config.qk_norm is not None:
         numbers += own * (q + kv)
     if config.attn_logit_softcapping is not None:
@@ -163,7 +205,7 @@ def _saved_numbers(config: ModelConfig, layer: LayerConfig, how: Setting) -> int
     numbers += (1 if how.lora else 2) * _mlp_numbers(config, layer)
     if layer.moe is not None:
         numbers += 2 * layer.moe.num_experts_per_tok * hidden + 3 * layer.moe.num_experts
-    return numbers + how.rank * (4 + (3 if layer.moe is None else 3 * layer.moe.num_experts_per_tok))
+    return numbers
 
 
 def _mlp_numbers(config: ModelConfig, layer: LayerConfig) -> int:
@@ -211,7 +253,7 @@ def cheaper_recipe(
         tried = replace(how, tokens=tokens, length=size, checkpointing=checkpoint, accumulates=accumulates, quantize=scheme)
         if lora and not how.lora:
             factors, saved = _adapter_numbers(LoraRecipe(), facts)
-            tried = replace(tried, lora=True, rank=LoraRecipe().r, factors=factors, saved=saved)
+            tried = replace(tried, lora=True, factors=factors, saved=saved, fused=recipe.dtype != "bfloat16")
         total = sum(training(tried, facts, device, teacher, data_bytes).values())
         if total <= available:
             words = ["lora={}"] if lora and not how.lora else []

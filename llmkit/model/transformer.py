@@ -50,7 +50,8 @@ def run_block(block: Block, x: Tensor, rotary: Rotary | None, attend: Attend) ->
     return out
 
 
-# What checkpointing keeps: attention, whose work grows with the square of the length.
+# What checkpointing keeps: PyTorch's fused attention, whose work grows with the square of the length. The attention of whole
+# documents in `model/native.py` is none of PyTorch's operations and is computed again, as attention with soft caps is.
 _KEPT = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -60,7 +61,7 @@ _KEPT = (
 
 
 def run_checkpointed(block: Block, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
-    """Keeps a block's input and what attention gave; the rest is computed again on the way back."""
+    """Keeps a block's input and what PyTorch's fused attention gave; the rest is computed again on the way back."""
     if not torch.is_grad_enabled():
         return run_block(block, x, rotary, attend)
     kept = partial(create_selective_checkpoint_contexts, list(_KEPT))

@@ -35,6 +35,8 @@ _NAMES_ELSEWHERE = {  # what other trainers call our keys, for whoever types tho
     "base_model": "model",
     "lora_r": "lora.r",
     "lora_alpha": "lora.alpha",
+    "lora_rank": "lora.r",
+    "lora.rank": "lora.r",
     "load_in_4bit": "quantize",
 }
 _SHORT = reprlib.Repr()  # YAML's aliases let a few lines stand for a value whose whole repr fills the memory
@@ -391,10 +393,9 @@ def _build(cls: type, raw: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for name in raw:
         if name not in hints:
-            near = (
-                [_NAMES_ELSEWHERE[name]] if not prefix and name in _NAMES_ELSEWHERE else difflib.get_close_matches(str(name), hints, 1, 0.5)
-            )
-            remedy = f"Did you mean {prefix}{near[0]}?" if near else f"Known keys are {', '.join(hints)}."
+            alike = (f"{prefix}{near}" for near in difflib.get_close_matches(str(name), hints, 1, 0.5))
+            meant = _NAMES_ELSEWHERE.get(f"{prefix}{name}") or next(alike, None)
+            remedy = f"Did you mean {meant}?" if meant else f"Known keys are {', '.join(hints)}."
             raise UsageError(f"{prefix}{name} is not a key of a recipe. {remedy}")
     for item in dataclasses.fields(cls):
         if item.name not in raw and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:

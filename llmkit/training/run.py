@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ from llmkit.training.recipe import DpoRecipe, LoraRecipe, OrpoRecipe, Recipe, To
 from llmkit.training.report import Report, make_trackers
 from llmkit.training.tokenizer import train_tokenizer
 
+_WRITTEN = "# Written by llmkit finetune: every key of the run in this folder."  # the first line of its recipe.yaml
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -69,6 +72,19 @@ class RunFolder:
     def checkpoint(self) -> Path:
         return self.root / "checkpoint.pt"
 
+    @property
+    def recipe(self) -> Path:
+        """What the run was made with, every key told."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def holds_a_strange_recipe(self) -> bool:
+        """Whether a file stands in the place of `recipe` that no run has written."""
+        if not self.recipe.exists():
+            return False
+        with self.recipe.open("rb") as file:
+            return file.readline().rstrip() != _WRITTEN.encode()
+
 
 # Continues prompts with a model (a folder or a hub id) and perhaps an adapter: what a person would get, one text for each.
 Sampler = Callable[[str, Path | None, Sequence[str]], list[str]]
@@ -90,6 +106,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     result = folder.model if recipe.lora is None else folder.adapter
     if not resume and result.exists():  # its checkpoint was deleted to free the disk: it is what somebody kept
         raise UsageError(f"{result} exists and would be replaced. Choose another output, or take it away.")
+    if folder.holds_a_strange_recipe and not (resume and folder.checkpoint.exists()):
+        raise UsageError(f"{folder.recipe} was not written by a run and would be replaced. Choose another output, or rename that file.")
     folder.root.mkdir(parents=True, exist_ok=True)
     trackers = make_trackers(recipe.trackers, folder.root) if processes.is_main else []
     report = Report(folder.root, trackers=trackers, silent=not processes.is_main)
@@ -115,9 +133,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     _check_lengths(recipe, model, tokenizer)
     if (recipe.keep == "best" or recipe.early_stop is not None) and not len(held):
         raise UsageError("keep=best and early_stop compare held-out losses, and no document is held out. Raise held_out.")
-    recipe_file = folder.root / "recipe.yaml"
     if processes.is_main:
-        recipe_file.write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        _write_recipe(recipe, folder.recipe)
 
     group = 2 if recipe.preference else 1
     stream = RowStream(train, [source.weight for source in recipe.data], recipe.max_length, recipe.seed, recipe.epochs, group)
@@ -148,6 +165,16 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
         trainer.resume()
     trainer.train()
     return export.target
+
+
+def _write_recipe(recipe: Recipe, path: Path) -> None:
+    """Replaces the file whole: it may be the one that the run was started from."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(f"{_WRITTEN}\n{yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)}", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _origin(recipe: Recipe, base: Fingerprint | None) -> dict[str, Any]:

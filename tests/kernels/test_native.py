@@ -389,6 +389,12 @@ def test_ctrl_c_ends_a_long_step(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(backend, short), logits(NativeBackend(model.config, weights_of(model), threads=1), short))
 
 
+def test_an_extension_of_an_older_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was built before a function was added, and left behind by an update of the sources."""
+    monkeypatch.delattr("llmkit.kernels.cpu._native.matmul")
+    assert native_problem() == "the native kernels were built for an older llmkit, without matmul; install llmkit again"
+
+
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMKIT_KERNELS", "reference")
     assert "LLMKIT_KERNELS=reference" in (native_problem() or "")

@@ -55,6 +55,8 @@ def test_a_stored_recipe_reads_back(tmp_path: Path) -> None:
         ("learnin_rate=1", "learnin_rate is not a key of a recipe. Did you mean learning_rate?"),
         ("data.0.wieght=1", "data.0.wieght is not a key of a recipe. Did you mean data.0.weight?"),
         ("lr=1", "lr is not a key of a recipe. Did you mean learning_rate?"),
+        ("lora_rank=4", "lora_rank is not a key of a recipe. Did you mean lora.r?"),
+        ("lora.rank=4", "lora.rank is not a key of a recipe. Did you mean lora.r?"),
         ("learning_rate=fast", "learning_rate is 'fast', which is not a number."),
         ("learning_rate=.nan", "learning_rate is nan, which is out of range."),
         ("batch_size=2.5", "batch_size is 2.5, which is not an integer."),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +96,52 @@ def test_a_run_is_reproducible_and_never_overwritten(make_recipe: Callable[..., 
     assert weights[0] == weights[1] != weights[2]
     with pytest.raises(UsageError, match="already holds a run"):
         run_recipe(make_recipe(output=str(tmp_path / "a")))
+
+
+def test_a_recipe_of_ones_own_is_never_replaced(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Not by a run whose output is the folder that it lies in; what a run has written itself it may write again."""
+    path = tmp_path / "run" / "recipe.yaml"
+    path.parent.mkdir()
+    recipe = make_recipe(max_steps=1)
+    text = "# mine\n" + yaml.safe_dump(to_dict(recipe))
+    path.write_text(text)
+    for options in ([], ["--resume"]):  # there is no run to go on with
+        done = subprocess.run([sys.executable, "-m", "llmkit", "finetune", str(path), *options], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "was not written by a run and would be replaced. Choose another output, or rename" in done.stderr
+        assert [file.name for file in path.parent.iterdir()] == ["recipe.yaml"]
+        assert path.read_text() == text
+    path.unlink()
+    run_recipe(recipe)
+    stored = read_recipe(path)
+    assert stored == replace(recipe, max_length=stored.max_length)
+    run_recipe(replace(stored, max_steps=2), resume=True)
+    assert read_recipe(path).max_steps == 2
+    (path.parent / "checkpoint.pt").unlink()  # as if it had died before its first checkpoint
+    shutil.rmtree(path.parent / "model")
+    run_recipe(stored)
+    assert read_recipe(path).max_steps == 1
+
+
+def test_a_stored_recipe_is_replaced_whole(make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may be started from the very file; where writing fails it is still there."""
+    recipe = make_recipe(max_steps=1)
+    run_recipe(recipe)
+    path = tmp_path / "run" / "recipe.yaml"
+    before = path.read_text()
+    write = Path.write_text
+
+    def full(self: Path, text: str, *arguments: Any, **keys: Any) -> int:
+        if "recipe.yaml" in self.name:
+            write(self, text[:10], *arguments, **keys)
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return write(self, text, *arguments, **keys)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_recipe(read_recipe(path, ["max_steps=2"]), resume=True)
+    assert path.read_text() == before
+    assert not list(path.parent.glob("*.tmp"))
 
 
 def test_a_trained_model_is_trained_on(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
