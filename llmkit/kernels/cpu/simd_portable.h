@@ -62,7 +62,7 @@ static inline F from_f16(const uint16_t* p) { F r; LANES r.v[i] = half_to_float(
 static inline F from_bf16(const uint16_t* p) { F r; LANES { uint32_t b = uint32_t(p[i]) << 16; memcpy(&r.v[i], &b, 4); } return r; }
 static inline F from_i8(const int8_t* p) { F r; LANES r.v[i] = p[i]; return r; }
 static inline void to_f16(uint16_t* p, F a) { LANES p[i] = float_to_half(a.v[i]); }
-static inline void to_i8(int8_t* p, F a) { LANES p[i] = int8_t(a.v[i] == a.v[i] ? nearbyintf(a.v[i]) : 0); }  // within -127..127, or no number
+static inline void to_i8(int8_t* p, F a) { LANES p[i] = int8_t(fabsf(a.v[i]) < 128 ? nearbyintf(a.v[i]) : 0); }  // within -127..127, or infinite, or no number
 
 static inline I set1i(int32_t x) { I r; LANES r.v[i] = x; return r; }
 static inline I addi(I a, I b) { LANES a.v[i] += b.v[i]; return a; }
