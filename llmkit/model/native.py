@@ -93,7 +93,7 @@ class Memory:
             return torch.empty(shape)
         piece = self._fitting(count)
         if piece is None:
-            piece = np.empty(count + count // 4, np.float32)  # a longer batch may come; what is not written to takes no memory
+            piece = np.empty(count + count // 4, np.float32)  # for a longer batch; it takes memory when it is written to
         lent = piece[:count].reshape(shape)
         weakref.finalize(lent, self._returned.append, piece).atexit = False  # PyTorch drops it with the storage of the tensor
         return torch.from_numpy(lent)
