@@ -3,7 +3,8 @@
 Linears with one input go through one function. It saves x, once; its gradient is one product, and W has none. W may be stored in any
 form: it is asked for as a matrix, forwards and backwards, and not kept between the two.
 
-    in float32      U = W + s B A, of all the linears below each other: making it costs what `rank` more tokens would
+    in float32      U = W + s B A, of all the linears below each other: making it costs what `rank` more tokens would (on a CPU
+                    the native kernels make it while they multiply)
                     y = x U^T      dx = dy U      dB = s dy^T (x A^T)      dA = s (dy B)^T x
     in 16 bits      U would round B A away, so its part is computed beside W:
                     y = x W^T + s (x A^T) B^T                              dx = dy W + s (dy B) A

@@ -98,13 +98,11 @@ struct Products {
   static constexpr int64_t kRowsTogether = 12;  // of the largest tile
 };
 
-// Threads that share the columns each copy all of x, threads that share the tokens each pack all of U: whichever is less. Not both at a
-// time: a result depends on its row of x and its row of U alone either way.
+// Threads that share the columns each copy all of x, threads that share the tokens each pack all of U: whichever is less. A result
+// depends on its row of x and its column alone either way.
 bool by_tokens(const Matmul& job) {
-  int64_t columns = 0, depth = 0;
-  for (int p = 0; p < job.parts; ++p) columns += job.factors[p].w.n;
-  depth = job.factors[0].w.k;
-  if (job.back) std::swap(columns, depth);
+  int64_t columns = job.back ? job.factors[0].w.k : 0;
+  for (int p = 0; !job.back && p < job.parts; ++p) columns += job.factors[p].w.n;
   return columns < job.tokens;
 }
 
