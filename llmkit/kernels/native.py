@@ -202,22 +202,44 @@ def matmul(
     _native.matmul(os.environ.get("LLMKIT_KERNELS") or None, threads, back, parts, tuple(x), tuple(y))
 
 
+def learn(
+    factors: Sequence[tuple[Floats, float]],
+    x: Floats,
+    xa: Floats,
+    dy: Sequence[Floats],
+    da: Floats,
+    db: Sequence[Floats],
+    threads: int,
+) -> None:
+    """What adapters on one input learn, float32.
+
+    factors: B `[out, rank]` and the scale of each. x `[tokens, in]`, xa `[tokens, sum of ranks]` its product with all A, dy
+    `[tokens, out]` of each. Written are da `[sum of ranks, in]`, `scale (dy B)^T x` below each other, and db, `scale dy^T xa` of each.
+    """
+    from llmkit.kernels.cpu import _native
+
+    parts = tuple((b, *b.shape, scale) for b, scale in factors)
+    _native.learn(os.environ.get("LLMKIT_KERNELS") or None, threads, parts, x, xa, tuple(dy), da, tuple(db))
+
+
 def attend_documents(
     sizes: tuple[int, int, int, int, float],
     lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
     arrays: tuple[Floats, Floats, Floats, Floats, Floats],
     gradients: tuple[Floats, Floats, Floats, Floats] | None,
     threads: int,
 ) -> None:
-    """Causal attention of whole documents, float32, forward or (with gradients) back.
+    """Causal attention within documents, float32, forward or (with gradients) back.
 
-    sizes: heads, kv_heads, head_dim, window (0: none), scale. arrays: q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads,
-    head_dim]`, and written forward, read back: the result as q, and lse `[tokens, heads]`, the logarithm of each row's sum of
-    exponentials. gradients: that of the result, which is read, and those of q, k, v, which are written.
+    sizes: heads, kv_heads, head_dim, window (0: none), scale. lengths, key_lengths: of each document, how many rows of q and of k
+    are its; the queries are at its last positions. arrays: q `[tokens, heads, head_dim]`, k and v `[keys, kv_heads, head_dim]`, and
+    written forward, read back: the result as q, and lse `[tokens, heads]`, the logarithm of each row's sum of exponentials.
+    gradients: that of the result, which is read, and those of q, k, v, which are written.
     """
     from llmkit.kernels.cpu import _native
 
-    _native.attend(os.environ.get("LLMKIT_KERNELS") or None, threads, sizes, lengths, *arrays, gradients)
+    _native.attend(os.environ.get("LLMKIT_KERNELS") or None, threads, sizes, lengths, key_lengths, *arrays, gradients)
 
 
 def norm(x: Floats, weight: Floats, eps: float, y: Floats, threads: int) -> None:

@@ -1,7 +1,7 @@
 """LoRA (arXiv:2106.09685) for training: `y = x W^T + b + s (x A^T) B^T` with a frozen W, in few products and with few saved tensors.
 
-Linears with one input go through one function. It saves x, once; its gradient is one product, and W has none. W may be stored in any
-form: it is asked for as a matrix, forwards and backwards, and not kept between the two.
+Linears with one input go through one function. It saves x, once, and x A^T; its gradient is one product, and W has none. W may be
+stored in any form: it is asked for as a matrix, forwards and backwards, and not kept between the two.
 
     in float32      U = W + s B A, of all the linears below each other: making it costs what `rank` more tokens would (on a CPU
                     the native kernels make it while they multiply)
@@ -15,7 +15,7 @@ The last product of an MLP takes `act(gate) * up` apart: gate and up are saved, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,49 +105,63 @@ def _native(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | No
     return [native.factor(part.base.dequantize(), part.base.bias, pair, part.scale) for part, pair in zip(parts, pairs, strict=True)]
 
 
-def _forward(x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | None]) -> list[Tensor]:
-    """What each part makes of x `[tokens, in]`."""
+def _forward(x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | None], learns: bool) -> tuple[list[Tensor], Tensor | None]:
+    """What each part makes of x `[tokens, in]`; and `x A^T` of all A, `[tokens, sum of ranks]`, where learning will ask for it."""
     pairs = _pairs(factors, x.dtype)
-    if all(part.integer is not None for part in parts) and x.dtype == torch.float32:
+    a = _below(pair[0] for pair in pairs if pair is not None)
+    integer = x.dtype == torch.float32 and all(part.integer is not None for part in parts)
+    if native.usable(x) and not integer:
+        out = native.project(x, [*_native(parts, pairs), *([native.factor(a)] if learns and a is not None else [])])
+        return out[: len(parts)], out[len(parts)] if len(out) > len(parts) else None
+    if integer:
         out = [part.integer(x) for part in parts]  # type: ignore[misc]
-    elif native.usable(x):
-        return native.project(x, _native(parts, pairs))
     else:
         out = list((x @ _weight(parts, pairs, x.dtype).T).split([part.base.out_features for part in parts], 1))
         for part, y in zip(parts, out, strict=True):
             if part.base.bias is not None:
                 y += part.base.bias.detach()
-        if x.dtype == torch.float32:
-            return out
-    for part, pair, y in zip(parts, pairs, out, strict=True):
-        if pair is not None:
-            y.addmm_(x @ pair[0].T, pair[1].T, alpha=part.scale)
-    return out
+    apart = integer or x.dtype != torch.float32
+    xa = x @ a.T if a is not None and (learns or apart) else None
+    if xa is not None and apart:
+        at = 0
+        for part, pair, y in zip(parts, pairs, out, strict=True):
+            if pair is not None:
+                y.addmm_(xa[:, at : at + len(pair[0])], pair[1].T, alpha=part.scale)
+                at += len(pair[0])
+    return out, xa
+
+
+def _below(matrices: Iterable[Tensor]) -> Tensor | None:
+    """All of them below each other."""
+    found = list(matrices)
+    return None if not found else found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _backward(
-    x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: bool
+    x: Tensor, xa: Tensor | None, parts: Sequence[LowRank], factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradient of x `[tokens, in]` (None unless wanted), and of every A and B; grads are those of the outputs `[tokens, out]`."""
-    dtype = x.dtype
+    dtype, fast = x.dtype, native.usable(x)
     pairs = _pairs(factors, dtype)
     dx: Tensor | None = None
-    if wanted and native.usable(x):
+    if wanted and fast:
         dx = native.project_back(grads, _native(parts, pairs))
     elif wanted:
         whole = grads[0] if len(grads) == 1 else torch.cat(list(grads), 1)
         dx = whole @ _weight(parts, pairs, dtype)
-    present = [(part, pair, grad) for part, pair, grad in zip(parts, pairs, grads, strict=True) if pair is not None]
-    if not present:
+    present = [(part.scale, pair, grad) for part, pair, grad in zip(parts, pairs, grads, strict=True) if pair is not None]
+    if xa is None or not present:
         return dx, [None] * len(factors)
-    a = torch.cat([pair[0] for _, pair, _ in present])  # [sum of ranks, in]
     ranks = [len(pair[0]) for _, pair, _ in present]
-    xas = (x @ a.T).split(ranks, 1)
-    dxa = torch.cat([(grad @ pair[1]).mul_(part.scale) for part, pair, grad in present], 1)
-    if dx is not None and dtype != torch.float32:
-        dx.addmm_(dxa, a)
-    das = iter((dxa.T @ x).split(ranks))
-    dbs = iter([(grad.T @ xa).mul_(part.scale) for (part, _, grad), xa in zip(present, xas, strict=True)])
+    if fast:
+        whole_da, all_db = native.learned(x, xa, [(pair[1], scale, grad) for scale, pair, grad in present])
+    else:
+        dxa = torch.cat([(grad @ pair[1]).mul_(scale) for scale, pair, grad in present], 1)
+        if dx is not None and dtype != torch.float32:
+            dx.addmm_(dxa, torch.cat([pair[0] for _, pair, _ in present]))
+        whole_da = dxa.T @ x
+        all_db = [(grad.T @ own).mul_(scale) for (scale, _, grad), own in zip(present, xa.split(ranks, 1), strict=True)]
+    das, dbs = iter(whole_da.split(ranks)), iter(all_db)
     found: list[Tensor | None] = []
     for pair, own_a, own_b in zip(pairs, factors[::2], factors[1::2], strict=True):
         if pair is None or own_a is None or own_b is None:
@@ -165,15 +179,16 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: tuple[LowRank, ...], *factors: Tensor | None) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1]).to(_dtype(x))
+        out, xa = _forward(flat, parts, factors, any(ctx.needs_input_grad[2:]))
         ctx.parts, ctx.shape, ctx.dtype = parts, x.shape, x.dtype
-        ctx.save_for_backward(flat, *factors)
-        return tuple([y.view(*x.shape[:-1], -1) for y in _forward(flat, parts, factors)])
+        ctx.save_for_backward(flat, xa, *factors)
+        return tuple([y.view(*x.shape[:-1], -1) for y in out])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, *factors = ctx.saved_tensors
+        x, xa, *factors = ctx.saved_tensors
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dx, found = _backward(x, ctx.parts, factors, flat, ctx.needs_input_grad[0])
+        dx, found = _backward(x, xa, ctx.parts, factors, flat, ctx.needs_input_grad[0])
         return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, *found
 
 
@@ -181,25 +196,25 @@ class _Feed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor | None, up: Tensor, act: Activation, part: LowRank, a: Tensor | None, b: Tensor | None) -> Tensor:
         h = native.gated(gate, up) if gate is not None and _gated(act, up) else feed(act, gate, up, nn.Identity()).to(_dtype(up))
-        (y,) = _forward(h.reshape(-1, h.shape[-1]), (part,), (a, b))
+        (y,), xa = _forward(h.reshape(-1, h.shape[-1]), (part,), (a, b), any(ctx.needs_input_grad[4:]))
         ctx.act, ctx.part = act, part
-        ctx.save_for_backward(gate, up, a, b)
+        ctx.save_for_backward(gate, up, xa, a, b)
         return y.view(*up.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        gate, up, a, b = ctx.saved_tensors
+        gate, up, ha, a, b = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         if gate is not None and _gated(ctx.act, up):
             h = native.gated(gate, up)
-            dh, found = _backward(h.view(-1, h.shape[-1]), (ctx.part,), (a, b), [grad], True)
+            dh, found = _backward(h.view(-1, h.shape[-1]), ha, (ctx.part,), (a, b), [grad], True)
             assert dh is not None
             return *native.gated_back(gate, up, dh), None, None, *found
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (gate, up) if t is not None]
             h = feed(ctx.act, None if gate is None else inputs[0], inputs[-1], nn.Identity())
         flat = h.detach().reshape(-1, h.shape[-1]).to(grad.dtype)
-        dh, found = _backward(flat, (ctx.part,), (a, b), [grad], True)
+        dh, found = _backward(flat, ha, (ctx.part,), (a, b), [grad], True)
         assert dh is not None
         found_inputs = torch.autograd.grad(h, inputs, dh.view_as(h).to(h.dtype))
         return None if gate is None else found_inputs[0], found_inputs[-1], None, None, *found

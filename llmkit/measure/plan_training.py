@@ -24,6 +24,7 @@ class Setting:
     lora: bool
     factors: int  # numbers in adapters
     saved: int  # numbers in modules trained whole beside them
+    ranks: int  # of all adapters together
     quantize: str | None
     checkpointing: bool
     accumulates: bool
@@ -43,13 +44,14 @@ def setting(recipe: Recipe, facts: Facts, checkpointing: bool = False) -> Settin
     """checkpointing: what the recipe leaves open is decided so."""
     lora = recipe.lora
     length = recipe.max_length or min(2048, facts.config.max_position_embeddings)
-    factors, saved = (0, facts.parameters) if lora is None else _adapter_numbers(lora, facts)
+    factors, saved, ranks = (0, facts.parameters, 0) if lora is None else _adapter_numbers(lora, facts)
     return Setting(
         tokens=recipe.batch_size * length * _group(recipe),
         length=length,
         lora=lora is not None,
         factors=factors,
         saved=saved,
+        ranks=ranks,
         quantize=recipe.quantize,
         checkpointing=checkpointing if recipe.checkpointing is None else recipe.checkpointing,
         accumulates=recipe.grad_accumulation > 1,
@@ -67,15 +69,15 @@ def _group(recipe: Recipe) -> int:
     return 2 if recipe.preference else 1
 
 
-def _adapter_numbers(lora: LoraRecipe, facts: Facts) -> tuple[int, int]:
-    """Numbers in the factors (DoRA's magnitudes too), and in whole modules."""
+def _adapter_numbers(lora: LoraRecipe, facts: Facts) -> tuple[int, int, int]:
+    """Numbers in the factors (DoRA's magnitudes too), in whole modules, and of all ranks."""
     wanted = lora.target_modules
     names = (wanted,) if isinstance(wanted, str) else wanted
     linears = {name.removesuffix(".weight"): shape for name, shape in facts.linears.items()}
     hit = [shape for name, shape in linears.items() if wanted == "all-linear" or any(name == n or name.endswith("." + n) for n in names)]
     factors = sum(lora.r * (rows + columns) + (rows if lora.use_dora else 0) for rows, columns in hit)
     whole = [name for name in facts.shapes if name.rpartition(".")[0].endswith(lora.modules_to_save)]
-    return factors, sum(math.prod(facts.shapes[name]) for name in whole)
+    return factors, sum(math.prod(facts.shapes[name]) for name in whole), lora.r * len(hit)
 
 
 def base_storage(name: str, shape: tuple[int, ...], stored: Storage, how: Setting) -> Storage:
@@ -192,12 +194,12 @@ def _optimizer_bytes(how: Setting, facts: Facts) -> int:
 def _saved_numbers(config: ModelConfig, layer: LayerConfig, how: Setting) -> int:
     """Numbers that a layer keeps for the backward pass, for each token.
 
-    Low-rank (lora/fused.py): the inputs of norms and of linears once each, query, key, value, the attention's result, gate and up.
+    Low-rank (lora/fused.py): the inputs of norms and of linears once each, x A^T, query, key, value, the attention's result, gate, up.
     All weights trained: each norm also its normalised input, and the MLP its activation and product.
     """
     hidden, (q, kv) = config.hidden_size, attention_sizes(config)
     own = 1 if how.lora else 2
-    numbers = (own * _norms(config) + 2) * hidden + 2 * q + 2 * kv + config.num_attention_heads + 2
+    numbers = (own * _norms(config) + 2) * hidden + 2 * q + 2 * kv + config.num_attention_heads + 2 + how.ranks // len(config.layers)
     if config.qk_norm is not None:
         numbers += own * (q + kv)
     if config.attn_logit_softcapping is not None:
@@ -252,8 +254,8 @@ def cheaper_recipe(
         tokens, accumulates = batch * size * _group(recipe), how.accumulates or batch < rows
         tried = replace(how, tokens=tokens, length=size, checkpointing=checkpoint, accumulates=accumulates, quantize=scheme)
         if lora and not how.lora:
-            factors, saved = _adapter_numbers(LoraRecipe(), facts)
-            tried = replace(tried, lora=True, factors=factors, saved=saved, fused=recipe.dtype != "bfloat16")
+            factors, saved, ranks = _adapter_numbers(LoraRecipe(), facts)
+            tried = replace(tried, lora=True, factors=factors, saved=saved, ranks=ranks, fused=recipe.dtype != "bfloat16")
         total = sum(training(tried, facts, device, teacher, data_bytes).values())
         if total <= available:
             words = ["lora={}"] if lora and not how.lora else []

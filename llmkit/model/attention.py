@@ -5,13 +5,15 @@
     kv heads        k0        k1         num_key_value_heads = 2: each serves a group of 3 query heads
 
 A mask is never a padding convention. It comes from positions: a key is visible iff
-`0 <= key position <= query position`, `query position - key position < window`, and both are of the same segment.
+`0 <= key position <= query position`, `query position - key position < window`, and both are of the same segment, or the
+query's segment goes on from the key's.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +25,6 @@ from llmkit.model.layers import Linear, Products, make_norm
 # How a layer's queries meet keys and values: (layer, q [b, t, heads, d], k [b, t, kv_heads, d], v) -> [b, t, heads, d].
 # `SelfAttention` below looks at the given tokens alone; `cache.CachedAttention` at everything before them too.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-# The same for whole documents that follow each other: (q, k, v, lengths, window, scale) -> [b, t, heads, d].
-DocumentAttention = Callable[[Tensor, Tensor, Tensor, Sequence[int], int | None, float], Tensor]
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -84,6 +83,28 @@ def attention_scale(config: ModelConfig, layer: int) -> float:
     return config.head_dim**-0.5 if scale is None else scale
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a flattened batch lie, one behind the other, and where their keys.
+
+    lengths: rows of q that are each document's. places: int64, of all documents' keys one document behind the other, the own ones
+    last, where some go on from others; None: a document's keys are its own. key_lengths: how many are each document's.
+    """
+
+    lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    places: Tensor | None = None
+
+    def keys(self, k: Tensor) -> Tensor:
+        """The keys (or values) `[keys, kv_heads, head_dim]` of all documents, of k `[batch, seq, kv_heads, head_dim]`."""
+        k = k.flatten(0, 1)
+        return k if self.places is None else k.index_select(0, self.places)
+
+
+# `Attend` within documents: (q, k, v, documents, window, scale) -> [b, t, heads, d].
+DocumentAttention = Callable[[Tensor, Tensor, Tensor, Documents, int | None, float], Tensor]
+
+
 class SelfAttention:
     """`Attend` without a cache: the tokens of one forward see each other, as in training and in scoring a whole text.
 
@@ -92,11 +113,17 @@ class SelfAttention:
     """
 
     def __init__(
-        self, config: ModelConfig, positions: Tensor, segments: Tensor | None, of_documents: DocumentAttention | None = None
+        self,
+        config: ModelConfig,
+        positions: Tensor,
+        segments: Tensor | None,
+        of_documents: DocumentAttention | None = None,
+        follows: Mapping[int, int] | None = None,
     ) -> None:
         """positions, segments: `[batch, seq]`; a document is a run of one segment whose positions rise by one.
 
-        of_documents: what attends where whole documents do so without soft caps; by default `attention` above.
+        of_documents: what attends within documents without soft caps; by default `attention` above. follows: the segments that go
+        on from another one, which stands before them as a whole, and those: such a segment's positions go on, too.
         """
         self.config, self.of_documents = config, of_documents
         length = positions.shape[1]
@@ -104,9 +131,9 @@ class SelfAttention:
         if segments is not None:
             starts |= segments[:, 1:] != segments[:, :-1]
         self.scattered = False
-        self.documents: list[int] | None = None  # lengths along the flattened batch; None: every row is one document
+        self.documents: Documents | None = None  # None: every row is one document
         self.masks: dict[int | None, Tensor | None] = dict.fromkeys(config.cache_windows)
-        if not starts.any():
+        if not starts.any() and not follows:
             for window in config.cache_windows:
                 if window is not None and length > window:
                     self.masks[window] = visible(positions, positions, window)
@@ -119,25 +146,41 @@ class SelfAttention:
             return
         starts = torch.cat((torch.ones_like(starts[:, :1]), starts), 1).flatten()  # a row begins a document, too
         bounds = [*starts.nonzero().flatten().tolist(), len(starts)]
-        self.documents = [end - begin for begin, end in itertools.pairwise(bounds)]
+        self.documents = _documents(bounds, segments, follows or {})
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = self.config.layers[layer].sliding_window
         scale, softcap = attention_scale(self.config, layer), self.config.attn_logit_softcapping
         if self.of_documents is not None and softcap is None and not self.scattered:
-            lengths = self.documents or [q.shape[1]] * q.shape[0]
-            return self.of_documents(q, k, v, lengths, window, scale)
+            rows = (q.shape[1],) * q.shape[0]
+            return self.of_documents(q, k, v, self.documents or Documents(rows, rows), window, scale)
         if self.documents is None:
             mask = self.masks[window]
             return attention(q, k, v, mask, mask is None, scale, softcap)
         parts = []
-        for qd, kd, vd in zip(*(t.flatten(0, 1).split(self.documents) for t in (q, k, v)), strict=True):
-            mask, length = None, len(qd)
-            if window is not None and length > window:
+        lengths, key_lengths, keys = list(self.documents.lengths), list(self.documents.key_lengths), self.documents.keys
+        for qd, kd, vd in zip(q.flatten(0, 1).split(lengths), keys(k).split(key_lengths), keys(v).split(key_lengths), strict=True):
+            mask, length = None, len(kd)
+            if len(qd) < length or (window is not None and length > window):
                 index = torch.arange(length, device=q.device)
-                mask = visible(index, index, window).unsqueeze(0)
+                mask = visible(index[-len(qd) :], index, window).unsqueeze(0)
             parts.append(attention(qd.unsqueeze(0), kd.unsqueeze(0), vd.unsqueeze(0), mask, mask is None, scale, softcap))
         return torch.cat(parts, 1).view_as(q)
+
+
+def _documents(bounds: Sequence[int], segments: Tensor | None, follows: Mapping[int, int]) -> Documents:
+    """bounds: where documents begin along the flattened batch, and its end."""
+    lengths = tuple(end - begin for begin, end in itertools.pairwise(bounds))
+    if not follows:
+        return Documents(lengths, lengths)
+    assert segments is not None
+    names = segments.flatten()[torch.tensor(bounds[:-1], device=segments.device)].tolist()
+    spans = {name: torch.arange(begin, end) for name, (begin, end) in zip(names, itertools.pairwise(bounds), strict=True)}
+    places = []
+    for name in names:
+        spans[name] = torch.cat((spans[follows[name]], spans[name])) if name in follows else spans[name]
+        places.append(spans[name])
+    return Documents(lengths, tuple(map(len, places)), torch.cat(places).to(segments.device))
 
 
 class Attention(nn.Module):
@@ -160,8 +203,8 @@ class Attention(nn.Module):
             self.q_norm = make_norm(config, q_size if config.qk_norm == "full" else config.head_dim)
             self.k_norm = make_norm(config, kv_size if config.qk_norm == "full" else config.head_dim)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
-        """x `[batch, seq, hidden]`; rotary None: this layer does not rotate."""
+    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """x `[batch, seq, hidden]`; rotary None: this layer does not rotate. rows: of the flattened batch, those that are returned."""
         q, k, v = self.products.project(x, (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None and self.norm_before_heads:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -170,4 +213,5 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = self.products.rotate(q, rotary), self.products.rotate(k, rotary)
-        return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
+        attended = attend(self.layer, q, k, v).flatten(-2)
+        return self.o_proj(attended if rows is None else attended.flatten(0, 1).index_select(0, rows))

@@ -25,7 +25,7 @@ from torch import Tensor
 from llmkit.kernels import native as kernels
 from llmkit.kernels import native_problem
 from llmkit.kernels.native import Factor
-from llmkit.model.attention import Attention
+from llmkit.model.attention import Attention, Documents
 from llmkit.model.layers import RMSNorm, rms_norm
 from llmkit.model.rope import rotate
 from llmkit.model.transformer import Transformer
@@ -154,6 +154,20 @@ def project_back(grads: Sequence[Tensor], factors: Sequence[Factor]) -> Tensor:
     return dx
 
 
+def learned(x: Tensor, xa: Tensor, parts: Sequence[tuple[Tensor, float, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of A `[sum of ranks, in]`, of all parts below each other, and of each B.
+
+    x `[tokens, in]` and xa, `x A^T` of all A; parts: B `[out, rank]`, the scale and the gradient of the output `[tokens, out]`.
+    """
+    da, dbs = x.new_empty(xa.shape[1], x.shape[1]), [torch.empty_like(b, memory_format=torch.contiguous_format) for b, _, _ in parts]
+    if not len(x):
+        return da.zero_(), [db.zero_() for db in dbs]
+    factors = [(_array(b), scale) for b, scale, _ in parts]
+    dys = [_array(grad) for _, _, grad in parts]
+    kernels.learn(factors, _array(x), _array(xa), dys, da.numpy(), [db.numpy() for db in dbs], torch.get_num_threads())
+    return da, dbs
+
+
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, float32 of any shape; no gradients."""
     h = memory.like(up)
@@ -218,25 +232,25 @@ class _Rotated(torch.autograd.Function):
         return dx, None, None
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, scale: float) -> Tensor:
-    """Causal attention within documents that follow each other along `[batch, seq]`, with gradients.
+def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float) -> Tensor:
+    """Causal attention within documents, with gradients; see `attention.DocumentAttention`.
 
     q `[batch, seq, heads, head_dim]`, k and v `[batch, seq, kv_heads, head_dim]`, float32; returns the shape of q.
-    lengths: of the documents, in sum batch x seq. window: so many positions are seen, the query's own among them; None: all.
+    window: so many positions are seen, the query's own among them; None: all.
     """
-    out: Tensor = _DocumentAttention.apply(q, k, v, tuple(lengths), window or 0, scale)  # type: ignore[no-untyped-call]
+    k, v = documents.keys(k), documents.keys(v)
+    out: Tensor = _DocumentAttention.apply(q, k, v, documents, window or 0, scale)  # type: ignore[no-untyped-call]
     return out
 
 
 class _DocumentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int, scale: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = memory.like(q), torch.empty(q.shape[:3])
-        ctx.sizes = q.shape[2], k.shape[2], q.shape[3], window, scale
-        ctx.lengths = lengths
+        out, lse = memory.like(q), torch.empty(q.shape[:-1])
+        ctx.sizes, ctx.documents = (q.shape[-2], k.shape[-2], q.shape[-1], window, scale), documents
         arrays = _array(q), _array(k), _array(v), out.numpy(), lse.numpy()
-        kernels.attend_documents(ctx.sizes, lengths, arrays, None, torch.get_num_threads())
+        kernels.attend_documents(ctx.sizes, documents.lengths, documents.key_lengths, arrays, None, torch.get_num_threads())
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -246,5 +260,6 @@ class _DocumentAttention(torch.autograd.Function):
         dq, dk, dv = memory.like(q), memory.like(k), memory.like(v)
         arrays = _array(q), _array(k), _array(v), _array(out), _array(lse)
         gradients = _array(grads[0]), dq.numpy(), dk.numpy(), dv.numpy()
-        kernels.attend_documents(ctx.sizes, ctx.lengths, arrays, gradients, torch.get_num_threads())
+        lengths = ctx.documents.lengths, ctx.documents.key_lengths
+        kernels.attend_documents(ctx.sizes, *lengths, arrays, gradients, torch.get_num_threads())
         return dq, dk, dv, None, None, None

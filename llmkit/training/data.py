@@ -7,14 +7,21 @@ slots. Several documents share a row; `segments` keeps them apart in attention a
     labels     Once upon a </s>| The cat sat   . </s>      -100 where nothing is learned
     positions    0   1   2   3 |  0   1   2   3   4
     segments     0   0   0   0 |  1   1   1   1   1
+
+What documents of a batch have in common at their beginnings, and do not learn there (a system prompt, the prompt of a pair of
+answers), stands in it once, as a segment that others go on from:
+
+    tokens     <s> You are a helpful assistant . | What is | 2 + 2 ? | pi ? | Hello !
+    segments    3                                |  4      |  0      |  1   |  2            follows: {4: 3, 0: 4, 1: 4, 2: 3}
 """
 
 from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,6 +30,7 @@ from torch import Tensor
 from llmkit.errors import UsageError
 from llmkit.training.corpus import Corpus, Ints
 
+SHORTEST = 4  # slots that documents have in common to be worth a segment
 IGNORE = -100  # the label of a slot that is not learned, as everywhere in PyTorch
 
 
@@ -33,8 +41,9 @@ class Batch:
     tokens: Tensor
     labels: Tensor  # the token to predict at each slot; IGNORE: none
     positions: Tensor
-    segments: Tensor
+    segments: Tensor  # numbered as the pieces of documents are, and behind those what several begin with
     documents: tuple[int, ...]
+    follows: Mapping[int, int] = field(default_factory=dict)  # segments that go on from another one
 
     @property
     def target_count(self) -> int:
@@ -42,7 +51,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         tokens, labels, positions, segments = (t.to(device) for t in (self.tokens, self.labels, self.positions, self.segments))
-        return Batch(tokens, labels, positions, segments, self.documents)
+        return Batch(tokens, labels, positions, segments, self.documents, self.follows)
 
 
 # Pieces of documents: int64 `[pieces, 3]` of document, first slot, number of slots.
@@ -95,26 +104,83 @@ def rows_of(corpus: Corpus, documents: Iterable[int], max_length: int, group: in
 
 
 def make_batch(corpus: Corpus, rows: Sequence[Ints]) -> Batch:
-    """Rows of pieces (each `[pieces, 3]`) as tensors. Rows of different lengths become one row, one behind the other: no slot is unused.
+    """Rows of pieces (each `[pieces, 3]`) as tensors. Every piece is a segment of its own, numbered through the batch.
 
-    Every piece is a segment of its own, numbered through the batch.
+    Rows of different lengths, or with beginnings in common, become one row, one behind the other: no slot is unused.
     """
+    pieces = np.concatenate(rows)
+    parts, follows = _segments(corpus, pieces)
     lengths = [int(row[:, 2].sum()) for row in rows]
-    shape = (len(rows), lengths[0]) if len(set(lengths)) == 1 else (1, sum(lengths))
-    tokens, labels, positions, segments = (np.empty(sum(lengths), np.int64) for _ in range(4))
+    total = sum(part.count for part in parts)
+    shape = (1, total) if follows or len(set(lengths)) > 1 else (len(rows), lengths[0])
+    tokens, labels, positions, segments = (np.empty(total, np.int64) for _ in range(4))
     at = 0
-    for segment, (document, start, count) in enumerate(np.concatenate(rows).tolist()):
-        first = int(corpus.offsets[document]) + start
+    for part in parts:
+        document, start, _ = pieces[part.piece].tolist()
+        first, count = int(corpus.offsets[document]) + start + part.start, part.count
         here = slice(at, at + count)
         targets = slice(first + 1, first + 1 + count)
         tokens[here] = corpus.tokens[first : first + count]
         labels[here] = np.where(corpus.learned[targets], corpus.tokens[targets], IGNORE)
-        positions[here] = np.arange(count)
-        segments[here] = segment
+        positions[here] = np.arange(part.start, part.start + count)
+        segments[here] = part.number
         at += count
-    documents = tuple(dict.fromkeys(int(d) for row in rows for d in row[:, 0]))
-    whole = [torch.from_numpy(array.reshape(shape)) for array in (tokens, labels, positions, segments)]
-    return Batch(whole[0], whole[1], whole[2], whole[3], documents)
+    documents = tuple(dict.fromkeys(pieces[:, 0].tolist()))
+    made = [torch.from_numpy(array.reshape(shape)) for array in (tokens, labels, positions, segments)]
+    return Batch(made[0], made[1], made[2], made[3], documents, follows)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Slots `[start, start + count)` of a piece, which stand in a batch under a number."""
+
+    number: int
+    piece: int
+    start: int
+    count: int
+
+
+def _segments(corpus: Corpus, pieces: Ints) -> tuple[list[Segment], dict[int, int]]:
+    """The segments of a batch in order, and which ones go on from which: the pieces are the leaves of a tree of what they begin with."""
+    begins: list[tuple[list[int], int]] = []  # what a piece could share, and its number
+    for piece, (document, start, count) in enumerate(pieces.tolist()):
+        first = int(corpus.offsets[document]) + start
+        learned = corpus.learned[first + 1 : first + count]
+        free = int(learned.argmax()) if learned.any() else count - 1  # a piece keeps a slot of its own
+        begins.append(([] if start else corpus.tokens[first : first + free].tolist(), piece))
+    begins.sort()
+    common = [_common(left, right) for (left, _), (right, _) in pairwise(begins)]
+    segments: list[Segment] = []
+    follows: dict[int, int] = {}
+
+    def add(number: int, piece: int, start: int, count: int, parent: int | None) -> None:
+        segments.append(Segment(number, piece, start, count))
+        if parent is not None:
+            follows[number] = parent
+
+    waiting: list[tuple[int, int, int, int | None]] = [(0, len(begins), 0, None)]  # a range of begins, slots they share, in which segment
+    while waiting:
+        low, high, shared, parent = waiting.pop()
+        piece = begins[low][1]
+        if high - low == 1:
+            add(piece, piece, shared, int(pieces[piece, 2]) - shared, parent)
+            continue
+        here = min(common[low : high - 1])
+        if here - shared >= SHORTEST:
+            number = len(pieces) + len(segments)
+            add(number, piece, shared, here - shared, parent)
+            shared, parent = here, number
+        bounds = [low, *(i + 1 for i in range(low, high - 1) if common[i] == here), high]
+        waiting += [(*bound, shared, parent) for bound in reversed(list(pairwise(bounds)))]
+    if not follows:
+        segments.sort(key=lambda segment: segment.number)
+    return segments, follows
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many items two sequences have in common at their beginnings."""
+    shorter = min(len(left), len(right))
+    return next((i for i in range(shorter) if left[i] != right[i]), shorter)
 
 
 class RowStream:

@@ -16,8 +16,9 @@ from llmkit.training.data import IGNORE, Batch
 
 # Logits computed at a time: 64 MiB of float32, a few hundred rows of a large vocabulary.
 _LOGITS = 1 << 24
-# Numbers of a 16-bit head that are widened at a time.
-_WIDENED = 1 << 22
+# The same for some columns of all rows: on a CPU they stay in its cache. No more numbers of a 16-bit head are widened at a time.
+_TILE = {"cpu": 1 << 22}
+_SMALLEST = 1 << 10  # columns
 
 RowLoss = Callable[[Tensor, slice], Tensor]  # float32 logits `[rows, vocab]` of a slice of the rows -> a loss for each row
 
@@ -35,7 +36,7 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     assert isinstance(model, Transformer)
     labels = batch.labels.flatten()
     rows = (labels != IGNORE).nonzero().squeeze(1)
-    hidden = model(batch.tokens, batch.positions, segments=batch.segments, rows=rows, hidden=True)
+    hidden = model(batch.tokens, batch.positions, segments=batch.segments, follows=batch.follows, rows=rows, hidden=True)
     wanted = labels[rows]
     if not _trains_head(model) and model.config.final_logit_softcapping is None and torch.is_grad_enabled():
         weight = model.head.dequantize()
@@ -63,31 +64,32 @@ def row_losses(model: nn.Module, hidden: Tensor, loss: RowLoss) -> Tensor:
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
-    """`row_losses` of cross-entropy for a matrix that is not trained, with one buffer for the logits of all parts."""
+    """Cross-entropy of `hidden W^T scale` for a W that is not trained, in one pass over W (arXiv:1805.02867, as in FlashAttention).
+
+    Its gradient, `(softmax(logits) W - W[labels]) scale`, is attention to the rows of W: some of them at a time, with the sums for the
+    largest logit so far.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
-        count, vocab = len(hidden), len(weight)
-        rows = max(1, min(count, _LOGITS // vocab))
-        losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        gradients = torch.empty_like(hidden)
-        project, back = _head_products(hidden, weight, rows)
-        for start in range(0, count, rows):
-            part = slice(start, start + rows)
-            wanted = labels[part].unsqueeze(1)
-            logits = project(hidden[part] * scale)
-            target = logits.gather(1, wanted).float()
-            wide = logits.float()  # the logits themselves on a CPU
-            largest = wide.amax(1, keepdim=True)
-            wide.sub_(largest).exp_()
-            total = wide.sum(1, keepdim=True)
-            losses[part] = (total.log() + largest - target).squeeze(1)
-            logits = wide.to(hidden.dtype)
-            found = back(logits) / total.to(hidden.dtype)
-            gradients[part] = (found - weight[wanted.squeeze(1)].to(hidden.dtype)) * scale
-            del logits, wide  # before those of the next part
-        ctx.save_for_backward(gradients)
-        return losses
+        count, (vocab, size) = len(hidden), weight.shape
+        scaled = hidden * scale if scale != 1 else hidden
+        columns = max(_SMALLEST, _TILE.get(hidden.device.type, _LOGITS) // max(count, size))
+        largest = torch.full((count, 1), -torch.inf, device=hidden.device)
+        total = torch.zeros_like(largest)
+        expected = torch.zeros(count, size, device=hidden.device)  # row of W, times total
+        for start in range(0, vocab, columns):
+            project, back = _products(hidden, weight[start : start + columns])
+            logits = project(scaled).float()
+            before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
+            logits.sub_(largest).exp_()
+            shrink = (before - largest).exp_()
+            total.mul_(shrink).add_(logits.sum(1, keepdim=True))
+            expected.mul_(shrink).add_(back(logits.to(hidden.dtype)))
+        wanted = weight[labels].float()
+        losses = total.log() + largest - (scaled * wanted).sum(1, keepdim=True)
+        ctx.save_for_backward(expected.div_(total).sub_(wanted).mul_(scale).to(hidden.dtype))
+        return losses.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -95,29 +97,13 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         return gradients * grads[0].unsqueeze(1).to(gradients.dtype), None, None, None
 
 
-def _head_products(hidden: Tensor, weight: Tensor, rows: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """`h -> h W^T` for at most so many rows of hidden states, and `logits -> logits W`; W is never widened as a whole."""
+def _products(hidden: Tensor, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """`h -> h W^T` and `logits -> logits W` for some rows W of a head, which are widened together at most."""
     if native.usable(hidden):
         head = [native.factor(weight)]
         return lambda h: native.project(h, head)[0], lambda logits: native.project_back([logits], head)
-    vocab, dtype = len(weight), hidden.dtype
-    columns = max(1, _WIDENED // weight.shape[1]) if weight.dtype != dtype else vocab
-    tiles = [slice(start, start + columns) for start in range(0, vocab, columns)]
-    buffer = torch.empty(rows, vocab, dtype=dtype, device=hidden.device)
-
-    def project(h: Tensor) -> Tensor:
-        logits = buffer[: len(h)]
-        for tile in tiles:
-            torch.mm(h, weight[tile].to(dtype).T, out=logits[:, tile])
-        return logits
-
-    def back(logits: Tensor) -> Tensor:
-        found = torch.zeros(len(logits), weight.shape[1], dtype=dtype, device=logits.device)
-        for tile in tiles:
-            found.addmm_(logits[:, tile], weight[tile].to(dtype))
-        return found
-
-    return project, back
+    wide = weight.to(hidden.dtype)
+    return lambda h: h @ wide.T, lambda logits: logits @ wide
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -46,8 +46,8 @@ class Distillation(Objective):
         rows = (labels != IGNORE).nonzero().squeeze(1)
         wanted = labels[rows]
         with torch.no_grad():
-            known = self.teacher(batch.tokens, batch.positions, segments=batch.segments, rows=rows, hidden=True)
-        hidden = model(batch.tokens, batch.positions, segments=batch.segments, rows=rows, hidden=True)
+            known = self.teacher(batch.tokens, batch.positions, segments=batch.segments, follows=batch.follows, rows=rows, hidden=True)
+        hidden = model(batch.tokens, batch.positions, segments=batch.segments, follows=batch.follows, rows=rows, hidden=True)
 
         def loss(logits: Tensor, part: slice) -> Tensor:
             with torch.no_grad():
@@ -84,7 +84,7 @@ class Preference(Objective, ABC):
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Log probabilities of chosen and rejected answers, float32 `[pairs]`, and their targets `[2, pairs]`."""
         losses, _ = token_losses(model, batch)
-        present, index = _document_of_targets(batch).unique(return_inverse=True)  # sorted: row by row, chosen before rejected
+        present, index = _document_of_targets(batch).unique(return_inverse=True)  # sorted: chosen before rejected
         sums = torch.zeros(len(present), device=losses.device).index_add(0, index, -losses)
         counts = torch.bincount(index, minlength=len(present))
         return sums[0::2], sums[1::2], torch.stack((counts[0::2], counts[1::2]))
@@ -99,7 +99,7 @@ class Preference(Objective, ABC):
 
 
 def _document_of_targets(batch: Batch) -> Tensor:
-    """A number for the document of each target, int64 `[targets]`, rising along the flattened batch."""
+    """A number for the document of each target, int64 `[targets]`, in the order of the batch's documents."""
     return batch.segments[batch.labels != IGNORE]
 
 

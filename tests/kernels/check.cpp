@@ -226,16 +226,23 @@ class Checker {
       for (bool back : {false, true}) training_product(random, one, back);
   }
 
+  void learning() {
+    Random random{9};
+    learning(random, 1, 1, {{1, 1}});
+    learning(random, 70, 300, {{33, 16}, {70, 5}, {17, 1}});
+    learning(random, 130, 40, {{530, 37}});
+  }
+
   void documents() {
     Random random{8};
-    documents(random, {1, 1, 8, 0}, {1});
-    documents(random, {4, 2, 20, 0}, {1, 1, 2, 61});
-    documents(random, {2, 1, 33, 7}, {100, 3});
-    documents(random, {6, 2, 64, 0}, {230});
-    documents(random, {2, 1, 256, 0}, {49, 13});
-    documents(random, {1, 1, 200, 60}, {250, 1});
-    documents(random, {3, 3, 100, 1}, {60});
-    documents(random, {2, 2, 8, 400}, {420});
+    documents(random, {1, 1, 8, 0}, {{1, 0}});
+    documents(random, {4, 2, 20, 0}, {{1, 0}, {1, 1}, {2, 0}, {61, 5}});
+    documents(random, {2, 1, 33, 7}, {{100, 0}, {3, 90}});
+    documents(random, {6, 2, 64, 0}, {{230, 0}, {1, 192}, {50, 200}});
+    documents(random, {2, 1, 256, 0}, {{49, 0}, {13, 40}});
+    documents(random, {1, 1, 200, 60}, {{250, 0}, {1, 300}, {5, 57}});
+    documents(random, {3, 3, 100, 1}, {{60, 3}});
+    documents(random, {2, 2, 8, 400}, {{420, 0}, {30, 390}});
   }
 
  private:
@@ -332,31 +339,86 @@ class Checker {
     }
   }
 
-  void documents(Random& random, DocumentAttention a, const std::vector<int64_t>& lengths) {
-    const int64_t tokens = std::accumulate(lengths.begin(), lengths.end(), int64_t(0)), ldq = a.heads * a.dim, ldk = a.kv_heads * a.dim;
-    const std::vector<float> q = random.floats(tokens * ldq, 3), k = random.floats(tokens * ldk), v = random.floats(tokens * ldk), dout = random.floats(tokens * ldq);
+  // Adapters of so many outputs and ranks on one input.
+  void learning(Random& random, int64_t tokens, int64_t k, const std::vector<std::pair<int64_t, int64_t>>& sizes) {
+    std::vector<std::vector<float>> b, dy;
+    std::vector<Factor> factors(sizes.size());
+    std::vector<const float*> gradients;
+    int64_t ranks = 0;
+    for (size_t p = 0; p < sizes.size(); ++p) {
+      const auto [n, rank] = sizes[p];
+      b.push_back(random.floats(n * rank)), dy.push_back(random.floats(tokens * n));
+      factors[p].w.n = n, factors[p].w.k = k, factors[p].b = b[p].data(), factors[p].rank = rank, factors[p].scale = 0.5f + float(p);
+      gradients.push_back(dy[p].data());
+      ranks += rank;
+    }
+    const std::vector<float> x = random.floats(tokens * k), xa = random.floats(tokens * ranks);
+    std::vector<std::vector<double>> exact = {std::vector<double>(size_t(ranks * k))};
+    int64_t before = 0;
+    for (const Factor& f : factors) {
+      const size_t p = size_t(&f - factors.data());
+      exact.emplace_back(size_t(f.w.n * f.rank));
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t j = 0; j < f.rank; ++j) {
+          double dxa = 0;
+          for (int64_t n = 0; n < f.w.n; ++n) {
+            const double grad = double(f.scale) * double(dy[p][size_t(t * f.w.n + n)]);
+            dxa += grad * double(b[p][size_t(n * f.rank + j)]);
+            exact.back()[size_t(n * f.rank + j)] += grad * double(xa[size_t(t * ranks + before + j)]);
+          }
+          for (int64_t i = 0; i < k; ++i) exact[0][size_t((before + j) * k + i)] += dxa * double(x[size_t(t * k + i)]);
+        }
+      before += f.rank;
+    }
+    auto run = [&](const Kernels& kernels, int threads) {
+      std::vector<std::vector<float>> found;
+      std::vector<float*> db;
+      for (const std::vector<double>& numbers : exact) found.push_back(unwritten(int64_t(numbers.size())));
+      for (size_t p = 0; p < sizes.size(); ++p) db.push_back(found[p + 1].data());
+      learn(kernels, threads, {int(sizes.size()), factors.data(), tokens, x.data(), xa.data(), gradients.data(), found[0].data(), db.data()});
+      return found;
+    };
+    const std::vector<std::vector<float>> expected = run(*portable_kernels(), 1), found = run(kernels_, 1), threaded = run(kernels_, 3);
+    for (size_t i = 0; i < exact.size(); ++i) {
+      const std::string what = "learning, k " + std::to_string(k) + ", tokens " + std::to_string(tokens);
+      same(what, expected[i].data(), found[i].data(), found[i].size() * 4);
+      same(what + ", three threads", found[i].data(), threaded[i].data(), found[i].size() * 4);
+      near(what, exact[i], found[i].data());
+    }
+  }
+
+  // Documents of so many queries after so many other keys.
+  void documents(Random& random, DocumentAttention a, const std::vector<std::pair<int64_t, int64_t>>& lengths) {
+    std::vector<Document> all;
+    int64_t tokens = 0, keys = 0;
+    for (const auto& [length, earlier] : lengths) {
+      all.push_back({tokens, length, keys, earlier + length});
+      tokens += length, keys += earlier + length;
+    }
+    const int64_t ldq = a.heads * a.dim, ldk = a.kv_heads * a.dim;
+    const std::vector<float> q = random.floats(tokens * ldq, 3), k = random.floats(keys * ldk), v = random.floats(keys * ldk), dout = random.floats(tokens * ldq);
     a.scale = 0.3f, a.q = q.data(), a.k = k.data(), a.v = v.data(), a.dout = dout.data();
     const char* const names[] = {"the result", "lse", "dq", "dk", "dv"};
-    const int64_t sizes[] = {tokens * ldq, tokens * a.heads, tokens * ldq, tokens * ldk, tokens * ldk};
+    const int64_t sizes[] = {tokens * ldq, tokens * a.heads, tokens * ldq, keys * ldk, keys * ldk};
 
     std::vector<double> exact[5];
     for (int i = 0; i < 5; ++i) exact[i].resize(size_t(sizes[i]));
     auto dot = [&](const float* x, const float* y) { return std::inner_product(x, x + a.dim, y, 0.0, std::plus<>(), [](float s, float t) { return double(s) * double(t); }); };
-    int64_t begin = 0;
-    for (int64_t length : lengths) {
-      for (int64_t t = begin; t < begin + length; ++t)
+    for (const Document& document : all)
+      for (int64_t t = document.begin; t < document.begin + document.length; ++t)
         for (int64_t head = 0; head < a.heads; ++head) {
-          const int64_t first = a.window ? std::max(begin, t + 1 - a.window) : begin, own = t * ldq + head * a.dim;
+          const int64_t last = document.key_begin + document.key_length - document.length + t - document.begin;
+          const int64_t first = a.window ? std::max(document.key_begin, last + 1 - a.window) : document.key_begin, own = t * ldq + head * a.dim;
           auto key = [&](int64_t at) { return at * ldk + head / (a.heads / a.kv_heads) * a.dim; };
           std::vector<double> p;
           double sum = 0, delta = 0;
-          for (int64_t s = first; s <= t; ++s) p.push_back(std::exp(double(a.scale) * dot(&q[size_t(own)], &k[size_t(key(s))]))), sum += p.back();
+          for (int64_t s = first; s <= last; ++s) p.push_back(std::exp(double(a.scale) * dot(&q[size_t(own)], &k[size_t(key(s))]))), sum += p.back();
           exact[1][size_t(t * a.heads + head)] = std::log(sum);
-          for (int64_t s = first; s <= t; ++s) {
+          for (int64_t s = first; s <= last; ++s) {
             p[size_t(s - first)] /= sum;
             delta += p[size_t(s - first)] * dot(&dout[size_t(own)], &v[size_t(key(s))]);
           }
-          for (int64_t s = first; s <= t; ++s) {
+          for (int64_t s = first; s <= last; ++s) {
             const double here = p[size_t(s - first)], ds = double(a.scale) * here * (dot(&dout[size_t(own)], &v[size_t(key(s))]) - delta);
             for (int64_t d = 0; d < a.dim; ++d) {
               const size_t mine = size_t(own + d), theirs = size_t(key(s) + d);
@@ -365,8 +427,6 @@ class Checker {
             }
           }
         }
-      begin += length;
-    }
 
     auto run = [&](const Kernels& kernels, int threads) {
       std::vector<std::vector<float>> found;
@@ -374,15 +434,12 @@ class Checker {
       DocumentAttention job = a;
       job.out = found[0].data(), job.lse = found[1].data(), job.dq = found[2].data(), job.dk = found[3].data(), job.dv = found[4].data();
       for (bool back : {false, true}) {
-        if (threads) attend_documents(kernels, threads, job, lengths, back);
-        int64_t at = 0;
-        for (int64_t length : lengths) {
+        if (threads) attend_documents(kernels, threads, job, all, back);
+        for (const Document& document : all)
           for (int64_t head = 0; head < a.kv_heads && !threads; ++head) {
-            std::vector<float> scratch = unwritten(kernels.document_scratch(job, length));
-            (back ? kernels.attend_document_back : kernels.attend_document)(job, at, length, head, scratch.data());
+            std::vector<float> scratch = unwritten(kernels.document_scratch(job, document.key_length));
+            (back ? kernels.attend_document_back : kernels.attend_document)(job, document, head, scratch.data());
           }
-          at += length;
-        }
       }
       return found;
     };
@@ -570,6 +627,7 @@ bool check(const Kernels& kernels) {
   checker.products();
   checker.attention();
   checker.training_products();
+  checker.learning();
   checker.documents();
   for (Kind cache : {Kind::F32, Kind::F16, Kind::Q8}) {
     for (Kind kind : {Kind::F32, Kind::F16, Kind::BF16, Kind::Q4, Kind::Q8}) steps(checker, kernels, kind, 32, cache, 41);

@@ -20,7 +20,7 @@ from llmkit.families import read_config
 from llmkit.kernels import native as kernels
 from llmkit.kernels import native_problem
 from llmkit.model import native
-from llmkit.model.attention import attention, visible
+from llmkit.model.attention import Documents, attention, visible
 from llmkit.model.layers import rms_norm
 from llmkit.model.native import Memory
 from llmkit.model.rope import rotate
@@ -50,7 +50,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def close(found: Tensor, exact: Tensor, tolerance: float = 1e-5) -> None:
     assert found.shape == exact.shape
-    assert float((found.double() - exact).abs().max()) <= tolerance * float(exact.abs().max())
+    assert float((found.double() - exact).abs().amax(None)) <= tolerance * float(exact.abs().amax(None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -71,6 +71,28 @@ def test_products(instructions: str, dtype: torch.dtype, tokens: int, inputs: in
     close(native.project_back(grads, factors), sum((g.double() @ u for g, u in zip(grads, exact, strict=True)), torch.zeros(1)))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs", "ranks"),
+    [(37, 50, (33, 70), (4, 1)), (1, 3, (2,), (1,)), (130, 577, (40, 24, 300), (16, 3, 16)), (65, 20, (500,), (37,)), (0, 5, (4,), (2,))],
+)
+def test_what_adapters_learn(instructions: str, tokens: int, inputs: int, outputs: Sequence[int], ranks: Sequence[int]) -> None:
+    x, a = normal(tokens, inputs), normal(sum(ranks), inputs, seed=1)
+    bs = [normal(n, rank, seed=2) for n, rank in zip(outputs, ranks, strict=True)]
+    grads = [normal(tokens, n, seed=3) for n in outputs]
+    parts = [(b, 0.5 + i, grad) for i, (b, grad) in enumerate(zip(bs, grads, strict=True))]
+    xa = x @ a.T
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(native.learned(x, xa, parts))
+    (da, dbs), again = found
+    assert torch.equal(da, again[0])
+    close(da, torch.cat([scale * (grad.double() @ b.double()).T @ x.double() for b, scale, grad in parts]))
+    for db, other, (_, scale, grad), own in zip(dbs, again[1], parts, xa.split(list(ranks), 1), strict=True):
+        assert torch.equal(db, other)
+        close(db, scale * grad.double().T @ own.double())
+
+
 CASES = [
     ((5,), 2, 1, 8, None),
     ((64,), 4, 2, 16, None),
@@ -88,7 +110,7 @@ def test_attention(instructions: str, lengths: tuple[int, ...], heads: int, kv_h
     inputs = [normal(1, total, h, dim, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads))]
     grad = normal(1, total, heads, dim, seed=4)
     ours = [t.clone().requires_grad_() for t in inputs]
-    out = native.document_attention(*ours, lengths, window, dim**-0.5)
+    out = native.document_attention(*ours, whole(*lengths), window, dim**-0.5)
     out.backward(grad)
     exact = [t.double().requires_grad_() for t in inputs]
     parts = []
@@ -108,7 +130,7 @@ def test_attention(instructions: str, lengths: tuple[int, ...], heads: int, kv_h
 def test_attention_of_large_scores(large: bool) -> None:
     """Rows whose softmax is all on one key, or would overflow without its maximum."""
     q, k, v = (normal(1, 50, 2, 16, seed=i) * (100 if large else 1e-4) for i in range(3))
-    out = native.document_attention(q, k, v, [50], None, 1.0)
+    out = native.document_attention(q, k, v, whole(50), None, 1.0)
     index = torch.arange(50)
     close(out, attention(q.double(), k.double(), v.double(), visible(index, index, None).unsqueeze(0)), 1e-4)
 
@@ -123,7 +145,7 @@ def test_attention_hides_no_nan(instructions: str, place: int, window: int | Non
         inputs = [normal(1, length, heads, 8, seed=heads) for heads in (2, 1, 1)]
         inputs[broken][0, place, 0, 3] = float("nan")
         q, k, v = (t.requires_grad_() for t in inputs)
-        out = native.document_attention(q, k, v, [length], window, 0.3)
+        out = native.document_attention(q, k, v, whole(length), window, 0.3)
         assert out[0, :, 0].isnan().all(-1).nonzero().flatten().tolist() == list(rows)
         assert all(grad.isnan().any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
@@ -134,7 +156,7 @@ def test_threads_change_no_bit(threads: int) -> None:
         x = normal(70, 64)
         found = native.project(x, [native.factor(normal(100, 64), None, (normal(4, 64), normal(100, 4)), 2.0)])
         q, k, v = (normal(2, 35, h, 16, seed=h).requires_grad_() for h in (6, 3, 3))
-        out = native.document_attention(q, k, v, [20, 50], None, 0.25)
+        out = native.document_attention(q, k, v, whole(20, 50), None, 0.25)
         return [*found, out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
 
     before = torch.get_num_threads()
@@ -192,6 +214,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+def whole(*lengths: int) -> Documents:
+    return Documents(lengths, lengths)
+
+
 def batch(packed: bool) -> Batch:
     tokens = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(3))
     lengths = [[9, 15], [24]] if packed else [[24], [24]]
@@ -240,7 +266,7 @@ def test_weights_stay_resizable() -> None:
 def test_what_does_not_fit_is_refused(sizes: tuple[int, int, int, int, float]) -> None:
     arrays = [normal(4).numpy() for _ in range(5)]
     with pytest.raises(ValueError, match=r"heads|bytes"):
-        kernels.attend_documents(sizes, (4,), (arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]), None, 1)
+        kernels.attend_documents(sizes, (4,), (4,), (arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]), None, 1)
     with pytest.raises(ValueError, match=r"bytes|fit"):
         native.project_back([normal(3, 5), normal(3, 5)], [native.factor(normal(5, 4)), native.factor(normal(6, 4))])
     with pytest.raises(ValueError, match="columns"):
@@ -297,11 +323,22 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "x of other columns": ("matmul", (False, ((W, None, None, 1.0),), (row(5),), (row(3),))),
     "dy of other rows": ("matmul", (True, ((W, None, None, 1.0),) * 2, (row(6), row(3)), (row(8),))),
     "no tokens, but results": ("matmul", (False, ((W, None, None, 1.0),), (row(0),), (row(3),))),
-    "documents shorter than q": ("attend", ((1, 1, 4, 0, 1.0), (1,), row(8), row(8), row(8), row(8), row(2), None)),
-    "an empty document": ("attend", ((1, 1, 4, 0, 1.0), (2, 0), row(8), row(8), row(8), row(8), row(2), None)),
-    "too many tokens": ("attend", ((65536, 65536, 1024, 0, 1.0), (2**31,) * 2**17, *[row(0)] * 5, None)),
-    "three gradients": ("attend", ((1, 1, 4, 0, 1.0), (2,), row(8), row(8), row(8), row(8), row(2), (row(8),) * 3)),
-    "dk is shorter": ("attend", ((1, 1, 4, 0, 1.0), (2,), row(8), row(8), row(8), row(8), row(2), (row(8), row(8), row(4), row(8)))),
+    "documents shorter than q": ("attend", ((1, 1, 4, 0, 1.0), (1,), (1,), row(8), row(8), row(8), row(8), row(2), None)),
+    "an empty document": ("attend", ((1, 1, 4, 0, 1.0), (2, 0), (2, 0), row(8), row(8), row(8), row(8), row(2), None)),
+    "fewer keys than queries": ("attend", ((1, 1, 4, 0, 1.0), (2,), (1,), row(8), row(4), row(4), row(8), row(2), None)),
+    "keys are missing": ("attend", ((1, 1, 4, 0, 1.0), (2,), (3,), row(8), row(8), row(8), row(8), row(2), None)),
+    "lengths of other documents": ("attend", ((1, 1, 4, 0, 1.0), (2,), (1, 1), row(8), row(8), row(8), row(8), row(2), None)),
+    "too many tokens": ("attend", ((65536, 65536, 1024, 0, 1.0), (2**31,) * 2**17, (2**31,) * 2**17, *[row(0)] * 5, None)),
+    "three gradients": ("attend", ((1, 1, 4, 0, 1.0), (2,), (2,), row(8), row(8), row(8), row(8), row(2), (row(8),) * 3)),
+    "dk is shorter": ("attend", ((1, 1, 4, 0, 1.0), (2,), (2,), row(8), row(8), row(8), row(8), row(2), (row(8), row(8), row(4), row(8)))),
+    "dB is shorter": ("learn", (((row(6), 3, 2, 1.0),), row(8), row(4), (row(6),), row(8), (row(5),))),
+    "dA is shorter": ("learn", (((row(6), 3, 2, 1.0),), row(8), row(4), (row(6),), row(7), (row(6),))),
+    "dy of other tokens": ("learn", (((row(6), 3, 2, 1.0),), row(8), row(4), (row(3),), row(8), (row(6),))),
+    "a B of another rank": ("learn", (((row(6), 3, 3, 1.0),), row(8), row(4), (row(6),), row(8), (row(6),))),
+    "no rank": ("learn", (((row(0), 3, 0, 1.0),), row(8), row(4), (row(6),), row(8), (row(0),))),
+    "nothing to learn from": ("learn", (((row(6), 3, 2, 1.0),), row(0), row(0), (row(0),), row(8), (row(6),))),
+    "a factor without a gradient": ("learn", (((row(6), 3, 2, 1.0),), row(8), row(4), (), row(8), (row(6),))),
+    "a B that cannot be written": ("learn", (((row(6), 3, 2, 1.0),), row(8), row(4), (row(6),), row(8), (read_only(6),))),
 }
 
 
@@ -329,7 +366,7 @@ def test_nothing_is_as_good_as_something() -> None:
         x = normal(*shape).requires_grad_()
         tables = normal(1, shape[1], 1, 8), normal(1, shape[1], 1, 8)
         turned = native.rotated(native.normalised(x, normal(8), 1e-5), tables)
-        out = native.document_attention(turned, turned, turned, (), None, 1.0)
+        out = native.document_attention(turned, turned, turned, whole(), None, 1.0)
         out.sum().backward()
         assert out.shape == shape
         assert x.grad is not None

@@ -13,14 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
+from llmkit.model import native
 from llmkit.model.transformer import Transformer
 from llmkit.text.chat import encode_prompt
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
+from llmkit.training import data as module
 from llmkit.training.corpus import Corpus, load_corpora
-from llmkit.training.data import IGNORE, RowStream, pack, sequential_batches
+from llmkit.training.data import IGNORE, RowStream, make_batch, pack, rows_of, sequential_batches
 from llmkit.training.documents import read_documents
 from llmkit.training.encode import encode_document
-from llmkit.training.loss import cross_entropy
+from llmkit.training.loss import cross_entropy, token_losses
 from llmkit.training.recipe import Source, TokenizerRecipe
 from llmkit.training.rows import Document, parse_row
 from llmkit.training.tokenizer import train_tokenizer
@@ -253,3 +255,87 @@ def test_packed_documents_equal_separate_ones(tokenizer: Tokenizer, make_model: 
     assert torch.allclose(total, alone, rtol=1e-5)
     for a, b in zip(packed.parameters(), separate.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4 * float(b.grad.abs().max()))
+
+
+# -- beginnings in common --------------------------------------------------------------------------------------------
+
+
+def chats_of(texts: list[tuple[list[int], int]]) -> Corpus:
+    """Documents of these tokens, of which so many at the beginning are not learned."""
+    corpus = corpus_of([len(tokens) for tokens, _ in texts], divisible=False)
+    corpus.tokens[:] = np.concatenate([tokens for tokens, _ in texts])
+    corpus.learned[:] = np.concatenate([np.arange(len(tokens)) >= prompt for tokens, prompt in texts])
+    return corpus
+
+
+@st.composite
+def _texts(draw: st.DrawFn) -> list[tuple[list[int], int]]:
+    heads = draw(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=12), min_size=1, max_size=3))
+    texts = []
+    for _ in range(draw(st.integers(1, 12))):
+        tokens = [t for i in draw(st.lists(st.integers(0, len(heads) - 1), max_size=3)) for t in heads[i]]
+        tokens += draw(st.lists(st.integers(3, 5), min_size=2, max_size=5))
+        texts.append((tokens, draw(st.integers(0, len(tokens)))))
+    return texts
+
+
+@settings(max_examples=200, deadline=None)
+@given(_texts(), st.integers(8, 40), st.integers(1, 5))
+def test_a_batch_holds_its_documents(texts: list[tuple[list[int], int]], length: int, shortest: int) -> None:
+    """Along the segments that it goes on from, every piece has its tokens, labels and positions; what is shared is not learned."""
+    corpus = chats_of(texts)
+    rows = rows_of(corpus, range(len(corpus)), length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SHORTEST", shortest)
+        batch = make_batch(corpus, rows)
+    names, first = np.unique(batch.segments.numpy(), return_index=True)
+    slots = {int(n): (batch.segments.flatten() == n).nonzero().flatten() for n in names}
+    pieces = np.concatenate(rows)
+    for piece, (document, start, count) in enumerate(pieces.tolist()):
+        chain, segment = slots[piece], piece
+        while segment in batch.follows:
+            segment = batch.follows[segment]
+            assert (batch.labels.flatten()[slots[segment]] == IGNORE).all()
+            assert len(slots[segment]) >= shortest
+            assert int(slots[segment][-1]) < int(chain[0])
+            chain = torch.cat((slots[segment], chain))
+        at = int(corpus.offsets[document]) + start
+        assert batch.tokens.flatten()[chain].tolist() == corpus.tokens[at : at + count].tolist()
+        assert batch.positions.flatten()[chain].tolist() == list(range(count))
+        labels = np.where(corpus.learned[at + 1 : at + 1 + count], corpus.tokens[at + 1 : at + 1 + count], IGNORE)
+        assert batch.labels.flatten()[chain].tolist() == labels.tolist()
+    assert batch.tokens.numel() == sum(map(len, slots.values())) <= int(pieces[:, 2].sum())
+    assert len(first) == len(slots)
+    assert set(slots) == set(range(len(pieces))) | set(batch.follows.values())
+
+
+SYSTEM = list(range(3, 15))
+CHATS = [
+    ([*SYSTEM, 20, 21, 22, 23, 24, 30, 31], 17),
+    ([40, 41, 42], 1),
+    ([*SYSTEM, 20, 21, 22, 23, 24, 32, 33, 34], 18),
+    ([*SYSTEM, 50, 51, 52, 53], 14),
+    ([*SYSTEM, 50, 51, 52, 53], 14),
+]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_common_beginning_is_computed_once(fast: bool, make_model: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients are those of the chats apart, in fewer slots."""
+    if fast and not native.available():
+        pytest.skip("the native kernels do not run here")
+    corpus = chats_of(CHATS)
+    found = []
+    for shortest in (4, 1000):
+        monkeypatch.setattr(module, "SHORTEST", shortest)
+        (batch,) = sequential_batches(corpus, 64, 4)
+        model = make_model()
+        if fast:
+            native.speed_up(model)
+        losses, places = token_losses(model, batch)
+        losses.sum().backward()
+        order = batch.segments.flatten()[places].argsort(stable=True)
+        found.append((batch.tokens.numel(), losses.detach()[order], [p.grad for p in model.parameters()]))
+    assert found[0][0] == found[1][0] - 3 * len(SYSTEM) - 4  # the slot before the first target is a chat's own
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-// Attention in training (FlashAttention-2, arXiv:2307.08691), float32: documents one after the other, causal, no cache. Scores exist for
+// Attention in training (FlashAttention-2, arXiv:2307.08691), float32: documents (kernels.h) one after the other, causal, no cache. Scores exist for
 // kQueries x kPositions pairs at a time, as rows of the products of matmul.inl; on the way back they are made again from q, k and the
 // logarithm of each row's sum of exponentials:
 //
@@ -80,36 +80,38 @@ static void mat_scores(const float* rows, int64_t queries, const float* turned, 
                scores + i, kScoreStride, kMatColumns, nullptr, d == 0);
 }
 
-struct Seen { int64_t first, last; };  // of a stretch of positions that begins at `start`, what a query sees
-static inline Seen seen(const DocumentAttention& a, int64_t query, int64_t start, int64_t count) {
-  const int64_t last = query + 1 - start < count ? query + 1 - start : count;
-  const int64_t first = a.window && query + 1 - a.window > start ? query + 1 - a.window - start : 0;
+struct Seen { int64_t first, last; };  // of a stretch of positions that begins at `start`, what the query at a position sees
+static inline Seen seen(const DocumentAttention& a, int64_t position, int64_t start, int64_t count) {
+  const int64_t last = position + 1 - start < count ? position + 1 - start : count;
+  const int64_t first = a.window && position + 1 - a.window > start ? position + 1 - a.window - start : 0;
   return {first < last ? first : last, last < 0 ? 0 : last};
 }
-static inline int64_t first_stretch(const DocumentAttention& a, int64_t query) {
-  return a.window && query + 1 > a.window ? (query + 1 - a.window) / kPositions * kPositions : 0;
+static inline int64_t first_stretch(const DocumentAttention& a, int64_t position) {
+  return a.window && position + 1 > a.window ? (position + 1 - a.window) / kPositions * kPositions : 0;
 }
 static inline int within(int64_t i) { return i < 0 ? 0 : i > 16 ? 16 : int(i); }
 
-static void attend_document(const DocumentAttention& a, int64_t begin, int64_t length, int64_t kv_head, float* scratch) {
-  const AttentionScratch s = divide(a, length, scratch);
+static void attend_document(const DocumentAttention& a, const Document& document, int64_t kv_head, float* scratch) {
+  const auto [begin, length, key_begin, key_length] = document;
+  const int64_t earlier = key_length - length;  // positions before the first query
+  const AttentionScratch s = divide(a, key_length, scratch);
   const int64_t dim = mat_padded(a.dim), group = a.heads / a.kv_heads, ldq = a.heads * a.dim, ldk = a.kv_heads * a.dim;
-  pack_turned(a.k + begin * ldk + kv_head * a.dim, ldk, length, a.dim, s.keys);
-  pack_rows(a.v + begin * ldk + kv_head * a.dim, ldk, length, a.dim, kPositions, 1, s.value_rows);
+  pack_turned(a.k + key_begin * ldk + kv_head * a.dim, ldk, key_length, a.dim, s.keys);
+  pack_rows(a.v + key_begin * ldk + kv_head * a.dim, ldk, key_length, a.dim, kPositions, 1, s.value_rows);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (int64_t query = 0; query < length; query += kQueries) {
-      const int64_t queries = length - query < kQueries ? length - query : kQueries;
+      const int64_t queries = length - query < kQueries ? length - query : kQueries, position = earlier + query, end = position + queries;
       const int64_t at = (begin + query) * ldq + head * a.dim;
       float largest[kQueries], total[kQueries];
       for (float& m : largest) m = -INFINITY;
       for (float& t : total) t = 0;
       copy_rows(a.q + at, ldq, queries, a.dim, a.scale, s.q);
-      const int64_t first = first_stretch(a, query);
-      for (int64_t start = first; start < query + queries; start += kPositions) {
-        const int64_t count = query + queries - start < kPositions ? query + queries - start : kPositions;
+      const int64_t first = first_stretch(a, position);
+      for (int64_t start = first; start < end; start += kPositions) {
+        const int64_t count = end - start < kPositions ? end - start : kPositions;
         mat_scores(s.q, queries, s.keys + start * a.dim, a.dim, count, s.scores);
         for (int64_t r = 0; r < queries; ++r) {
-          const Seen own = seen(a, query + r, start, count);
+          const Seen own = seen(a, position + r, start, count);
           float* row = s.scores + r * kScoreStride;
           F most = set1(-INFINITY);
           for (int64_t i = 0; i < count; i += 16) most = max(most, keep(load(row + i), within(own.first - i), within(own.last - i), -INFINITY));
@@ -145,18 +147,20 @@ static void attend_document(const DocumentAttention& a, int64_t begin, int64_t l
   }
 }
 
-static void attend_document_back(const DocumentAttention& a, int64_t begin, int64_t length, int64_t kv_head, float* scratch) {
-  const AttentionScratch s = divide(a, length, scratch);
+static void attend_document_back(const DocumentAttention& a, const Document& document, int64_t kv_head, float* scratch) {
+  const auto [begin, length, key_begin, key_length] = document;
+  const int64_t earlier = key_length - length;
+  const AttentionScratch s = divide(a, key_length, scratch);
   const int64_t dim = mat_padded(a.dim), group = a.heads / a.kv_heads, ldq = a.heads * a.dim, ldk = a.kv_heads * a.dim;
-  const int64_t own_kv = begin * ldk + kv_head * a.dim;
-  pack_turned(a.k + own_kv, ldk, length, a.dim, s.keys);
-  pack_turned(a.v + own_kv, ldk, length, a.dim, s.values);
-  pack_rows(a.k + own_kv, ldk, length, a.dim, kPositions, 1, s.key_rows);
-  memset(s.dk, 0, size_t(length * dim) * 4);
-  memset(s.dv, 0, size_t(length * dim) * 4);
+  const int64_t own_kv = key_begin * ldk + kv_head * a.dim;
+  pack_turned(a.k + own_kv, ldk, key_length, a.dim, s.keys);
+  pack_turned(a.v + own_kv, ldk, key_length, a.dim, s.values);
+  pack_rows(a.k + own_kv, ldk, key_length, a.dim, kPositions, 1, s.key_rows);
+  memset(s.dk, 0, size_t(key_length * dim) * 4);
+  memset(s.dv, 0, size_t(key_length * dim) * 4);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (int64_t query = 0; query < length; query += kQueries) {
-      const int64_t queries = length - query < kQueries ? length - query : kQueries;
+      const int64_t queries = length - query < kQueries ? length - query : kQueries, position = earlier + query, end = position + queries;
       const int64_t at = (begin + query) * ldq + head * a.dim;
       copy_rows(a.q + at, ldq, queries, a.dim, a.scale, s.q);
       copy_rows(a.dout + at, ldq, queries, a.dim, 1, s.dout);
@@ -168,13 +172,13 @@ static void attend_document_back(const DocumentAttention& a, int64_t begin, int6
         each(a.dim, [&](int64_t i, int n) { sum = fma(load_n(a.out + at + r * ldq + i, n), load_n(a.dout + at + r * ldq + i, n), sum); });
         delta[r] = hsum(sum);
       }
-      const int64_t first = first_stretch(a, query);
-      for (int64_t start = first; start < query + queries; start += kPositions) {
-        const int64_t count = query + queries - start < kPositions ? query + queries - start : kPositions;
+      const int64_t first = first_stretch(a, position);
+      for (int64_t start = first; start < end; start += kPositions) {
+        const int64_t count = end - start < kPositions ? end - start : kPositions;
         mat_scores(s.q, queries, s.keys + start * a.dim, a.dim, count, s.scores);
         mat_scores(s.dout, queries, s.values + start * a.dim, a.dim, count, s.dscores);
         for (int64_t r = 0; r < queries; ++r) {
-          const Seen own = seen(a, query + r, start, count);
+          const Seen own = seen(a, position + r, start, count);
           const F lse = set1(a.lse[(begin + query + r) * a.heads + head]), less = set1(delta[r]);
           for (int64_t i = 0; i < count; i += 16) {
             float *p = s.scores + r * kScoreStride + i, *ds = s.dscores + r * kScoreStride + i;
@@ -193,7 +197,7 @@ static void attend_document_back(const DocumentAttention& a, int64_t begin, int6
         each(a.dim, [&](int64_t i, int n) { store_n(a.dq + at + r * ldq + i, mul(load(s.sum + r * dim + i), set1(a.scale)), n); });
     }
   }
-  for (int64_t t = 0; t < length; ++t)
+  for (int64_t t = 0; t < key_length; ++t)
     each(a.dim, [&](int64_t i, int n) {
       store_n(a.dk + own_kv + t * ldk + i, load(s.dk + t * dim + i), n);
       store_n(a.dv + own_kv + t * ldk + i, load(s.dv + t * dim + i), n);

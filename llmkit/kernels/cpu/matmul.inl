@@ -19,31 +19,31 @@ constexpr int64_t kMatStride = kMatDepth + 16;  // of the copied rows: neighbour
 static_assert((kMatGroup * kMatDepth + kMatTokens * kMatStride + 16 * kMatDepth) <= kMatmulScratch, "the scratch of a thread");
 
 // A[row, d] is a[row * Stride + d], turned a[d * Stride + row].
-template <int Rows, int64_t Stride, bool Turned = false>
+template <int Rows, int Vectors, int64_t Stride, bool Turned>
 static inline void mat_tile(const float* panel, int64_t depth, const float* a, float* c, int64_t ldc, int columns, const float* bias, bool begin) {
-  F acc[Rows * kMatVectors];
+  F acc[Rows * Vectors];
 #pragma GCC unroll 32
-  for (int i = 0; i < Rows * kMatVectors; ++i) acc[i] = zero();
+  for (int i = 0; i < Rows * Vectors; ++i) acc[i] = zero();
   for (int r = 0; r < Rows; ++r)
     for (int i = 0; i < columns; i += 16) prefetch(c + r * ldc + i);
   for (int64_t d = 0; d < depth; ++d, panel += kMatColumns, a += Turned ? Stride : 1) {
-    F b[kMatVectors];
+    F b[Vectors];
 #pragma GCC unroll 4
-    for (int i = 0; i < kMatVectors; ++i) b[i] = load(panel + 16 * i);
+    for (int i = 0; i < Vectors; ++i) b[i] = load(panel + 16 * i);
 #pragma GCC unroll 32
     for (int r = 0; r < Rows; ++r) {
       const F v = set1(a[Turned ? r : r * Stride]);
 #pragma GCC unroll 4
-      for (int i = 0; i < kMatVectors; ++i) acc[r * kMatVectors + i] = fma(v, b[i], acc[r * kMatVectors + i]);
+      for (int i = 0; i < Vectors; ++i) acc[r * Vectors + i] = fma(v, b[i], acc[r * Vectors + i]);
     }
   }
-  if (columns == kMatColumns) {
+  if (columns == 16 * Vectors) {
 #pragma GCC unroll 32
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < kMatVectors; ++i) {
+      for (int i = 0; i < Vectors; ++i) {
         float* to = c + r * ldc + 16 * i;
-        F sum = acc[r * kMatVectors + i];
+        F sum = acc[r * Vectors + i];
         if (!begin) sum = add(load(to), sum);
         else if (bias) sum = add(load(bias + 16 * i), sum);
         store(to, sum);
@@ -54,20 +54,26 @@ static inline void mat_tile(const float* panel, int64_t depth, const float* a, f
     for (int i = 0; 16 * i < columns; ++i) {
       float* to = c + r * ldc + 16 * i;
       const int n = columns - 16 * i < 16 ? columns - 16 * i : 16;
-      F sum = acc[r * kMatVectors + i];
+      F sum = acc[r * Vectors + i];
       if (!begin) sum = add(load_n(to, n), sum);
       else if (bias) sum = add(load_n(bias + 16 * i, n), sum);
       store_n(to, sum, n);
     }
 }
 
-template <int64_t Stride, bool Turned = false>
-static void mat_rows(const float* panel, int64_t depth, const float* a, int64_t rows, float* c, int64_t ldc, int columns, const float* bias, bool begin) {
+template <int Vectors, int64_t Stride, bool Turned>
+static void mat_rows_of(const float* panel, int64_t depth, const float* a, int64_t rows, float* c, int64_t ldc, int columns, const float* bias, bool begin) {
   constexpr int64_t step = Turned ? 1 : Stride;
   int64_t t = 0;
-  for (; t + kMatRows <= rows; t += kMatRows) mat_tile<kMatRows, Stride, Turned>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
-  for (; t + 4 <= rows; t += 4) mat_tile<4, Stride, Turned>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
-  for (; t < rows; ++t) mat_tile<1, Stride, Turned>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
+  for (; t + kMatRows <= rows; t += kMatRows) mat_tile<kMatRows, Vectors, Stride, Turned>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
+  for (; t + 4 <= rows; t += 4) mat_tile<4, Vectors, Stride, Turned>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
+  for (; t < rows; ++t) mat_tile<1, Vectors, Stride, Turned>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
+}
+
+template <int64_t Stride, bool Turned = false>
+static void mat_rows(const float* panel, int64_t depth, const float* a, int64_t rows, float* c, int64_t ldc, int columns, const float* bias, bool begin) {
+  if (columns > 16) return mat_rows_of<kMatVectors, Stride, Turned>(panel, depth, a, rows, c, ldc, columns, bias, begin);
+  mat_rows_of<1, Stride, Turned>(panel, depth, a, rows, c, ldc, columns, bias, begin);
 }
 
 // Columns [first, first + count) of the rows [n, n + Rows) of U, to out [Rows, ldo].
@@ -75,7 +81,9 @@ template <class T, int Rows>
 static inline void adapted_rows(const Factor& f, int64_t n, int64_t first, int64_t count, float* out, int64_t ldo) {
   const T* w = static_cast<const T*>(f.w.data) + n * f.w.k + first;
   const F scale = set1(f.scale);
+  const bool more = f.rank && n + 2 * Rows <= f.w.n;
   each(count, [&](int64_t i, int m) {
+    for (int r = 0; r < Rows && more; ++r) prefetch(w + (Rows + r) * f.w.k + i);  // the next ones, far apart, come while these are computed
     F sum[Rows];
     for (int r = 0; r < Rows; ++r) sum[r] = zero();
     const float* b = f.b + n * f.rank;
@@ -182,5 +190,36 @@ static void matmul(const Matmul& m, int64_t first, int64_t last, float* scratch)
         }
       }
     }
+  }
+}
+
+// out [rows, columns] = thin^T wide, for thin [tokens, rows] with few rows and wide [tokens, ldw]: nothing is packed, wide is read once.
+constexpr int kAcrossRows = kMatVectors > 1 ? 16 : kMatRows;  // accumulators
+constexpr int64_t kAcrossTokens = 64;                          // whose numbers wait in the nearest cache for the next rows
+
+template <int Rows>
+static inline void across_tile(const float* thin, int64_t ldt, const float* wide, int64_t ldw, int64_t tokens, int n, bool more, float* out, int64_t ldo, bool begin) {
+  F acc[Rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) acc[r] = begin ? zero() : load_n(out + r * ldo, n);
+  for (int64_t t = 0; t < tokens; ++t, thin += ldt, wide += ldw) {
+    const F v = n == 16 ? load(wide) : load_n(wide, n);
+    if (more) prefetch(wide + 32);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) acc[r] = fma(set1(thin[r]), v, acc[r]);
+  }
+  for (int r = 0; r < Rows; ++r) store_n(out + r * ldo, acc[r], n);
+}
+
+static void across(const float* thin, int64_t rows, const float* wide, int64_t ldw, int64_t tokens, int64_t columns, float* out, int64_t ldo) {
+  for (int64_t t = 0; t < tokens; t += kAcrossTokens) {
+    const int64_t count = tokens - t < kAcrossTokens ? tokens - t : kAcrossTokens;
+    each(columns, [&](int64_t i, int n) {
+      const float* own = thin + t * rows;
+      int64_t r = 0;
+      for (; r + kAcrossRows <= rows; r += kAcrossRows) across_tile<kAcrossRows>(own + r, rows, wide + t * ldw + i, ldw, count, n, i + 48 <= columns, out + r * ldo + i, ldo, t == 0);
+      for (; r + 4 <= rows; r += 4) across_tile<4>(own + r, rows, wide + t * ldw + i, ldw, count, n, i + 48 <= columns, out + r * ldo + i, ldo, t == 0);
+      for (; r < rows; ++r) across_tile<1>(own + r, rows, wide + t * ldw + i, ldw, count, n, i + 48 <= columns, out + r * ldo + i, ldo, t == 0);
+    });
   }
 }

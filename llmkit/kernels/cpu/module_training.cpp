@@ -120,13 +120,58 @@ PyObject* matmul_of(PyObject*, PyObject* args) {
   });
 }
 
-// attend(kernels, threads, (heads, kv_heads, dim, window, scale), lengths, q, k, v, out, lse, None | (dout, dq, dk, dv))
+// learn(kernels, threads, ((B, n, rank, scale), ...), x, xa, (dy, ...), dA, (dB, ...)): parts without an adapter are left out (kernels.h)
+PyObject* learn_of(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    const char* wanted = nullptr;
+    int threads = 0;
+    PyObject *parts, *x, *xa, *dy, *da, *db;
+    if (!PyArg_ParseTuple(args, "ziO!OOO!OO!", &wanted, &threads, &PyTuple_Type, &parts, &x, &xa, &PyTuple_Type, &dy, &da, &PyTuple_Type, &db)) throw PythonError();
+    const Kernels& kernels = chosen_kernels(wanted);
+    check_threads(threads);
+    const Py_ssize_t count = PyTuple_Size(parts);
+    if (count < 1 || PyTuple_Size(dy) != count || PyTuple_Size(db) != count) throw std::invalid_argument("the numbers of factors and of arrays do not fit together");
+    std::vector<View> views;
+    std::vector<Factor> factors(static_cast<size_t>(count));
+    std::vector<const float*> gradients;
+    std::vector<float*> found;
+    int64_t ranks = 0;
+    for (Py_ssize_t p = 0; p < count; ++p) {
+      Factor& f = factors[size_t(p)];
+      PyObject* sizes = item(parts, p);  // (B, n, rank, scale)
+      f.w.n = integer(item(sizes, 1)), f.rank = integer(item(sizes, 2)), f.scale = float(number(item(sizes, 3)));
+      if (f.w.n < 1 || f.w.n > (int64_t(1) << 31) || f.rank < 1 || f.rank > 65536) throw std::invalid_argument("an adapter has an impossible shape");
+      f.b = floats(views, item(sizes, 0), f.w.n * f.rank, "B");
+      ranks += f.rank;
+    }
+    views.emplace_back(xa);
+    const int64_t tokens = views.back().count<float>() / ranks;
+    Learning job{int(count), factors.data(), tokens, nullptr, views.back().as<float>(tokens * ranks, "x A^T"), nullptr, nullptr, nullptr};
+    if (!tokens) throw std::invalid_argument("there are no tokens to learn from");
+    views.emplace_back(x);
+    const int64_t k = views.back().count<float>() / tokens;
+    if (k < 1 || k > (int64_t(1) << 31)) throw std::invalid_argument("x has an impossible shape");
+    job.x = views.back().as<float>(tokens * k, "x");
+    for (Factor& f : factors) f.w.k = k;
+    for (Py_ssize_t p = 0; p < count; ++p) {
+      const Factor& f = factors[size_t(p)];
+      gradients.push_back(floats(views, item(dy, p), tokens * f.w.n, "dy"));
+      found.push_back(written(views, item(db, p), f.w.n * f.rank, "dB"));
+    }
+    job.da = written(views, da, ranks * k, "dA");
+    job.dy = gradients.data(), job.db = found.data();
+    released([&] { learn(kernels, threads, job); });
+    Py_RETURN_NONE;
+  });
+}
+
+// attend(kernels, threads, (heads, kv_heads, dim, window, scale), lengths, key_lengths, q, k, v, out, lse, None | (dout, dq, dk, dv))
 PyObject* attend_of(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     const char* wanted = nullptr;
     int threads = 0;
-    PyObject *sizes, *documents, *q, *k, *v, *out, *lse, *gradients;
-    if (!PyArg_ParseTuple(args, "ziOOOOOOOO", &wanted, &threads, &sizes, &documents, &q, &k, &v, &out, &lse, &gradients)) throw PythonError();
+    PyObject *sizes, *own, *all, *q, *k, *v, *out, *lse, *gradients;
+    if (!PyArg_ParseTuple(args, "ziOOOOOOOOO", &wanted, &threads, &sizes, &own, &all, &q, &k, &v, &out, &lse, &gradients)) throw PythonError();
     const Kernels& kernels = chosen_kernels(wanted);
     check_threads(threads);
     DocumentAttention a{};
@@ -135,19 +180,22 @@ PyObject* attend_of(PyObject*, PyObject* args) {
     if (a.kv_heads < 1 || a.heads < 1 || a.heads > 65536 || a.heads % a.kv_heads || a.dim < 1 || a.dim > kMaxHeadDim || a.window < 0)
       throw std::invalid_argument("the heads have an impossible shape");
     constexpr int64_t most = int64_t(1) << 31;  // of all documents: times 65536 heads of kMaxHeadDim numbers it is still an int64
-    std::vector<int64_t> lengths;
-    int64_t tokens = 0;
-    if (!PyTuple_Check(documents)) throw std::invalid_argument("the lengths are no tuple");
-    for (Py_ssize_t i = 0; i < PyTuple_Size(documents); ++i) {
-      const int64_t length = integer(item(documents, i));
-      if (length < 1 || length > most - tokens) throw std::invalid_argument("a document has an impossible length");
-      lengths.push_back(length);
-      tokens += length;
+    std::vector<Document> documents;
+    int64_t tokens = 0, positions = 0;
+    if (!PyTuple_Check(own) || !PyTuple_Check(all) || PyTuple_Size(own) != PyTuple_Size(all))
+      throw std::invalid_argument("the lengths are no two tuples of one size");
+    for (Py_ssize_t i = 0; i < PyTuple_Size(own); ++i) {
+      const Document document{tokens, integer(item(own, i)), positions, integer(item(all, i))};
+      if (document.length < 1 || document.key_length < document.length || document.key_length > most - positions)
+        throw std::invalid_argument("a document has an impossible length");
+      documents.push_back(document);
+      tokens += document.length;
+      positions += document.key_length;
     }
     if (!tokens) Py_RETURN_NONE;
     std::vector<View> views;
     const bool back = gradients != Py_None;
-    const int64_t queries = tokens * a.heads * a.dim, keys = tokens * a.kv_heads * a.dim;
+    const int64_t queries = tokens * a.heads * a.dim, keys = positions * a.kv_heads * a.dim;
     a.q = floats(views, q, queries, "q");
     a.k = floats(views, k, keys, "k");
     a.v = floats(views, v, keys, "v");
@@ -159,7 +207,7 @@ PyObject* attend_of(PyObject*, PyObject* args) {
       a.dk = written(views, item(gradients, 2), keys, "dk");
       a.dv = written(views, item(gradients, 3), keys, "dv");
     }
-    released([&] { attend_documents(kernels, threads, a, lengths, back); });
+    released([&] { attend_documents(kernels, threads, a, documents, back); });
     Py_RETURN_NONE;
   });
 }
@@ -279,6 +327,7 @@ PyMethodDef functions[] = {
     {"dequantize", widened, METH_VARARGS, nullptr},
     {"product", one_product, METH_VARARGS, nullptr},
     {"matmul", matmul_of, METH_VARARGS, nullptr},
+    {"learn", learn_of, METH_VARARGS, nullptr},
     {"attend", attend_of, METH_VARARGS, nullptr},
     {"norm", norm_of, METH_VARARGS, nullptr},
     {"norm_back", norm_back_of, METH_VARARGS, nullptr},

@@ -38,6 +38,7 @@ struct Run {
   std::vector<Span> spans;
   std::vector<Item> items;
   bool split = false;
+  bool narrowed = false;  // after the last attention: only the rows that are asked for go on
   std::atomic<int64_t> next{0};
   bool stopped = false;
 
@@ -62,22 +63,25 @@ struct Run {
     if (norm.layer) kernels.layer_norm(in, norm.weight.data(), norm.bias.data(), c.eps, n, out);
     else kernels.rms_norm(in, norm.weight.data(), c.eps, n, out);
   }
-  const Adapter* adapter(int64_t token) const {
-    const int32_t index = step.adapters ? step.adapters[step.sequence_of[token]] : -1;
+  int64_t rows() const { return narrowed ? step.rows : step.tokens; }
+  int64_t token(int64_t row) const { return narrowed ? step.wanted[row] : row; }
+  const Adapter* adapter(int64_t row) const {
+    const int32_t index = step.adapters ? step.adapters[step.sequence_of[token(row)]] : -1;
     return index < 0 ? nullptr : &plan.adapters[size_t(index)];
   }
-  // The end of the run of tokens from `token` on that have its adapter.
-  int64_t run_end(int64_t token, int64_t last) const {
-    const Adapter* a = adapter(token);
-    while (++token < last && adapter(token) == a) {}
-    return token;
+  // The end of the run of rows from `row` on that have its adapter.
+  int64_t run_end(int64_t row, int64_t last) const {
+    const Adapter* a = adapter(row);
+    while (++row < last && adapter(row) == a) {}
+    return row;
   }
   const LowRank& term(const Adapter& a, const Layer& layer, int slot) const { return a.linears[size_t(&layer - plan.layers.data()) * kSlots + size_t(slot)]; }
-  void ready(int64_t token, const float* row, const Layer& layer, std::initializer_list<int> slots);
+  void ready(int64_t row, const float* values, const Layer& layer, std::initializer_list<int> slots);
   void reduce(int thread, const Buffer& in, const Layer& layer, std::initializer_list<int> slots);
   void product(int thread, const Linear& w, const Buffer& in, int64_t tokens, float* out, int64_t ld);
   void product(int thread, const Layer& layer, int slot, const Buffer& in, const Buffer& out);
   void rotate(int64_t token, const Layer& layer);
+  void narrow(int thread);
   void attend(int thread, const Layer& layer, size_t index);
   void attend_item(const Item& item, const Layer& layer, size_t index, int64_t first, int64_t last, Partial* state, float* out, float* mine);
   void write_attended(const Item& item, const Partial* state, const float* out);
@@ -178,22 +182,22 @@ void Run::prepare() {
   }
 }
 
-// The token's row is complete: round it for the quantized linears that read it.
-void Run::ready(int64_t token, const float* row, const Layer& layer, std::initializer_list<int> slots) {
+// A row is complete: round it for the quantized linears that read it.
+void Run::ready(int64_t row, const float* values, const Layer& layer, std::initializer_list<int> slots) {
   bool any = false;
   int64_t columns = 0;
   for (int slot : slots) any |= layer.linears[slot].quantized(), columns = std::max(columns, layer.linears[slot].k);
   if (any) {
-    QuantizedRows rows = quantized;
-    rows.k_padded = round_up(columns, 32);
-    kernels.quantize_row(row, columns, rows, token);
+    QuantizedRows rounded = quantized;
+    rounded.k_padded = round_up(columns, 32);
+    kernels.quantize_row(values, columns, rounded, row);
   }
 }
 
 // Takes the thread's own rows, all complete, through the A of their adapters.
 void Run::reduce(int thread, const Buffer& in, const Layer& layer, std::initializer_list<int> slots) {
   if (!step.adapters) return;
-  const Range mine = share(step.tokens, thread, threads);
+  const Range mine = share(rows(), thread, threads);
   for (int64_t t = mine.first, end; t < mine.last; t = end) {
     const Adapter* a = adapter(t);
     end = run_end(t, mine.last);
@@ -212,7 +216,7 @@ void Run::reduce(int thread, const Buffer& in, const Layer& layer, std::initiali
 
 // Adds what a sublayer gave to the residual stream, then normalises for the next one.
 void Run::settle(int thread, const Norm* after, const Norm* before, bool add, const Layer* layer, std::initializer_list<int> slots) {
-  const Range mine = share(step.tokens, thread, threads);
+  const Range mine = share(rows(), thread, threads);
   for (int64_t t = mine.first; t < mine.last; ++t) {
     if (add) {
       if (after && after->present) normalise(*after, delta.row(t), delta.row(t), c.hidden);
@@ -227,8 +231,8 @@ void Run::settle(int thread, const Norm* after, const Norm* before, bool add, co
 }
 
 void Run::product(int thread, const Linear& w, const Buffer& in, int64_t tokens, float* out, int64_t ld) {
-  const int64_t rows = kernels.tile_rows(w);
-  const Range mine = share((w.n + rows - 1) / rows, thread, threads);
+  const int64_t tile = kernels.tile_rows(w);
+  const Range mine = share((w.n + tile - 1) / tile, thread, threads);
   if (mine.first == mine.last) return;
   float* own = scratch + thread * scratch_size;
   if (w.quantized()) {
@@ -243,14 +247,14 @@ void Run::product(int thread, const Linear& w, const Buffer& in, int64_t tokens,
 void Run::product(int thread, const Layer& layer, int slot, const Buffer& in, const Buffer& out) {
   const Linear& w = layer.linears[slot];
   if (!w.present()) return;
-  product(thread, w, in, step.tokens, out.data, out.ld);
+  product(thread, w, in, rows(), out.data, out.ld);
   if (!step.adapters) return;
   const int64_t tile = kernels.tile_rows(w);
   const Range mine = share((w.n + tile - 1) / tile, thread, threads);
   const int64_t last = std::min(w.n, mine.last * tile);
-  for (int64_t t = 0, end; t < step.tokens && mine.first < mine.last; t = end) {
+  for (int64_t t = 0, end; t < rows() && mine.first < mine.last; t = end) {
     const Adapter* a = adapter(t);
-    end = run_end(t, step.tokens);
+    end = run_end(t, rows());
     if (!a) continue;
     const LowRank& low = term(*a, layer, slot);
     const float* reduced = low_rank + (t * kSlots + slot) * max_rank;
@@ -364,8 +368,24 @@ void Run::attend(int thread, const Layer& layer, size_t index) {
   barrier();
 }
 
+// Behind the last attention nothing looks at the rows that are not asked for: the others move together, into buffers that are free.
+void Run::narrow(int thread) {
+  const Range mine = share(step.rows, thread, threads);
+  for (int64_t r = mine.first; r < mine.last; ++r) {
+    std::memcpy(h.row(r), x.row(step.wanted[r]), size_t(c.hidden) * 4);
+    std::memcpy(q.row(r), attended.row(step.wanted[r]), size_t(c.heads * c.head_dim) * 4);
+  }
+  barrier();
+  if (thread == 0) {
+    std::swap(x, h);
+    std::swap(attended, q);
+    narrowed = true;
+  }
+  barrier();
+}
+
 void Run::work(int thread) {
-  const Range mine = share(step.tokens, thread, threads);
+  Range mine = share(step.tokens, thread, threads);
   for (int64_t t = mine.first; t < mine.last; ++t) {
     kernels.embed_row(plan.embedding, step.ids[t], x.row(t));
     if (c.embedding_multiplier != 1)
@@ -398,7 +418,13 @@ void Run::work(int thread) {
     barrier();
     for (int64_t t = mine.first; t < mine.last; ++t) rotate(t, layer);
     barrier();
+    const bool last = index + 1 == plan.layers.size();
+    if (last && !step.rows) return;
     attend(thread, layer, index);
+    if (last && step.rows < step.tokens) {
+      narrow(thread);
+      mine = share(rows(), thread, threads);
+    }
     for (int64_t t = mine.first; t < mine.last; ++t) ready(t, attended.row(t), layer, {kO});
     reduce(thread, attended, layer, {kO});
     barrier();
@@ -426,17 +452,17 @@ void Run::work(int thread) {
   barrier();
   // Only the rows that are asked for go through the head.
   const Linear& head = plan.head.present() ? plan.head : plan.embedding;
-  const Range rows = share(step.rows, thread, threads);
-  for (int64_t r = rows.first; r < rows.last; ++r) {
+  const Range asked = share(step.rows, thread, threads);
+  for (int64_t r = asked.first; r < asked.last; ++r) {
     float* to = step.hidden_only ? step.out + r * c.hidden : h.row(r);
-    normalise(plan.final_norm, x.row(step.wanted[r]), to, c.hidden);
+    normalise(plan.final_norm, x.row(narrowed ? r : step.wanted[r]), to, c.hidden);
     if (!step.hidden_only && head.quantized()) {
       QuantizedRows rounded = quantized;
       rounded.k_padded = round_up(c.hidden, 32);
       kernels.quantize_row(to, c.hidden, rounded, r);
     }
   }
-  if (step.hidden_only || !step.rows) return;
+  if (step.hidden_only) return;
   barrier();
   product(thread, head, h, step.rows, step.out, c.vocab);
   if (c.logits_scaling == 1 && c.final_softcap == 0) return;

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 #include "training.h"
@@ -98,47 +97,100 @@ struct Products {
   static constexpr int64_t kRowsTogether = 12;  // of the largest tile
 };
 
-// Threads that share the columns each copy all of x, threads that share the tokens each pack all of U: whichever is less. A result
-// depends on its row of x and its column alone either way.
-bool by_tokens(const Matmul& job) {
-  int64_t columns = job.back ? job.factors[0].w.k : 0;
-  for (int p = 0; !job.back && p < job.parts; ++p) columns += job.factors[p].w.n;
-  return columns < job.tokens;
-}
+// Threads that share the columns, whole panels of them, each copy all of x; threads that share the tokens each pack all of U, which
+// is far more. A result depends on its row of x and its column alone either way.
+bool by_tokens(const Kernels& kernels, int threads, const Matmul& job) { return kernels.matmul_panels(job) < 8 * threads; }
+
+struct Learners {
+  const Kernels& kernels;
+  const Learning& job;
+  int64_t ranks;
+  float *dxa, *own_dxa;  // [tokens, ranks]; [tokens, rank] of each part, one behind the other
+  static constexpr int64_t kColumns = 256;  // at a time
+
+  // dxa = scale dy B, for the tokens of this thread.
+  void come_in(int thread, int threads) const {
+    const int64_t first = job.tokens * thread / threads, tokens = job.tokens * (thread + 1) / threads - first;
+    if (!tokens) return;
+    float* scratch = scratch_of_thread(kMatmulScratch);
+    int64_t before = 0;
+    for (int p = 0; p < job.parts; ++p) {
+      const Factor& f = job.factors[p];
+      Factor b;
+      b.w.kind = Kind::F32, b.w.n = f.w.n, b.w.k = f.rank, b.w.data = f.b;
+      const float* dy = job.dy[p] + first * f.w.n;
+      float* own = own_dxa + job.tokens * before + first * f.rank;
+      const Matmul product{true, 1, &b, tokens, &dy, &own};
+      kernels.matmul(product, 0, kernels.matmul_panels(product), scratch);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t j = 0; j < f.rank; ++j) dxa[(first + t) * ranks + before + j] = f.scale * own[t * f.rank + j];
+      before += f.rank;
+    }
+  }
+  // The columns of this thread.
+  void learn(int thread, int threads) const {
+    int64_t largest = 0, before = 0;
+    for (int p = 0; p < job.parts; ++p) largest = std::max(largest, job.factors[p].rank);
+    float* turned = scratch_of_thread(largest * kColumns + job.tokens * largest);
+    float* thin = turned + largest * kColumns;
+    const int64_t k = job.factors[0].w.k;
+    in_parts(k, thread, threads, [&](int64_t i, int64_t n) { kernels.across(dxa, ranks, job.x + i, k, job.tokens, n, job.da + i, k); });
+    for (int p = 0; p < job.parts; ++p) {
+      const Factor& f = job.factors[p];
+      for (int64_t t = 0; t < job.tokens; ++t) std::memcpy(thin + t * f.rank, job.xa + t * ranks + before, size_t(f.rank) * 4);
+      in_parts(f.w.n, thread, threads, [&](int64_t i, int64_t n) {
+        kernels.across(thin, f.rank, job.dy[p] + i, f.w.n, job.tokens, n, turned, kColumns);
+        for (int64_t r = 0; r < n; ++r)
+          for (int64_t j = 0; j < f.rank; ++j) job.db[p][(i + r) * f.rank + j] = f.scale * turned[j * kColumns + r];
+      });
+      before += f.rank;
+    }
+  }
+  template <class Function>
+  static void in_parts(int64_t columns, int thread, int threads, Function part) {
+    const int64_t vectors = (columns + 15) / 16, last = std::min(columns, vectors * (thread + 1) / threads * 16);
+    for (int64_t i = vectors * thread / threads * 16; i < last; i += kColumns) part(i, std::min(kColumns, last - i));
+  }
+};
 
 struct Documents {
   const Kernels& kernels;
   const DocumentAttention& job;
-  const std::vector<int64_t>& lengths;
-  std::vector<int64_t> begins;
+  const std::vector<Document>& all;
   bool back;
   int64_t scratch_size;
   std::atomic<int64_t> next{0};
 
   void work() {
     float* own = scratch_of_thread(scratch_size);
-    const int64_t units = int64_t(lengths.size()) * job.kv_heads;
-    for (int64_t unit; (unit = next.fetch_add(1)) < units;) {
-      const size_t document = size_t(unit / job.kv_heads);
-      const auto run = back ? kernels.attend_document_back : kernels.attend_document;
-      run(job, begins[document], lengths[document], unit % job.kv_heads, own);
-    }
+    const int64_t units = int64_t(all.size()) * job.kv_heads;
+    for (int64_t unit; (unit = next.fetch_add(1)) < units;)
+      (back ? kernels.attend_document_back : kernels.attend_document)(job, all[size_t(unit / job.kv_heads)], unit % job.kv_heads, own);
   }
 };
 
 }  // namespace
 
-void attend_documents(const Kernels& kernels, int threads, const DocumentAttention& job, const std::vector<int64_t>& lengths, bool back) {
-  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
-  std::vector<int64_t> begins(lengths.size());
-  std::exclusive_scan(lengths.begin(), lengths.end(), begins.begin(), int64_t(0));
-  Documents documents{kernels, job, lengths, std::move(begins), back, kernels.document_scratch(job, longest)};
+void attend_documents(const Kernels& kernels, int threads, const DocumentAttention& job, const std::vector<Document>& all, bool back) {
+  int64_t longest = 0;
+  for (const Document& document : all) longest = std::max(longest, document.key_length);
+  Documents documents{kernels, job, all, back, kernels.document_scratch(job, longest)};
   run_apart(threads, [](void* context, int, int) { static_cast<Documents*>(context)->work(); }, &documents);
 }
 
 void matmul(const Kernels& kernels, int threads, const Matmul& job) {
-  Products products{kernels, job, by_tokens(job)};
+  Products products{kernels, job, by_tokens(kernels, threads, job)};
   run_apart(threads, [](void* context, int thread, int of) { static_cast<Products*>(context)->work(thread, of); }, &products);
+}
+
+void learn(const Kernels& kernels, int threads, const Learning& job) {
+  int64_t ranks = 0;
+  for (int p = 0; p < job.parts; ++p) ranks += job.factors[p].rank;
+  Memory memory(size_t(2 * job.tokens * ranks) * 4);
+  float* dxa = reinterpret_cast<float*>(memory.data);
+  Learners learners{kernels, job, ranks, dxa, dxa + job.tokens * ranks};
+  run_apart(threads, [](void* context, int thread, int of) { static_cast<Learners*>(context)->come_in(thread, of); }, &learners);
+  run_apart(threads, [](void* context, int thread, int of) { static_cast<Learners*>(context)->learn(thread, of); }, &learners);
 }
 
 void dequantize(int threads, const Linear& w, float* out) {

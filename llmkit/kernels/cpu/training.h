@@ -13,8 +13,11 @@ void product(const Kernels& kernels, int threads, Linear w, const float* x, int6
 // The products of training (kernels.h), `x` and `y` as it says. Throws std::bad_alloc.
 void matmul(const Kernels& kernels, int threads, const Matmul& job);
 
-// Attention of documents of these lengths, one after the other, forward or back. Throws std::bad_alloc.
-void attend_documents(const Kernels& kernels, int threads, const DocumentAttention& job, const std::vector<int64_t>& lengths, bool back);
+// What adapters learn (kernels.h). Throws std::bad_alloc.
+void learn(const Kernels& kernels, int threads, const Learning& job);
+
+// Attention of all these documents, forward or back; no two have a key in common. Throws std::bad_alloc.
+void attend_documents(const Kernels& kernels, int threads, const DocumentAttention& job, const std::vector<Document>& all, bool back);
 
 // The numbers of a quantized matrix, out [n, k].
 void dequantize(int threads, const Linear& w, float* out);
