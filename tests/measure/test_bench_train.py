@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.save import save_model
 from llmkit.cli.bench_train import train_table
 from llmkit.cli.main import run
-from llmkit.errors import DoesNotFit, UsageError
+from llmkit.errors import DoesNotFit, UsageError, out_of_memory
 from llmkit.kernels import native_problem
 from llmkit.measure import bench_train as module
+from llmkit.measure import bench_train_worker
 from llmkit.measure.bench_process import Worker
 from llmkit.measure.bench_train import TrainBenchPlan, bench_train, check_train_plan, side_settings
 from llmkit.measure.bench_train_worker import Chats, Side, factors, load_side, padded, random_rows, start_adapter
@@ -329,6 +331,55 @@ def test_memory_that_runs_out_in_a_worker(tmp_path: Path, monkeypatch: pytest.Mo
     worker = Worker("llmkit", {}, "greedy")
     with pytest.raises(DoesNotFit, match="needs more memory than there is"):
         worker.ask(do="full")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_that_say_that_memory_ran_out(error: Exception, expected: bool) -> None:
+    assert out_of_memory(error) == expected
+
+
+def test_what_a_worker_does_on_a_gpu(nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its requests to torch.cuda, around a side that is really on the CPU."""
+    done: list[str] = []
+
+    def note(name: str, result: Any = None) -> Callable[..., Any]:
+        return lambda *arguments: done.append(name) or result
+
+    def loaded(settings: dict[str, Any]) -> Side:
+        done.append("load")
+        side = load_side({**settings, "device": "cpu"})
+        monkeypatch.setattr(side, "full", note("step", 1.5))
+        return side
+
+    for name, result in {"is_available": True, "device_count": 1, "get_device_name": "a GPU", "max_memory_allocated": 123}.items():
+        monkeypatch.setattr(torch.cuda, name, note(name, result))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=20 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: done.append(f"limit {share} of {index}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", note("synchronize"))
+    monkeypatch.setattr(bench_train_worker, "load_side", loaded)
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"do": "full", "step": 0}\n{"do": "peak"}\n'))
+    plan = replace(PLAN, folder=nf4, device="cuda", memory=8 * 10**9, threads=None)
+    _, _, settings = side_settings(plan, load_config(nf4))[0]
+    answers: list[dict[str, Any]] = []
+    bench_train_worker.serve(settings, answers.append)
+    assert [name for name in done if name not in ("is_available", "device_count")] == [
+        *("limit 0.4 of 0", "load", "get_device_name", "step", "synchronize", "max_memory_allocated")
+    ]
+    ready, step, peak = answers
+    assert ready["device"] == "a GPU"
+    assert (step["loss"], step["slots"], peak) == (1.5, 48, {"peak_bytes": 123})
+    with pytest.raises(UsageError, match="cuda has 20"):
+        bench_train_worker.serve({**settings, "memory": 21 * 10**9}, answers.append)
 
 
 def test_the_limit_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
