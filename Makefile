@@ -43,7 +43,7 @@ format: $(INSTALLED)  ## let ruff lay out the code
 bench: $(INSTALLED)  ## measure a model: speed, memory, time to first token (MODEL=folder-or-hub-id)
 	@$(BIN)/llmkit bench $(MODEL)
 
-bench-gpu: $(INSTALLED)  ## measure 4 bits on a CUDA GPU against bfloat16 and bitsandbytes NF4 (MODEL=folder-or-hub-id)
+bench-gpu: $(INSTALLED)  ## measure 4 bits and QLoRA on a CUDA GPU against bitsandbytes (MODEL=folder-or-hub-id; without: an 8B shape)
 	@$(BIN)/llmkit bench-gpu $(MODEL)
 
 DATA ?= ../shared/data

@@ -30,7 +30,7 @@ class DoesNotFit(LLMKitError):
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: Python's own, the system's, or torch's on any device (a RuntimeError by its text)."""
     text = str(error)
-    told = "out of memory" in text or "allocate memory" in text
+    told = any(word in text for word in ("out of memory", "allocate memory", "STATUS_ALLOC_FAILED"))  # the last: cuBLAS's and cuDNN's
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and told)
 
 

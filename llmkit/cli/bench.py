@@ -75,8 +75,9 @@ def bench(
     Against transformers both sides run in float32 unless --dtype says else. llama.cpp runs on the same weights in its own formats
     of about as many bits (F16, Q8_0, or Q4_0 and Q4_K_M), with a float16 cache and the better of flash attention on and off.
 
-    With --train: LoRA (r=16, every linear, AdamW, float32 arithmetic) in tokens per second and peak memory; against transformers
-    and PEFT with the same first adapter on the same ids, so the losses are compared too.
+    With --train: LoRA (r=16, every linear, AdamW; products in float32, with --device cuda in bfloat16) in tokens per second and peak
+    memory; against transformers and PEFT with the same first adapter on the same ids, so the losses are compared too. A folder in nf4
+    (llmkit quantize --scheme nf4) is QLoRA on both sides.
     """
     refuse_idle_options(train)
     from llmkit.checkpoint.hub import resolve

@@ -13,6 +13,7 @@ from llmkit.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+RIVALS = ("transformers", "peft", "bitsandbytes")
 _TRAINING = {
     "rows": "--rows",
     "row_length": "--row-length",
@@ -21,6 +22,7 @@ _TRAINING = {
     "quantize": "--quantize",
     "checkpointing": "--checkpointing",
     "rival_checkpointing": "--rival-checkpointing",
+    "memory": "--memory",
 }
 _GENERATING = {
     "prefill": "--prefill",
@@ -37,7 +39,11 @@ def train_options(function: F) -> F:
     """`--train` and what has an effect beside it alone."""
     for decorator in reversed(
         (
-            option("--train", is_flag=True, help="Measure LoRA training instead; the options below go with it."),
+            option(
+                "--train",
+                is_flag=True,
+                help="Measure LoRA training instead, on the CPU unless --device says else; the options below go with it.",
+            ),
             option("--rows", type=AtLeast(1), default=4, show_default=True, metavar="N", help="Rows of a step."),
             option("--row-length", type=AtLeast(2), default=512, show_default=True, metavar="N", help="Tokens of a row."),
             option(
@@ -47,6 +53,7 @@ def train_options(function: F) -> F:
             option("--quantize", type=click.Choice(["q4", "q8", "nf4"]), help="Measure llmkit with a frozen base in so few bits too."),
             option("--checkpointing", is_flag=True, help="llmkit computes activations again on the way back."),
             option("--rival-checkpointing", is_flag=True, help="Measure transformers with gradient checkpointing too."),
+            option("--memory", metavar="SIZE", help="With --device cuda: each side may take so much of the GPU, as 8GB [default: all]."),
         )
     ):
         function = decorator(function)
@@ -64,11 +71,15 @@ def refuse_idle_options(train: bool) -> None:
 def measure_training(params: Mapping[str, Any], folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """What the options of the command line ask for."""
     from llmkit.measure.bench_train import TrainBenchPlan, bench_train
+    from llmkit.measure.memory import parse_size
 
+    # In the environment the size is llmkit plan's, too.
+    memory = params["memory"] if (params["device"] or "").startswith("cuda") or from_command_line("memory") else None
     plan = TrainBenchPlan(
         folder=folder,
         dtype=params["dtype"],
         device=params["device"],
+        memory=parse_size(memory) if memory else None,
         threads=params["threads"],
         rows=params["rows"],
         length=params["row_length"],
@@ -88,19 +99,21 @@ def train_table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    end = "full_tok_s"
+    end = "fits"
     begins = [key.removesuffix(end) for key in result if key.endswith(end)]
-    out = Table("", *map(_name, begins), title=f"LoRA on {result['model']}, {result['threads']} threads")
+    where = f"{result['threads']} threads" if result["device"] == "cpu" else result["device"]
+    run = _compared(result)
+    out = Table("", *map(_name, begins), title=f"LoRA on {result['model']}, {where}")
     for label, key, ratio in (
-        (f"{result['rows']} rows of {result['row_length']}", "full_tok_s", "full_ratio"),
+        (f"{result['rows']} row{'s' if result['rows'] > 1 else ''} of {result['row_length']}", "full_tok_s", "full_ratio"),
         ("peak memory of that", "full_peak_bytes", "full_peak_ratio"),
         (f"{result.get('chats')} chats, targets", "chats_target_tok_s", "chats_ratio"),
         ("padding and prompts too", "chats_tok_s", ""),
         ("frozen weights", "base_bytes", ""),
         ("share of bfloat16", "base_share", ""),
     ):
-        if key in result:
-            out.add_row(label, *(_value(result, begin, key, ratio) for begin in begins))
+        if any(begin + key in result for begin in begins):
+            out.add_row(label, *(_value(result, begin, key, f"{ratio}{run}") for begin in begins))
     console = Console()
     console.print(out)
     for note in _notes(result):
@@ -115,22 +128,31 @@ def _name(begin: str) -> str:
 
 def _value(result: dict[str, Any], begin: str, key: str, ratio: str) -> str:
     """One side's figure, with our ratio; nothing where that side has none."""
+    from llmkit.measure.memory import shown
+
     value = result.get(begin + key)
     if value is None:
-        return ""
+        room = f" in {shown(result['memory_bytes'])}" if "memory_bytes" in result else ""
+        return f"does not fit{room}" if key == "full_tok_s" else ""
     text = f"{value / 1e6:.0f} MB" if key.endswith("_bytes") else f"{value:.0f} tok/s" if "_tok_s" in key else f"{value:.2f}"
     return text + (f" ({result[begin + ratio]:.2f}x)" if begin + ratio in result else "")
 
 
+def _compared(result: dict[str, Any]) -> str:
+    """Which run of transformers the ratios are to: that without checkpointing (""), or "_checkpointing" where only that one fits."""
+    return "_checkpointing" if result.get("transformers_checkpointing_fits") and not result["transformers_fits"] else ""
+
+
 def _notes(result: dict[str, Any]) -> list[str]:
-    notes = [f"llmkit: {result['flags']}"]
-    if result["against"]:
-        notes.append(
-            f"transformers {result['transformers_version']}, peft {result['peft_version']}: {result['transformers_flags']}; "
-            "ratios are to its run without checkpointing, above 1 in llmkit's favour"
-        )
-        notes.append(f"largest difference of the loss over {result['steps']} steps: {result['full_loss_difference']:.1e}")
-        if "data" in result:
+    notes = [f"llmkit: {result['flags']}"] if "flags" in result else []
+    run = _compared(result)
+    if f"transformers{run}_flags" in result:
+        versions = ", ".join(f"{name} {result[f'{name}_version']}" for name in RIVALS if f"{name}_version" in result)
+        which = "" if "transformers_checkpointing_fits" not in result else " with checkpointing" if run else " without checkpointing"
+        notes.append(f"{versions}: {result[f'transformers{run}_flags']}; ratios are to its run{which}, above 1 in llmkit's favour")
+    if f"full_loss_difference{run}" in result:
+        notes.append(f"largest difference of the loss over {result['steps']} steps: {result[f'full_loss_difference{run}']:.1e}")
+        if "transformers_chats_micro_batch" in result:
             notes.append(
                 f"chats: transformers is fastest in micro-batches of {result['transformers_chats_micro_batch']} "
                 f"(of {result['transformers_chats_micro_batches_tried']}); "

@@ -26,7 +26,7 @@ COMMANDS = {
     "merge": ("llmkit.cli.merge:merge", "Write a model with an adapter in its weights."),
     "eval": ("llmkit.cli.eval:evaluate", "Measure how well a model predicts a text, also against its original."),
     "bench": ("llmkit.cli.bench:bench", "Measure speed, start-up time and memory, also against transformers."),
-    "bench-gpu": ("llmkit.cli.bench_gpu:bench_gpu", "Measure 4 bits on a GPU against bfloat16 and bitsandbytes' NF4."),
+    "bench-gpu": ("llmkit.cli.bench_gpu:bench_gpu", "Measure 4 bits on a GPU against bfloat16 and bitsandbytes' NF4, and QLoRA."),
     "convert": ("llmkit.cli.convert:convert", "Write a model as a GGUF file for llama.cpp."),
     "plan": ("llmkit.cli.plan:plan", "Say whether a model or a training run fits into memory, and what it costs."),
     "finetune": ("llmkit.cli.train:train", "Train or fine-tune a model from a recipe; also called train."),

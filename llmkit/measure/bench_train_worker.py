@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llmkit.errors import UsageError
 from llmkit.measure.bench_worker import main
-from llmkit.measure.memory import peak_bytes
+from llmkit.measure.memory import check_gpu, check_limit, limit_gpu, peak_bytes
 from llmkit.training.data import IGNORE, Batch
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
@@ -53,31 +54,32 @@ class Side(Protocol):
 
 
 class OurSide:
-    """llmkit's own way: what `llmkit finetune` does in a step, with float32 arithmetic and no clipping."""
+    """llmkit's own way: what `llmkit finetune` does in a step on this device, but for clipping."""
 
-    def __init__(self, folder: str, dtype: str | None, quantize: str | None, checkpointing: bool, rows: int, length: int) -> None:
+    def __init__(
+        self, folder: str, device: str, dtype: str | None, quantize: str | None, checkpointing: bool, rows: int, length: int
+    ) -> None:
         from llmkit.checkpoint.load import load_model_with_report
         from llmkit.lora.inject import LoraSettings, inject, use_integers
         from llmkit.model.backend import keep_freed_memory
         from llmkit.model.native import speed_up
         from llmkit.model.transformer import set_checkpointing
-        from llmkit.quant.apply import quantize_model
+        from llmkit.training.loop import product_dtype
         from llmkit.training.objective import Objective
 
-        keep_freed_memory()
-        self.rows, self.length = rows, length
-        model, report = load_model_with_report(folder, dtype)
-        stored = report.dtype
+        self.device, self.rows, self.length = torch.device(device), rows, length
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        model, report = load_model_with_report(folder, dtype, device, quantize)
         self._bfloat16 = 2 * report.num_parameters
-        if quantize is not None:
-            quantize_model(model, quantize)
-            stored = quantize
         self._base = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
         inject(model, LoraSettings(r=RANK, lora_alpha=ALPHA))
         integers = use_integers(model)
         set_checkpointing(model, checkpointing)
         speed_up(model)
-        self.path = f"{stored}, {'integer' if integers else 'float32'} forward{', checkpointing' if checkpointing else ''}"
+        self.dtype = product_dtype("auto", self.device)
+        products = "integer" if integers else "float32" if self.dtype is None else "bfloat16"
+        self.path = f"{quantize or report.dtype}, {products} forward{', checkpointing' if checkpointing else ''}"
         self.model: nn.Module = model.train()
         self.objective = Objective()
         self.renew_optimizer()
@@ -115,7 +117,8 @@ class OurSide:
     def _step(self, batches: Sequence[Batch]) -> float:
         units, total = sum(self.objective.units(batch) for batch in batches), 0.0
         for batch in batches:
-            loss = self.objective.sum_of(self.model, batch) / units
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
+                loss = self.objective.sum_of(self.model, batch.to(self.device)) / units
             loss.backward()
             total += loss.item()
         self.optimizer.step()
@@ -127,32 +130,52 @@ class OurSide:
 
 
 class RivalSide:
-    """transformers and PEFT in float32 as their documentation shows them: right padding, labels of -100."""
+    """transformers and PEFT as their documentation shows them: right padding, labels of -100; in float32 on a CPU, on a GPU in bfloat16.
 
-    def __init__(self, folder: str, checkpointing: bool) -> None:
+    A folder in bitsandbytes' 4 bits stays in them. What `peft.prepare_model_for_kbit_training` would widen to float32 (embedding, head,
+    norms) stays as it is, which takes gigabytes less.
+    """
+
+    def __init__(self, folder: str, device: str, checkpointing: bool) -> None:
         import transformers
         from peft import LoraConfig, get_peft_model
 
+        from llmkit.training.loop import product_dtype
+
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.device = torch.device(device)
+        self.dtype = product_dtype("auto", self.device)
+        config, dtype = transformers.AutoConfig.from_pretrained(folder), self.dtype or torch.float32
+        four_bit = getattr(config, "quantization_config", None)
+        if four_bit is not None:  # its products are in the dtype of the original, which need not be the device's
+            config.quantization_config = {**four_bit, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map={"": device})
+        if four_bit is not None:
+            for parameter in model.parameters():  # what is not in 4 bits is loaded as it is stored, whatever dtype says
+                parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
         model.config.use_cache = False
         attention = model.config._attn_implementation
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        self._flags = f"float32, {attention} attention{', gradient checkpointing' if checkpointing else ''}"
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.model: nn.Module = get_peft_model(model, config).train()
+        products = str(dtype).removeprefix("torch.")
+        self._flags = f"{products}, {attention} attention{', gradient checkpointing' if checkpointing else ''}"
+        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.model: nn.Module = get_peft_model(model, lora).train()
         self.renew_optimizer()
 
     def renew_optimizer(self) -> None:
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        fused = self.device.type == "cuda" or None  # as its Trainer has it
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=fused
+        )
 
     def full(self, ids: Ids) -> float:
-        tokens = torch.from_numpy(ids)
-        loss = self.model(input_ids=tokens, labels=tokens).loss
+        tokens = torch.from_numpy(ids).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
+            loss = self.model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         self._update()
         return float(loss.item())
@@ -175,6 +198,8 @@ class RivalSide:
 
     def facts(self) -> dict[str, Any]:
         versions = {f"{name}_version": importlib.metadata.version(name) for name in ("transformers", "peft")}
+        if getattr(self.model, "is_loaded_in_4bit", False):
+            versions["bitsandbytes_version"] = importlib.metadata.version("bitsandbytes")
         return {"flags": f"{self._flags}, torch {torch.__version__}, {torch.get_num_threads()} threads", **versions}
 
 
@@ -197,7 +222,6 @@ class Chats:
     """The chats of a data file, in an order of their own: so many for each step, from the start again when all were seen."""
 
     def __init__(self, folder: str, data: str, length: int, count: int) -> None:
-        from llmkit.errors import UsageError
         from llmkit.text.tokenizer import load_tokenizer
         from llmkit.training.corpus import load_corpora
         from llmkit.training.recipe import Source
@@ -239,23 +263,29 @@ def start_adapter(model: nn.Module) -> None:
 def load_side(settings: dict[str, Any]) -> Side:
     """The model of a side with its adapter, loaded."""
     if settings["side"] == "transformers":
-        return RivalSide(settings["folder"], settings["checkpointing"])
-    return OurSide(**{name: settings[name] for name in ("folder", "dtype", "quantize", "checkpointing", "rows", "length")})
+        return RivalSide(settings["folder"], settings["device"], settings["checkpointing"])
+    return OurSide(**{name: settings[name] for name in ("folder", "device", "dtype", "quantize", "checkpointing", "rows", "length")})
 
 
 def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
     """Steps, until standard input ends."""
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
+    check_gpu(settings["device"], "Leave out --device.")
+    on_cuda = settings["device"].startswith("cuda")
+    if settings["memory"] is not None:
+        check_limit(settings["device"], settings["memory"])
+        limit_gpu(settings["device"], settings["memory"])
     chats = Chats(settings["folder"], settings["data"], settings["length"], settings["chats"]) if settings["data"] else None
     side = load_side(settings)
     start_adapter(side.model)
     adapter = {name: list(factor.shape) for name, factor in sorted(factors(side.model).items())}
-    answer({"adapter": adapter, "threads": torch.get_num_threads(), **side.facts()})
+    device = torch.cuda.get_device_name(settings["device"]) if on_cuda else settings["device"]
+    answer({"adapter": adapter, "threads": torch.get_num_threads(), "device": device, **side.facts()})
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "peak":
-            answer({"peak_bytes": peak_bytes()})
+            answer({"peak_bytes": torch.cuda.max_memory_allocated(settings["device"]) if on_cuda else peak_bytes()})
         elif request["do"] == "renew":
             start_adapter(side.model)
             side.renew_optimizer()
@@ -264,6 +294,8 @@ def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) ->
             ids = random_rows(settings["rows"], settings["length"], settings["vocab_size"], request["step"])
             start = time.perf_counter()
             loss = side.full(ids)
+            if on_cuda:
+                torch.cuda.synchronize(settings["device"])  # the optimizer's part
             answer({"seconds": time.perf_counter() - start, "loss": loss, "slots": ids.size, "targets": ids.size - len(ids)})
         else:
             assert chats is not None

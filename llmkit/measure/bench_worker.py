@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmkit.errors import LLMKitError
+from llmkit.errors import DoesNotFit, LLMKitError, out_of_memory
 from llmkit.measure.memory import peak_bytes
 
 START_PROMPT = 6  # tokens before the first one of a process
@@ -139,7 +139,7 @@ def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) ->
 
 
 def main(serve: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None] = serve) -> None:
-    """Serves what the first argument asks for; an error of llmkit's goes to the process that measures."""
+    """Serves what the first argument asks for; an error of llmkit's goes to the process that measures, and memory that ran out as one."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not get between the answers
 
@@ -151,6 +151,10 @@ def main(serve: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], Non
         serve(json.loads(sys.argv[1]), answer)
     except LLMKitError as error:
         answer({"error": str(error), "kind": type(error).__name__})
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        answer({"error": "a side of the benchmark needs more memory than there is. Take a smaller model.", "kind": DoesNotFit.__name__})
 
 
 if __name__ == "__main__":

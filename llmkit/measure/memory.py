@@ -63,6 +63,45 @@ def _left_in(limit: str, used: str, stat: str, reclaimable: str) -> int | None:
     return max(0, int(most) - now + (int(files[1]) if files else 0))
 
 
+def check_gpu(device: str, remedy: str) -> None:
+    """UsageError, with the remedy, where torch cannot use a CUDA device; any other device passes."""
+    if not device.startswith("cuda"):
+        return
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UsageError(f"this machine has no CUDA GPU that torch can use. {remedy}")
+    index = device.removeprefix("cuda").removeprefix(":") or "0"
+    if not index.isdecimal() or int(index) >= count:
+        raise UsageError(
+            f"there is no device {device!r:.40}: this machine has cuda:0{f' to cuda:{count - 1}' if count > 1 else ''}. {remedy}"
+        )
+
+
+def gpu_bytes(device: str) -> int:
+    """All memory of a GPU, used or not."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+
+
+def check_limit(device: str, size: int) -> None:
+    """UsageError where a GPU has no more memory than that anyway."""
+    if size > gpu_bytes(device):
+        raise UsageError(
+            f"{device} has {shown(gpu_bytes(device))}, so a limit of {shown(size)} has no effect. Give less --memory, or leave it out."
+        )
+
+
+def limit_gpu(device: str, size: int) -> None:
+    """Lets PyTorch take so many bytes of a GPU in this process."""
+    import torch
+
+    index = torch.device(device).index or 0  # this function of torch takes no device without one
+    torch.cuda.set_per_process_memory_fraction(size / gpu_bytes(device), index)
+
+
 def peak_bytes() -> int:
     """The largest resident memory of this process so far, mapped file pages included."""
     status = Path("/proc/self/status")

@@ -176,7 +176,7 @@ class Nf4Linear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight, float32 `[out_features, in_features]`."""
-        return self.matrix.dequantize()
+        return _dense(self.matrix, torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):

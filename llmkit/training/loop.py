@@ -91,7 +91,7 @@ class Trainer:
         self.processes = processes or Processes(self.device.type == "cpu")
         if recipe.compile:
             model.compile()
-        self.dtype = torch.bfloat16 if recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and _has_bfloat16(self.device)) else None
+        self.dtype = product_dtype(recipe.dtype, self.device)
         learner = _Learner(model, self.objective)
         self.processes.shard(learner)
         self.learner = self.processes.wrap(learner)
@@ -393,8 +393,10 @@ class Trainer:
         self.report.rewind(self.done.step)
 
 
-def _has_bfloat16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+def product_dtype(wanted: str, device: torch.device) -> torch.dtype | None:
+    """What a recipe's `dtype` ("auto", "float32", "bfloat16") has products computed in on a device; None: in float32, without autocast."""
+    can = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and can) else None
 
 
 def _finite(value: float) -> bool:

@@ -112,6 +112,15 @@ def test_bitsandbytes_kernels_take_the_same_matrix(double: bool) -> None:
     assert not out.requires_grad
 
 
+def test_a_linear_is_dequantized_by_what_is_fastest_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA by bitsandbytes' kernel: in training every product asks for the weight."""
+    matrix, dense = theirs(normal(32, 128), double=True)
+    module = nf4.Nf4Linear(matrix)
+    assert torch.equal(module.dequantize(), dense)
+    monkeypatch.setattr(nf4, "_dense", lambda matrix, dtype: nf4.bitsandbytes_dense(matrix, dtype) + 1)
+    assert torch.equal(module.dequantize(), dense + 1)
+
+
 def test_conversions_leave_codes_and_scales() -> None:
     module = Nf4Linear(nf4.quantize(normal(16, 64)), nn.Parameter(normal(16)))
     dense = module.dequantize()
