@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llmkit.kernels.native import Factor
 from llmkit.model import native
-from llmkit.model.layers import Activation, feed
+from llmkit.model.layers import Activation, feed, product_dtype
 
 
 class Frozen(Protocol):
@@ -35,7 +35,7 @@ class Frozen(Protocol):
     out_features: int
     bias: Tensor | None
 
-    def dequantize(self) -> Tensor: ...
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,6 @@ def _factors(parts: Sequence[LowRank]) -> list[Tensor | None]:
     return [factor for part in parts for factor in (part.a, part.b)]
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """What products are computed in: autocast's dtype where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def _pairs(factors: Sequence[Tensor | None], dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
     """A and B of each part, None where it has none."""
     pairs = zip(factors[::2], factors[1::2], strict=True)
@@ -85,12 +79,12 @@ def _weight(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | No
     """The matrices of all parts below each other, `[sum of out, in]`; in float32 with their B A in them."""
     merge = dtype == torch.float32
     if len(parts) == 1 and not (merge and pairs[0]):
-        return parts[0].base.dequantize().detach().to(dtype)
+        return parts[0].base.dequantize(dtype).detach()
     rows = [part.base.out_features for part in parts]
     whole: Tensor | None = None
     start = 0
     for part, pair, count in zip(parts, pairs, rows, strict=True):
-        stored = part.base.dequantize().detach()
+        stored = part.base.dequantize(dtype).detach()
         if whole is None:
             whole = torch.empty(sum(rows), part.base.in_features, dtype=dtype, device=stored.device)
         own = whole[start : start + count].copy_(stored)
@@ -172,13 +166,13 @@ def _backward(
 
 
 def _gated(act: Activation, up: Tensor) -> bool:
-    return act is F.silu and _dtype(up) == torch.float32 and native.usable(up)
+    return act is F.silu and product_dtype(up) == torch.float32 and native.usable(up)
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: tuple[LowRank, ...], *factors: Tensor | None) -> tuple[Tensor, ...]:
-        flat = x.reshape(-1, x.shape[-1]).to(_dtype(x))
+        flat = x.reshape(-1, x.shape[-1]).to(product_dtype(x))
         out, xa = _forward(flat, parts, factors, any(ctx.needs_input_grad[2:]))
         ctx.parts, ctx.shape, ctx.dtype = parts, x.shape, x.dtype
         ctx.save_for_backward(flat, xa, *factors)
@@ -195,7 +189,7 @@ class _Project(torch.autograd.Function):
 class _Feed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor | None, up: Tensor, act: Activation, part: LowRank, a: Tensor | None, b: Tensor | None) -> Tensor:
-        h = native.gated(gate, up) if gate is not None and _gated(act, up) else feed(act, gate, up, nn.Identity()).to(_dtype(up))
+        h = native.gated(gate, up) if gate is not None and _gated(act, up) else feed(act, gate, up, nn.Identity()).to(product_dtype(up))
         (y,), xa = _forward(h.reshape(-1, h.shape[-1]), (part,), (a, b), any(ctx.needs_input_grad[4:]))
         ctx.act, ctx.part = act, part
         ctx.save_for_backward(gate, up, xa, a, b)

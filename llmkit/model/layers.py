@@ -77,9 +77,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def dequantize(self) -> Tensor:
-        """The weight `[out_features, in_features]`; quantized linears compute it, a dense one just has it."""
-        return self.weight
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight `[out_features, in_features]`, in its own dtype unless another is asked for; quantized linears compute it."""
+        return self.weight if dtype is None else self.weight.to(dtype)
 
 
 class Embedding(nn.Embedding):
@@ -92,6 +92,12 @@ class Embedding(nn.Embedding):
     def dequantize(self) -> Tensor:
         """The table `[num_embeddings, embedding_dim]`; quantized embeddings compute it."""
         return self.weight
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products of x are computed in: autocast's dtype where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:

@@ -46,9 +46,9 @@ class _Quantized(nn.Module):
         """The codes, under the name by which PEFT asks a quantized linear where it is."""
         return self.codes
 
-    def dequantize(self) -> Tensor:
-        """The weight, float32 `[out_features, in_features]`: by the native kernels on a CPU where there are any, the same bits."""
-        return _widened(self.packed)
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight `[out_features, in_features]`, float32 unless another dtype is asked for: by the kernels where there are any."""
+        return _dense(self.packed, dtype or torch.float32)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to(dtype)` must not round the row scales: they are part of the stored format."""

@@ -174,9 +174,9 @@ class Nf4Linear(nn.Module):
             nested = Nested(self.nested_map, self.nested_absmax, self.nested_offset)
         return Nf4Matrix(self.shape, self.codes, self.absmax, self.values, nested, self.block, self.skip, self.kind)
 
-    def dequantize(self) -> Tensor:
-        """The weight, float32 `[out_features, in_features]`."""
-        return _dense(self.matrix, torch.float32)
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight `[out_features, in_features]`, float32 unless another dtype is asked for."""
+        return _dense(self.matrix, dtype or torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
