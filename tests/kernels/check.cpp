@@ -489,7 +489,7 @@ class Checker {
       storage.value_scales = storage.key_scales + heads * 4;
       for (int64_t p = 0; p < length; ++p) kernels.store_kv(storage, table[size_t(p / BLOCK)], p % BLOCK, k.data() + p * kv_heads * dim, v.data() + p * kv_heads * dim);
       std::vector<float> scratch(kAttendScratch + 64);
-      for (int rows : {1, 2, 3, 4, 5, 6, 7, TILE_ROWS})
+      for (int rows = 1; rows <= TILE_ROWS; ++rows)
         for (int64_t last : {int64_t(3), length - 1}) {
           const AttentionArgs args{&storage, table.data(), 4, 0.3f, cap, window};
           const float* queries[TILE_ROWS];

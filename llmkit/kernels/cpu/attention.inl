@@ -50,24 +50,29 @@ template <> inline F load_weights(const Int8* p) { return from_i8(&p->bits); }
 
 // scores[r][16 b + j] = q[r] . key j of block b, for `Rows` query rows and `Blocks` blocks.
 template <class T, int Rows, int Blocks>
-static inline void score_blocks(const T* const* keys, int64_t dim, const float* const* q, float* scores, const F* factors) {
+static inline void score_blocks(const T* const* keys, int64_t dim, const float* q, float* scores, const F* factors) {
   F acc[Rows][Blocks];
-  for (auto& row : acc) for (F& a : row) a = zero();
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+    for (int b = 0; b < Blocks; ++b) acc[r][b] = zero();
   for (int64_t d = 0; d < dim; ++d) {
     F key[Blocks];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int b = 0; b < Blocks; ++b) {
       key[b] = load_weights(keys[b] + d * BLOCK);
       prefetch_l2(keys[b] + (d + Blocks * dim) * BLOCK);  // the blocks of a sequence mostly follow one another
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const F query = set1(q[r][d]);
-#pragma GCC unroll 8
+      const F query = set1(q[r * kQueryStride + d]);
+#pragma GCC unroll 16
       for (int b = 0; b < Blocks; ++b) acc[r][b] = fma(query, key[b], acc[r][b]);
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
     for (int b = 0; b < Blocks; ++b) store(scores + r * CHUNK + b * BLOCK, mul(acc[r][b], factors[b]));
 }
 
@@ -75,45 +80,83 @@ static inline void score_blocks(const T* const* keys, int64_t dim, const float* 
 template <class T, int Rows, int Parts>
 static inline void add_values(const T* const* values, int keys, int64_t dim_padded, int64_t d, const float* weights, float* out, int64_t ldo) {
   F acc[Rows][Parts];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < Parts; ++p) acc[r][p] = load(out + r * ldo + d + 16 * p);
   for (int j = 0; j < keys; ++j) {
     const T* from = values[j / BLOCK] + (j % BLOCK) * dim_padded + d;
     F value[Parts];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < Parts; ++p) {
       value[p] = load_weights(from + 16 * p);
       prefetch_l2(from + 16 * p + 2 * BLOCK * dim_padded);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const F weight = set1(weights[r * CHUNK + j]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int p = 0; p < Parts; ++p) acc[r][p] = fma(weight, value[p], acc[r][p]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < Parts; ++p) store(out + r * ldo + d + 16 * p, acc[r][p]);
+}
+
+// So many query rows are computed together: all of a key's numbers are converted and multiplied for them at once.
+constexpr int kRowsTogether = kAccumulators / 2 < 6 ? kAccumulators : kAccumulators / 2;
+template <int Rows> constexpr int kWide = Rows * 4 <= kAccumulators ? 4 : Rows * 2 <= kAccumulators ? 2 : 1;  // blocks of keys, runs of 16 columns of values
+
+// The scores of `Rows` rows for the blocks [first, last).
+template <class T, int Rows>
+static void score_rows(const T* const* keys, int first, int last, int64_t dim, const float* q, float* scores, const F* factors) {
+  constexpr int kBlocks = kWide<Rows>;
+  for (; first + kBlocks <= last; first += kBlocks) score_blocks<T, Rows, kBlocks>(keys + first, dim, q, scores + first * BLOCK, factors + first);
+  for (; first < last; ++first) score_blocks<T, Rows, 1>(keys + first, dim, q, scores + first * BLOCK, factors + first);
+}
+
+template <class T, int Rows>
+static void add_rows(const T* const* values, int keys, int64_t dim_padded, const float* weights, float* out, int64_t ldo) {
+  constexpr int kParts = kWide<Rows>;
+  int64_t d = 0;
+  for (; d + 16 * kParts <= dim_padded; d += 16 * kParts) add_values<T, Rows, kParts>(values, keys, dim_padded, d, weights, out, ldo);
+  for (; d < dim_padded; d += 16) add_values<T, Rows, 1>(values, keys, dim_padded, d, weights, out, ldo);
+}
+
+// function(Count<n>, first) for parts of n rows, as equal as they can be, none larger than kRowsTogether.
+template <int Rows> struct Count { static constexpr int value = Rows; };
+template <int Rows, class Function>
+static void with_count(int rows, Function function) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows) function(Count<Rows>());
+    else with_count<Rows - 1>(rows, function);
+  }
+}
+template <class Function>
+static void in_parts(int rows, Function function) {
+  const int parts = (rows + kRowsTogether - 1) / kRowsTogether;
+  for (int i = 0; i < parts; ++i) {
+    const int first = rows * i / parts;
+    with_count<kRowsTogether>(rows * (i + 1) / parts - first, [&](auto count) { function(count, first); });
+  }
 }
 
 // Flash attention (arXiv:2205.14135) over the keys of one split. The running maximum is corrected once per CHUNK keys at
 // positions that are multiples of CHUNK, so a row sees the same operations whatever rows share its tile; keys that a row
 // may not see get the weight 0, which changes nothing.
-template <class T, int Rows>
-static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int64_t split, Partial* state,
-                        float* out, int64_t ldo, float* scratch) {
+template <class T>
+static void attend_of(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int rows, int64_t split,
+                      Partial* state, float* out, int64_t ldo, float* scratch) {
   const KVStorage& c = *a.cache;
-  constexpr int kBlocks = Rows * 4 <= kAccumulators ? 4 : Rows * 2 <= kAccumulators ? 2 : 1;  // also runs of 16 columns of the values
-  float* weights = scratch;  // [Rows, CHUNK]
+  float *weights = scratch, *queries = scratch + TILE_ROWS * CHUNK;  // [rows, CHUNK], [rows, kQueryStride]
+  for (int r = 0; r < rows; ++r) memcpy(queries + r * kQueryStride, q[r], size_t(c.dim) * 4);
   int64_t newest = positions[0], oldest = positions[0];
-  for (int r = 1; r < Rows; ++r) newest = positions[r] > newest ? positions[r] : newest, oldest = positions[r] < oldest ? positions[r] : oldest;
+  for (int r = 1; r < rows; ++r) newest = positions[r] > newest ? positions[r] : newest, oldest = positions[r] < oldest ? positions[r] : oldest;
   const int64_t visible = a.window ? (oldest - a.window + 1 > 0 ? oldest - a.window + 1 : 0) : 0;  // the first key that some row sees
-  F sums[Rows];
-  for (int r = 0; r < Rows; ++r) {
+  F sums[TILE_ROWS];
+  for (int r = 0; r < rows; ++r) {
     state[r].maximum = -INFINITY;
     sums[r] = zero();
     for (int64_t d = 0; d < c.dim_padded; d += 16) store(out + r * ldo + d, zero());
@@ -133,13 +176,11 @@ static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* co
       factors[b] = c.kind == Kind::Q8 ? mul(set1(a.scale), load(c.key_scales_of(kv_head, block))) : set1(a.scale);
     }
     for (int b = 0; b < skipped; ++b)
-      for (int r = 0; r < Rows; ++r) store(weights + r * CHUNK + b * BLOCK, set1(-INFINITY));
-    int scored = skipped;
-    for (; scored + kBlocks <= stop; scored += kBlocks)
-      score_blocks<T, Rows, kBlocks>(key_blocks + scored, c.dim, q, weights + scored * BLOCK, factors + scored);
-    for (; scored < stop; ++scored)
-      score_blocks<T, Rows, 1>(key_blocks + scored, c.dim, q, weights + scored * BLOCK, factors + scored);
-    for (int r = 0; r < Rows; ++r) {
+      for (int r = 0; r < rows; ++r) store(weights + r * CHUNK + b * BLOCK, set1(-INFINITY));
+    in_parts(rows, [&](auto part, int first) {
+      score_rows<T, decltype(part)::value>(key_blocks, skipped, stop, c.dim, queries + first * kQueryStride, weights + first * CHUNK, factors);
+    });
+    for (int r = 0; r < rows; ++r) {
       float* w = weights + r * CHUNK;
       F largest = set1(-INFINITY);
       for (int b = 0; b * BLOCK < count; ++b) {
@@ -172,31 +213,11 @@ static void attend_rows(const AttentionArgs& a, int64_t kv_head, const float* co
         store(w + b * BLOCK, e);
       }
     }
-    const int64_t run = 16 * kBlocks, wide = c.dim_padded / run * run;
-    for (int64_t d = 0; d < c.dim_padded; d += d < wide ? run : 16) {
-      const T* const* from = value_blocks + skipped;
-      const float* w = weights + skipped * BLOCK;
-      const int seen = count - skipped * BLOCK;
-      if (d < wide) add_values<T, Rows, kBlocks>(from, seen, c.dim_padded, d, w, out, ldo);
-      else add_values<T, Rows, 1>(from, seen, c.dim_padded, d, w, out, ldo);
-    }
+    in_parts(rows, [&](auto part, int first) {
+      add_rows<T, decltype(part)::value>(value_blocks + skipped, count - skipped * BLOCK, c.dim_padded, weights + first * CHUNK + skipped * BLOCK, out + first * ldo, ldo);
+    });
   }
-  for (int r = 0; r < Rows; ++r) state[r].sum = hsum(sums[r]);
-}
-
-template <class T>
-static void attend_of(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int rows, int64_t split,
-                      Partial* state, float* out, int64_t ldo, float* scratch) {
-  switch (rows) {
-    case 1: return attend_rows<T, 1>(a, kv_head, q, positions, split, state, out, ldo, scratch);
-    case 2: return attend_rows<T, 2>(a, kv_head, q, positions, split, state, out, ldo, scratch);
-    case 3: return attend_rows<T, 3>(a, kv_head, q, positions, split, state, out, ldo, scratch);
-    case 4: return attend_rows<T, 4>(a, kv_head, q, positions, split, state, out, ldo, scratch);
-    case 5: return attend_rows<T, 5>(a, kv_head, q, positions, split, state, out, ldo, scratch);
-    case 6: return attend_rows<T, 6>(a, kv_head, q, positions, split, state, out, ldo, scratch);
-    case 7: return attend_rows<T, 7>(a, kv_head, q, positions, split, state, out, ldo, scratch);
-    default: return attend_rows<T, TILE_ROWS>(a, kv_head, q, positions, split, state, out, ldo, scratch);
-  }
+  for (int r = 0; r < rows; ++r) state[r].sum = hsum(sums[r]);
 }
 
 static void attend(const AttentionArgs& a, int64_t kv_head, const float* const* q, const int32_t* positions, int rows, int64_t split, Partial* state,

@@ -80,7 +80,7 @@ struct AttentionArgs {
 
 constexpr int CHUNK = 128;      // keys between two corrections of the running maximum
 constexpr int SPLIT = 512;      // keys that one thread takes of a long context; fixed, so results do not depend on the threads
-constexpr int TILE_ROWS = 8;    // query rows that share one pass over the keys
+constexpr int TILE_ROWS = 24;   // query rows that share one pass over the keys
 constexpr int kMaxHeadDim = 1024;
 
 // The state of attention over some keys for one query row: maximum, sum of exponentials, weighted values.
@@ -162,7 +162,8 @@ struct Kernels {
   void (*merge)(Partial* total, float* out, const Partial* part, const float* part_out, int64_t dim);  // out, part_out [dim_padded]
 };
 
-constexpr size_t kAttendScratch = size_t(TILE_ROWS) * CHUNK + 64;                                       // floats
+constexpr int64_t kQueryStride = kMaxHeadDim + 16;  // of the copied queries: neighbours fall into different sets of the cache
+constexpr size_t kAttendScratch = size_t(TILE_ROWS) * (CHUNK + kQueryStride) + 64;  // floats
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // A band of dense weights is at most 2^17 floats (but never less than 8 rows).

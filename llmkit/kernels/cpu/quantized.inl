@@ -73,10 +73,21 @@ static_assert(kQuantPanels <= kMaxPanels);
 constexpr int64_t kFewPasses = 6;
 constexpr int64_t kAhead = 4096;       // bytes of codes fetched before they are used
 
-// The sums of all groups become `rows` numbers of y.
-static inline void put_panel(const Linear& w, int64_t panel, F acc, int rows, float* y) {
-  const F scale = load(w.row_scale + panel * 16);
-  store_n(y, w.bias ? fma(acc, scale, load_n(w.bias + panel * 16, rows)) : mul(acc, scale), rows);
+// The sums of all groups, sum(t), become numbers of y.
+template <int Tokens, class Sum>
+static inline void put_panel(const Linear& w, int64_t panel, Sum sum, float* y, int64_t ldy) {
+  const int64_t row = panel * 16;
+  const F scale = load(w.row_scale + row);
+  y += row;
+  if (!w.bias && row + 16 <= w.n) {
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) store(y + t * ldy, mul(sum(t), scale));
+    return;
+  }
+  const int rows = int(w.n - row < 16 ? w.n - row : 16);
+  const F bias = w.bias ? load_n(w.bias + row, rows) : zero();
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t) store_n(y + t * ldy, w.bias ? fma(sum(t), scale, bias) : mul(sum(t), scale), rows);
 }
 
 // Rows [16 panel, 16 (panel + Panels)) of y for `Tokens` tokens, from unpacked codes.
@@ -87,11 +98,12 @@ static void quant_tile(const Linear& w, int64_t panel, const uint8_t* const* cod
   const int32_t* exponents = x.exponent + token * blocks;
   const int32_t* offsets = Group == 32 ? x.offset32 + token * blocks : x.offset + token * 2 * blocks;
   const int8_t* scales[Panels];
-  int rows[Panels];
   F acc[Tokens][Panels];
+#pragma GCC unroll 8
   for (int p = 0; p < Panels; ++p) {
     scales[p] = w.scales + (panel + p) * groups * 16;
-    rows[p] = int(w.n - (panel + p) * 16 < 16 ? w.n - (panel + p) * 16 : 16);
+    for (int t = 0; t < Tokens; ++t) prefetch(y + (token + t) * ldy + (panel + p) * 16);
+#pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) acc[t][p] = set1(x.start[token + t]);
   }
   for (int64_t g = 0; g < groups; ++g) {
@@ -104,8 +116,8 @@ static void quant_tile(const Linear& w, int64_t panel, const uint8_t* const* cod
       for (int t = 0; t < Tokens; ++t) acc[t][p] = finish(acc[t][p], sums[t][p], s, exponents[t * blocks + g * Group / 32]);
     }
   }
-  for (int p = 0; p < Panels; ++p)
-    for (int t = 0; t < Tokens; ++t) put_panel(w, panel + p, acc[t][p], rows[p], y + (token + t) * ldy + (panel + p) * 16);
+#pragma GCC unroll 8
+  for (int p = 0; p < Panels; ++p) put_panel<Tokens>(w, panel + p, [&](int t) { return acc[t][p]; }, y + token * ldy, ldy);
 }
 
 // The tokens [token, token + count), count at most Tokens, in one tile of just that size.
@@ -165,8 +177,7 @@ static void q4_few(const Linear& w, const QuantizedRows& x, int64_t token, float
           acc[t] = finish(finish(acc[t], low[t], one, exponents[t * blocks + b]), high[t], two, exponents[t * blocks + b]);
       }
     }
-    const int rows = int(w.n - panel * 16 < 16 ? w.n - panel * 16 : 16);
-    for (int t = 0; t < Tokens; ++t) put_panel(w, panel, acc[t], rows, y + (token + t) * ldy + panel * 16);
+    put_panel<Tokens>(w, panel, [&](int t) { return acc[t]; }, y + token * ldy, ldy);
   }
 }
 

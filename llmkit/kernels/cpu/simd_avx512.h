@@ -1,7 +1,7 @@
 // Sixteen lanes in one zmm register; int8 dot products by AVX-512 VNNI.
 #pragma once
 constexpr bool kSignedDot = false;
-constexpr int kDenseRows = 4, kDenseTokens = 6, kGemvRows = 8, kQuantTokens = 4, kQuantPanels = 3, kAccumulators = 16, kFewTokens = 8;
+constexpr int kDenseRows = 4, kDenseTokens = 6, kGemvRows = 8, kQuantTokens = 4, kQuantPanels = 3, kAccumulators = 24, kFewTokens = 8;
 constexpr int kMatRows = 12, kMatVectors = 2;
 
 struct F { __m512 v; };
@@ -23,9 +23,7 @@ static inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline F abs(F a) { return {_mm512_abs_ps(a.v)}; }
 static inline F round_even(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-static inline F scale2(F a, F n) {
-  return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23)))};
-}
+static inline F scale2(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 static inline F zero_below(F x, float limit, F a) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
 }

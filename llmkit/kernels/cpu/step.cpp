@@ -125,7 +125,7 @@ void Run::prepare() {
   for (const Layer& layer : plan.layers) need(layer.rope < int(step.rotary.size()), "the rotary frequencies of a layer are missing");
 
   // Attention work: a tile of tokens of one sequence and one kv head; split along the keys only where there are too few tiles.
-  const int64_t group = c.heads / c.kv_heads, tile = std::max<int64_t>(1, TILE_ROWS / group);
+  const int64_t group = c.heads / c.kv_heads, tile = std::max<int64_t>(1, std::min(TILE_ROWS / group, tokens * c.kv_heads / (4 * threads)));
   int64_t longest = 0;
   for (const Span& span : spans) {
     longest = std::max<int64_t>(longest, step.positions[span.last - 1] + 1);
