@@ -75,23 +75,15 @@ def _pairs(factors: Sequence[Tensor | None], dtype: torch.dtype) -> list[tuple[T
     return [None if a is None or b is None else (a.detach().to(dtype), b.detach().to(dtype)) for a, b in pairs]
 
 
-def _weight(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype) -> Tensor:
-    """The matrices of all parts below each other, `[sum of out, in]`; in float32 with their B A in them."""
-    merge = dtype == torch.float32
-    if len(parts) == 1 and not (merge and pairs[0]):
-        return parts[0].base.dequantize(dtype).detach()
-    rows = [part.base.out_features for part in parts]
-    whole: Tensor | None = None
-    start = 0
-    for part, pair, count in zip(parts, pairs, rows, strict=True):
-        stored = part.base.dequantize(dtype).detach()
-        if whole is None:
-            whole = torch.empty(sum(rows), part.base.in_features, dtype=dtype, device=stored.device)
-        own = whole[start : start + count].copy_(stored)
-        if merge and pair is not None:
+def _merged(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | None], device: torch.device) -> Tensor:
+    """`W + s B A` of all parts below each other, float32 `[sum of out, in]`."""
+    if len(parts) == 1 and pairs[0] is None:
+        return parts[0].base.dequantize(torch.float32).detach()
+    whole = torch.empty(sum(part.base.out_features for part in parts), parts[0].base.in_features, device=device)
+    for part, pair, own in zip(parts, pairs, whole.split([part.base.out_features for part in parts]), strict=True):
+        own.copy_(part.base.dequantize(torch.float32).detach())
+        if pair is not None:
             own.addmm_(pair[1], pair[0], alpha=part.scale)
-        start += count
-    assert whole is not None
     return whole
 
 
@@ -110,7 +102,10 @@ def _forward(x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | Non
     if integer:
         out = [part.integer(x) for part in parts]  # type: ignore[misc]
     else:
-        out = list((x @ _weight(parts, pairs, x.dtype).T).split([part.base.out_features for part in parts], 1))
+        if x.dtype == torch.float32:
+            out = list((x @ _merged(parts, pairs, x.device).T).split([part.base.out_features for part in parts], 1))
+        else:  # one W in memory at a time, and no result that keeps the others
+            out = [x @ part.base.dequantize(x.dtype).detach().T for part in parts]
         for part, y in zip(parts, out, strict=True):
             if part.base.bias is not None:
                 y += part.base.bias.detach()
@@ -140,9 +135,13 @@ def _backward(
     dx: Tensor | None = None
     if wanted and fast:
         dx = native.project_back(grads, _native(parts, pairs))
+    elif wanted and dtype == torch.float32:
+        dx = (grads[0] if len(grads) == 1 else torch.cat(list(grads), 1)) @ _merged(parts, pairs, x.device)
     elif wanted:
-        whole = grads[0] if len(grads) == 1 else torch.cat(list(grads), 1)
-        dx = whole @ _weight(parts, pairs, dtype)
+        for part, grad in zip(parts, grads, strict=True):
+            weight = part.base.dequantize(dtype).detach()
+            dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+            del weight  # before the next one
     present = [(part.scale, pair, grad) for part, pair, grad in zip(parts, pairs, grads, strict=True) if pair is not None]
     if xa is None or not present:
         return dx, [None] * len(factors)

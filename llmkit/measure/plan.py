@@ -37,7 +37,9 @@ class Constants:
     huge_array: int = 4 << 20
     nf4_work: int = 30_000_000  # of a dequantization, beside the matrix
     logit_copies: int = 4  # float32 copies of a chunk of logits: they, their log-softmax, and both gradients
-    logit_elements: int = 1 << 24  # of a chunk of logits
+    logit_elements: int = 1 << 24  # of a chunk of logits (training/loss.py)
+    logit_tile: int = 1 << 22  # of some columns of all rows, on a CPU
+    logit_columns: int = 1 << 10  # at least
     step_tokens: int = 512  # prompt tokens in one step
     block: int = 16  # positions of a block of the KV cache
     scores: int = 1 << 24  # attention scores that are materialised at a time (soft caps)
@@ -152,9 +154,13 @@ def quantizing(facts: Facts, scheme: str, constants: Constants = CONSTANTS) -> T
     terms = {"process": constants.torch_process, "largest matrix": storage_bytes(facts.storage[largest], facts.shapes[largest])}
     if scheme == NF4:
         terms["process"] += constants.adapter_process  # bitsandbytes weighs as much as PEFT
-        linear = max(map(math.prod, facts.linears.values()))
-        return terms | {"work": 24 * min(1 << 22, linear), "codes": linear // 2}
+        return terms | {"work": quantizing_work(facts), "codes": max(map(math.prod, facts.linears.values())) // 2}
     return terms | {"work": 10 * (1 << 21)}
+
+
+def quantizing_work(facts: Facts) -> int:
+    """What some rows of a linear take on their way to NF4."""
+    return 24 * min(1 << 22, max(map(math.prod, facts.linears.values())))
 
 
 def without_zeros(terms: Mapping[str, int]) -> Terms:

@@ -10,9 +10,11 @@ from llmkit.checkpoint.weights import EMBEDDING, HEAD
 from llmkit.config import LayerConfig, ModelConfig
 from llmkit.kernels import native_problem
 from llmkit.measure.facts import Facts, Storage, storage_bytes
-from llmkit.measure.plan import CONSTANTS, Change, Constants, Terms, attention_sizes, without_zeros
-from llmkit.quant.schemes import Choice, choose
+from llmkit.measure.plan import CONSTANTS, Change, Constants, Terms, attention_sizes, quantizing_work, without_zeros
+from llmkit.quant.schemes import NF4, Choice, choose
 from llmkit.training.recipe import LoraRecipe, Recipe
+
+_OUT = (".o_proj.weight", ".down_proj.weight")  # linears whose input is no norm's, and no other's
 
 
 @dataclass(frozen=True)
@@ -115,54 +117,81 @@ def training(
         terms["average of the weights"] = 4 * how.trained
 
     attends, pooled = on_cpu and how.native, on_cpu and how.native and how.fused
-    layers = [_saved_numbers(config, layer, how) for layer in config.layers]
-    if how.checkpointing:  # what PyTorch's attention gave is kept; see model/transformer.py
-        kept = 4 * config.hidden_size
-        kept += 0 if attends else size * (config.num_attention_heads * config.head_dim + config.num_attention_heads)
-        activations = how.tokens * (len(layers) * kept + size * max(layers))
-    else:
-        activations = how.tokens * size * sum(layers)
-    activations += how.tokens * 3 * config.hidden_size * 4  # embedding, final norm and what the loss keeps
-    rows = min(how.tokens, max(1, constants.logit_elements // config.vocab_size))
-    # A frozen head's logits stand in one buffer, which becomes their gradient (training/loss.py).
+    activations = _activation_bytes(how, facts, size, attends, between=4 if held[EMBEDDING] == "F32" else size)
     once = how.lora and how.loss != "distill" and config.final_logit_softcapping is None and how.saved == 0
-    copies = 1 if once else constants.logit_copies * (2 if how.loss == "distill" else 1)
-    logits = copies * rows * config.vocab_size * 4
-    head = EMBEDDING if HEAD not in facts.shapes else HEAD
-    if isinstance(held[head], Choice) or (held[head] != "F32" and not once):
-        logits += 4 * math.prod(facts.head)
-    elif held[head] != "F32" and not pooled:  # widened a part at a time
-        logits += constants.logit_elements
+    tile = constants.logit_tile if on_cpu else constants.logit_elements
+    columns = min(config.vocab_size, max(constants.logit_columns, tile // max(how.tokens, config.hidden_size)))
+    logits = _logit_bytes(how, facts, held[HEAD if HEAD in facts.shapes else EMBEDDING], size, columns if once else 0, pooled, constants)
     inner = max(_mlp_numbers(config, layer) for layer in config.layers)
-    backward = how.tokens * (5 * inner // 2 + 3 * config.hidden_size) * size + _widened(facts, held, pooled)
+    backward = how.tokens * (3 * inner // 2 + 2 * config.hidden_size) * size  # an MLP's product, what it is made of, and gradients
+    backward += max(how.tokens * inner * size, _widened(facts, held, pooled, size))  # those inside come after the product
     terms["activations"] = activations
     if pooled:
         terms["holes between them"] = _huge_pages(how, config, constants)
     elif on_cpu:
         terms["holes between them"] = int((constants.fewer_holes if how.checkpointing else constants.holes) * activations)
     gradients = 4 * how.trained
-    if not how.lora and not how.accumulates:
+    if not how.accumulates and not pooled:  # the pool keeps its memory
         # While gradients come, activations go; those of head and embedding come first and last.
-        gradients = max(0, gradients - activations) + 4 * math.prod(facts.head)
+        gradients = max(0, gradients - activations) + 4 * (how.saved if how.lora else math.prod(facts.head))
     terms["gradients"] = gradients
+    if on_cpu and any(isinstance(storage, Choice) and storage.scheme == NF4 for storage in held.values()):
+        terms["work on 4 bits"] = constants.nf4_work
+        if how.quantize == NF4 and not how.checkpointing:  # the C library keeps what quantizing took
+            terms["work on 4 bits"] += quantizing_work(facts)
     terms["logits or backward buffers"] = max(logits, backward)
-    kept_piece = constants.kept_piece_checkpointing if how.checkpointing else constants.kept_piece
-    if pooled and how.tokens * 4 * config.intermediate_size <= kept_piece:  # the pool gave them up for logits, the C library keeps them
+    if pooled and not (once and _shared(how, config, columns, constants)):
         terms["logits or backward buffers"] = logits + backward
     return without_zeros(terms)
 
 
-def _widened(facts: Facts, held: dict[str, Storage], pooled: bool) -> int:
-    """Bytes of the matrices that stand in float32 beside a product on the way back: the native ones read 16 bits as they are, and
-    take all that have one input together."""
+def _activation_bytes(how: Setting, facts: Facts, size: int, attends: bool, between: int) -> int:
+    """What is kept for the backward pass. Of a number: `size` bytes at linears, `between` between blocks, 4 in norms."""
+    config = facts.config
+    norms = (4 - size) * (1 if how.lora else 2)
+    layers = [size * _saved_numbers(config, layer, how) + norms * _norm_inputs(config) for layer in config.layers]
+    ends = (4 + 2 * size) * config.hidden_size  # the final norm's input, what it gives and what the loss keeps
+    if how.checkpointing:  # a block's input, and what PyTorch's attention gave; see model/transformer.py
+        attended = 0 if attends else size * config.num_attention_heads * config.head_dim + 4 * config.num_attention_heads
+        return how.tokens * (len(layers) * (between * config.hidden_size + attended) + max(layers) - attended + ends)
+    # Without adapters autocast keeps a copy of the weights.
+    copies = sum(2 * math.prod(shape) for shape in facts.linears.values()) if size == 2 and not how.lora else 0
+    return how.tokens * (sum(layers) + ends) + copies
+
+
+def _logit_bytes(how: Setting, facts: Facts, head: Storage, size: int, columns: int, pooled: bool, constants: Constants) -> int:
+    """What the loss takes while it goes over `columns` of the logits of all rows, of a frozen head; 0: over all of some rows. See
+    training/loss.py."""
+    config, numbers = facts.config, math.prod(facts.head)
+    if columns:
+        wide = 0 if pooled or head == ("F32" if size == 4 else "BF16") else size * columns * config.hidden_size
+        whole = 4 * numbers if isinstance(head, Choice) else 0
+        return how.tokens * (columns * (4 if size == 4 else 6) + (4 + size) * config.hidden_size) + wide + whole
+    rows = min(how.tokens, max(1, constants.logit_elements // config.vocab_size))
+    logits = constants.logit_copies * (2 if how.loss == "distill" else 1) * rows * config.vocab_size * 4
+    if size == 2:  # the head in 16 bits, and where it is trained its gradient in these, and in 32 beside the one so far
+        return logits + (2 if how.lora else 8) * numbers
+    return logits + (0 if head == "F32" else 4 * numbers)
+
+
+def _shared(how: Setting, config: ModelConfig, columns: int, constants: Constants) -> bool:
+    """Whether logits and the buffers of the way back lie in the same memory: the pool (`model.native.Memory`) has pieces that fit both,
+    or gives up pieces that are so large that the C library gives them back."""
+    piece, kept = config.intermediate_size, constants.kept_piece_checkpointing if how.checkpointing else constants.kept_piece
+    return piece <= 5 * columns // 4 <= 2 * piece or 4 * how.tokens * piece > kept
+
+
+def _widened(facts: Facts, held: dict[str, Storage], pooled: bool, size: int) -> int:
+    """Bytes of the matrices that are made in the products' own format, `size` bytes a number, on the way back: one after the other; the
+    native products read 16 bits as they are, and take all that have one input together."""
     if not pooled:
-        return 4 * max((math.prod(facts.shapes[name]) for name in facts.linears if held[name] != "F32"), default=0)
+        own = "F32" if size == 4 else "BF16"
+        return size * max((math.prod(facts.shapes[name]) for name in facts.linears if held[name] != own), default=0)
     together: dict[str, int] = {}
     for name, shape in facts.linears.items():
         if isinstance(held[name], Choice):
-            place, linear = name.removesuffix(".weight").rsplit(".", 1)
-            group = f"{place}.out" if linear in ("o_proj", "down_proj") else place
-            together[group] = together.get(group, 0) + 4 * math.prod(shape)
+            place = name if name.endswith(_OUT) else name.removesuffix(".weight").rpartition(".")[0]
+            together[place] = together.get(place, 0) + 4 * math.prod(shape)
     return max(together.values(), default=0)
 
 
@@ -183,6 +212,11 @@ def _norms(config: ModelConfig) -> int:
     return {"pre": 2, "post": 2, "sandwich": 4}[config.norm_placement]
 
 
+def _norm_inputs(config: ModelConfig) -> int:
+    """Numbers that the norms of a layer take, for each token."""
+    return _norms(config) * config.hidden_size + (0 if config.qk_norm is None else sum(attention_sizes(config)))
+
+
 def _optimizer_bytes(how: Setting, facts: Facts) -> int:
     """AdamW: two numbers for each that is trained. Muon: one for each of the hidden matrices, and a stack of equal ones on the way."""
     if how.optimizer != "muon":
@@ -199,9 +233,7 @@ def _saved_numbers(config: ModelConfig, layer: LayerConfig, how: Setting) -> int
     """
     hidden, (q, kv) = config.hidden_size, attention_sizes(config)
     own = 1 if how.lora else 2
-    numbers = (own * _norms(config) + 2) * hidden + 2 * q + 2 * kv + config.num_attention_heads + 2 + how.ranks // len(config.layers)
-    if config.qk_norm is not None:
-        numbers += own * (q + kv)
+    numbers = own * _norm_inputs(config) + 2 * hidden + 2 * q + 2 * kv + config.num_attention_heads + 2 + how.ranks // len(config.layers)
     if config.attn_logit_softcapping is not None:
         numbers += 2 * config.num_attention_heads * how.length + 2 * (q - kv)  # tanh and softmax; keys and values for every head
     numbers += (1 if how.lora else 2) * _mlp_numbers(config, layer)

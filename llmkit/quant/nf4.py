@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 BLOCK = 64  # weights with one scale, of what is written; other sizes are read
 NESTED_BLOCK = 256  # scales with one scale
-_CHUNK = 1 << 20  # weights dequantized at a time: what stands between codes and weights stays small
+_CHUNK = 1 << 16  # weights dequantized at a time: what stands between codes and weights stays in the second-level cache
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
             shrink = (before - largest).exp_()
             total.mul_(shrink).add_(logits.sum(1, keepdim=True))
             expected.mul_(shrink).add_(back(logits.to(hidden.dtype)))
+            del logits  # before those of the next columns
         wanted = weight[labels].float()
         losses = total.log() + largest - (scaled * wanted).sum(1, keepdim=True)
         ctx.save_for_backward(expected.div_(total).sub_(wanted).mul_(scale).to(hidden.dtype))

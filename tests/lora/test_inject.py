@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -200,6 +201,30 @@ def test_bfloat16_products_keep_the_adapter() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         difference = project_fused(small * 0 + 1, [LowRank(base, 100 * a, b)])[0].float() - 16
     torch.testing.assert_close(difference, torch.full((4, 16), 0.16), rtol=0.5, atol=0.1)
+
+
+class Unpacked:
+    """A linear whose weight is made when it is asked for; `together`: the most that were in memory at once."""
+
+    in_features, out_features, bias = 8, 6, None
+    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+    together = 0
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        weight = torch.ones(6, 8, dtype=dtype)
+        self.alive.add(weight.untyped_storage())
+        Unpacked.together = max(self.together, len(self.alive))
+        return weight
+
+
+def test_16_bits_hold_one_weight_at_a_time() -> None:
+    """Nor does a result keep the others: queries and keys go once they are rotated."""
+    parts = [LowRank(Unpacked(), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = project_fused(torch.randn(4, 8, requires_grad=True), parts)
+    assert len({y.untyped_storage().data_ptr() for y in out}) == 3
+    torch.autograd.backward(out, [torch.ones_like(y) for y in out])
+    assert Unpacked.together == 1
 
 
 def test_a_model_without_adapters_is_untouched(folder: Path) -> None:

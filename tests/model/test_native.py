@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from llmkit.model.layers import rms_norm
 from llmkit.model.native import Memory
 from llmkit.model.rope import rotate
 from llmkit.model.transformer import Transformer, init_weights
+from llmkit.training import loss
 from llmkit.training.data import IGNORE, Batch
 from llmkit.training.loss import cross_entropy
 
@@ -429,3 +431,27 @@ def test_tensors_never_share_memory_and_little_waits(steps: list[tuple[int, int]
         for number, tensor in enumerate(slots):
             assert tensor is None or bool((tensor == number).all())
         assert memory.waiting <= 2 * most
+
+
+def test_one_tile_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a frozen head."""
+    before: list[weakref.ref[Any]] = []
+    products = loss._products
+
+    def watched(hidden: Tensor, weight: Tensor) -> tuple[Any, Any]:
+        project, back = products(hidden, weight)
+
+        def followed(h: Tensor) -> Tensor:
+            assert all(storage() is None for storage in before)
+            logits = project(h)
+            before.append(weakref.ref(logits.untyped_storage()))
+            return logits
+
+        return followed, back
+
+    monkeypatch.setattr(loss, "_products", watched)
+    monkeypatch.setattr(loss, "_SMALLEST", 4)
+    monkeypatch.setitem(loss._TILE, "cpu", 1)
+    hidden = torch.randn(3, 8, requires_grad=True)
+    loss._FrozenCrossEntropy.apply(hidden, torch.randn(10, 8), torch.tensor([1, 2, 9]), 1.0)
+    assert len(before) == 3
