@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmkit.model.transformer import Transformer
 from llmkit.training import loss as module
+from llmkit.training.data import Batch
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -51,6 +55,20 @@ def test_what_is_certain_costs_nothing(dtype: torch.dtype, stored: torch.dtype, 
     certain = losses == 0
     assert certain.sum() > 20
     assert gradient[certain].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_it_is_that_of_an_evaluation(bfloat16: bool, make_model: Callable[[], Transformer]) -> None:
+    """Which DPO subtracts from it: an adapter that has learned nothing prefers nothing, however products are rounded."""
+    model = make_model().requires_grad_(False)
+    model.head.weight.mul_(100)
+    tokens = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens, tokens.roll(-1, 1), torch.arange(40).expand(2, 40), torch.arange(2)[:, None].expand(2, 40), ())
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        learned, _ = module.token_losses(model, batch)
+        with torch.no_grad():
+            judged, _ = module.token_losses(model, batch)
+    torch.testing.assert_close(learned, judged, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
