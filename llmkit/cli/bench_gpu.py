@@ -48,7 +48,7 @@ def bench_gpu(
         for name in ("revision", "prefill", "decode"):
             if from_command_line(name):
                 raise UsageError(f"--{name} has no effect without MODEL. Give a folder or a hub id, or leave it out.")
-    plan = GpuBenchPlan(folder, prefill=prefill, decode=decode, repeat=repeat, memory=parse_size(memory) if memory else None)
+    plan = GpuBenchPlan(folder, prefill=prefill, decode=decode, repeat=repeat, memory=None if memory is None else parse_size(memory))
     return show(lambda progress: measure(plan, progress), table, as_json)
 
 

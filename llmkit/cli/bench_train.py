@@ -73,13 +73,15 @@ def measure_training(params: Mapping[str, Any], folder: Path, progress: Callable
     from llmkit.measure.bench_train import TrainBenchPlan, bench_train
     from llmkit.measure.memory import parse_size
 
+    if params["steps"] and params["data"] is None and from_command_line("steps") and from_command_line("repeat"):
+        raise UsageError("--repeat has no effect beside --steps without --data. Leave out one of the two.")
     # In the environment the size is llmkit plan's, too.
     memory = params["memory"] if (params["device"] or "").startswith("cuda") or from_command_line("memory") else None
     plan = TrainBenchPlan(
         folder=folder,
         dtype=params["dtype"],
         device=params["device"],
-        memory=parse_size(memory) if memory else None,
+        memory=None if memory is None else parse_size(memory),
         threads=params["threads"],
         rows=params["rows"],
         length=params["row_length"],

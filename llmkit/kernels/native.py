@@ -30,7 +30,7 @@ CACHE_KINDS = {32: 0, 16: 1, 8: Q8}
 SLOTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # What an extension of an older llmkit may lack.
-_FUNCTIONS = ("product", "dequantize", "matmul", "attend", "norm", "norm_back", "rotate", "gate", "gate_back", "lend")
+_FUNCTIONS = ("product", "dequantize", "matmul", "learn", "attend", "norm", "norm_back", "rotate", "gate", "gate_back", "lend")
 
 Floats = NDArray[np.float32]
 LowRank = tuple[NDArray[np.float32], NDArray[np.float32]]  # A [rank, in], B [out, rank], scaled: y += B (A x)

@@ -22,6 +22,7 @@ from llmkit.measure.bench_process import Worker
 from llmkit.measure.memory import available_bytes, shown
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # that the rival tries
+_TOKENS = 1 << 31  # of a step: as many as the kernels count
 _SLOWER = 1.2  # than the fastest so far: longer padding will not make the next one faster
 LOWEST_VOCABULARY = 8
 
@@ -226,6 +227,8 @@ def check_train_plan(plan: TrainBenchPlan, config: ModelConfig) -> None:
         raise UsageError("--rival-checkpointing has no effect on a folder in nf4: transformers is measured with it anyway. Leave it out.")
     if plan.steps < 2:
         raise UsageError(f"steps is {plan.steps}, and the first one is not timed. Give --steps 2 or more.")
+    if plan.rows * plan.length > _TOKENS:
+        raise UsageError(f"{plan.rows} rows of {plan.length} tokens are too many for one step. Give less --rows.")
     if plan.length < 2 or plan.length > config.max_position_embeddings:
         raise UsageError(
             f"rows of {plan.length} tokens cannot be measured: the model has {config.max_position_embeddings} positions, and a row has a "

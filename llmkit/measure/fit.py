@@ -63,8 +63,8 @@ def free(device: str, memory: str | None = None) -> int:
 
 
 def _said(memory: str | None) -> int | None:
-    text = memory if memory is not None else os.environ.get("LLMKIT_MEMORY")
-    return parse_size(text) if text else None
+    text = os.environ.get("LLMKIT_MEMORY") or None if memory is None else memory
+    return None if text is None else parse_size(text)
 
 
 def make_run(config: ModelConfig, positions: int, device: str, **rest: Any) -> Run:

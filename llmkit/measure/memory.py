@@ -24,9 +24,10 @@ _CGROUPS = (  # limit and use of a container: version 2, version 1
 def parse_size(text: str) -> int:
     """Bytes of "8GB", "512 MiB", "6.5g" or a number; GB is 10^9, GiB 2^30. UsageError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+    size = float(found[1]) * _UNITS[found[2]] if found is not None and found[2] in _UNITS else 0
+    if not 1 <= size < 1 << 63:
         raise UsageError(f"{text!r:.40} is no amount of memory. Write it as 8GB, 512MB or 7.5GiB.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(size)
 
 
 def shown(nbytes: float) -> str:

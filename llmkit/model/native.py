@@ -41,7 +41,8 @@ def available() -> bool:
 
 
 def usable(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and available()
+    """Whether they compute with x; torch.compile cannot look into them and writes kernels of its own."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling() and available()
 
 
 def _lend_threads() -> None:

@@ -77,19 +77,22 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         scaled = hidden * scale if scale != 1 else hidden
         columns = max(_SMALLEST, _TILE.get(hidden.device.type, _LOGITS) // max(count, size))
         largest = torch.full((count, 1), -torch.inf, device=hidden.device)
-        total = torch.zeros_like(largest)
+        total, target = torch.zeros_like(largest), torch.zeros_like(largest)
         expected = torch.zeros(count, size, device=hidden.device)  # row of W, times total
         for start in range(0, vocab, columns):
             project, back = _products(hidden, weight[start : start + columns])
             logits = project(scaled).float()
+            place = labels.unsqueeze(1) - start
+            at = place.clamp(0, logits.shape[1] - 1)
+            target = torch.where(place == at, logits.gather(1, at), target)
             before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
             logits.sub_(largest).exp_()
             shrink = (before - largest).exp_()
             total.mul_(shrink).add_(logits.sum(1, keepdim=True))
             expected.mul_(shrink).add_(back(logits.to(hidden.dtype)))
             del logits  # before those of the next columns
-        wanted = weight[labels].float()
-        losses = total.log() + largest - (scaled * wanted).sum(1, keepdim=True)
+        losses = total.log() + (largest - target)  # of the same rounded products: never below 0
+        wanted = weight[labels].to(hidden.dtype).float()  # as `back` takes it: what is certain has no gradient
         ctx.save_for_backward(expected.div_(total).sub_(wanted).mul_(scale).to(hidden.dtype))
         return losses.squeeze(1)
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import BuiltinFunctionType
 
 import numpy as np
 import pytest
@@ -413,10 +414,15 @@ def test_ctrl_c_ends_a_long_step(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(backend, short), logits(NativeBackend(model.config, weights_of(model), threads=1), short))
 
 
-def test_an_extension_of_an_older_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was built before a function was added, and left behind by an update of the sources."""
-    monkeypatch.delattr("llmkit.kernels.cpu._native.matmul")
-    assert native_problem() == "the native kernels were built for an older llmkit, without matmul; install llmkit again"
+def test_an_extension_of_an_older_version_is_a_problem() -> None:
+    """One that was built before a function was added, whichever, and left behind by an update of the sources."""
+    from llmkit.kernels.cpu import _native
+
+    added = [name for name, value in vars(_native).items() if isinstance(value, BuiltinFunctionType)]
+    for name in set(added) - {"available", "physical_cores"}:  # which the first version had
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(_native, name)
+            assert native_problem() == f"the native kernels were built for an older llmkit, without {name}; install llmkit again"
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import UsageError
 from llmkit.lora.fused import LowRank, feed_fused, project_fused
-from llmkit.lora.inject import NAME, LoraSettings, adapted, adapters_off, inject
+from llmkit.lora.inject import NAME, LoraSettings, adapted, adapters_off, inject, use_integers
+from llmkit.model import native
 from llmkit.model.layers import Linear
 from llmkit.model.transformer import Transformer
 from llmkit.quant.apply import quantize_model
@@ -116,6 +117,27 @@ def test_only_the_adapter_is_trained_and_can_be_left_out(folder: Path) -> None:
     assert all("lora_" in name or name == "lm_head.weight" for name in trained)
     assert len(list(adapted(model))) == 14
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("scheme", [None, "q4", "integers"])
+def test_a_compiled_model_learns_the_same(folder: Path, scheme: str | None) -> None:
+    """torch.compile does not look into the native kernels, nor write code for every batch's documents."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = load_model(folder)
+        if scheme is not None:
+            quantize_model(model, "q4")
+        inject(model, LoraSettings(r=4))
+        perturb(p for p in model.parameters() if p.requires_grad)
+        if scheme == "integers":
+            use_integers(model)
+        native.speed_up(model)
+        if compiled:
+            model.compile(backend="eager")
+        segments = torch.arange(20).div(9, rounding_mode="floor").expand(2, 20)
+        found.append(target_gradients(model, model(IDS, torch.arange(20).expand(2, 20) % 9, segments=segments)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
 def test_dropout_changes_training_only(folder: Path) -> None:

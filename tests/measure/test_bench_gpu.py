@@ -236,6 +236,7 @@ def test_decoding_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--prefill", "5"), "--prefill has no effect without MODEL"),
         (("--revision", "x"), "--revision has no effect without MODEL"),
         (("--memory", "much"), "no amount of memory"),
+        (("--memory", ""), "no amount of memory"),
     ],
 )
 def test_options_without_effect(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

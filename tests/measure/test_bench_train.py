@@ -433,6 +433,7 @@ def test_other_adapters_are_not_compared(workers: type[FakeWorker], folder: Path
         ({"against": "llama.cpp"}, "not compared in training"),
         ({"rival_checkpointing": True}, "--rival-checkpointing has no effect"),
         ({"steps": 1}, "first one is not timed"),
+        ({"rows": 10**20}, "100000000000000000000 rows of 24 tokens are too many"),
         ({"length": 5000}, "the model has 4096 positions"),
     ],
 )
@@ -464,6 +465,8 @@ def test_a_quantized_folder_is_measured_alone(folder: Path, tmp_path: Path) -> N
         (("--memory", "8GB"), "--memory has no effect without --train"),
         (("--train", "--memory", "8GB"), "--memory limits a GPU"),
         (("--train", "--device", "cuda", "--memory", "much"), "no amount of memory"),
+        (("--train", "--memory", ""), "no amount of memory"),
+        (("--train", "--steps", "3", "--repeat", "5"), "--repeat has no effect beside --steps"),
     ],
 )
 def test_options_without_effect(arguments: tuple[str, ...], message: str, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

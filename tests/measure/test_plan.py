@@ -518,7 +518,7 @@ def test_sizes(text: str, size: int) -> None:
     assert memory.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "8 bananas", "-1GB", "0", "GB", "1e9", "8GBB", "nan"])
+@pytest.mark.parametrize("text", ["", "8 bananas", "-1GB", "0", "GB", "1e9", "8GBB", "nan", "0.1", "0.0001kB", "9" * 400, "9000000TiB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match=r"is no amount of memory\. Write it as 8GB"):
         memory.parse_size(text)
