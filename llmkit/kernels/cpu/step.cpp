@@ -14,6 +14,22 @@ namespace {
 struct Range { int64_t first, last; };
 Range share(int64_t total, int thread, int threads) { return {total * thread / threads, total * (thread + 1) / threads}; }
 
+// Cosine and sine, taken in float64 (Cephes' reduction and polynomials, for angles below 2^31) and rounded once: what the C libraries
+// give for a float32 differs in the last bit.
+void turn(float angle, float* cosine, float* sine) {
+  const double x = angle, whole = 0x1.8p52, shifted = x * 0x1.45f306dc9c883p-1 + whole, n = shifted - whole;  // n quarters of a turn
+  const double r = ((x - n * 0x1.921fb4p0) - n * 0x1.4442dp-24) - n * 0x1.8469898cc517p-48, z = r * r;
+  double s = 1.58962301576546568060e-10, c = -1.13585365213876817300e-11;
+  for (double f : {-2.50507477628578072866e-8, 2.75573136213857245213e-6, -1.98412698295895385996e-4, 8.33333333332211858878e-3, -1.66666666666666307295e-1}) s = s * z + f;
+  for (double f : {2.08757008419747316778e-9, -2.75573141792967388112e-7, 2.48015872888517045348e-5, -1.38888888888730564116e-3, 4.16666666666665929218e-2}) c = c * z + f;
+  s = r + r * z * s;
+  c = 1 - 0.5 * z + z * z * c;
+  uint64_t quarter;
+  std::memcpy(&quarter, &shifted, 8);
+  *cosine = float(quarter & 1 ? (quarter & 2 ? s : -s) : (quarter & 2 ? -c : c));
+  *sine = float(quarter & 1 ? (quarter & 2 ? -c : c) : (quarter & 2 ? -s : s));
+}
+
 }  // namespace
 
 // Tokens of one sequence: rows [first, last) of the step.
@@ -395,9 +411,9 @@ void Run::work(int thread) {
     for (const Rotary& r : step.rotary) {
       const float* set = r.sets + r.of_sequence[step.sequence_of[t]] * (r.half + 1);
       for (int64_t d = 0; d < r.half; ++d) {
-        const float angle = float(step.positions[t]) * set[d];
-        table[d] = std::cos(angle) * set[r.half];
-        table[r.half + d] = std::sin(angle) * set[r.half];
+        turn(float(step.positions[t]) * set[d], &table[d], &table[r.half + d]);
+        table[d] *= set[r.half];
+        table[r.half + d] *= set[r.half];
       }
       table += 2 * r.half;
     }
