@@ -112,8 +112,6 @@ class SelfAttention:
     the documents' lengths, not with the square of the row's, and no mask is built where causal order says it all.
     """
 
-    # Left alone by torch.compile: every batch has other documents, for each of which it would write code.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __init__(
         self,
         config: ModelConfig,
@@ -150,11 +148,10 @@ class SelfAttention:
         bounds = [*starts.nonzero().flatten().tolist(), len(starts)]
         self.documents = _documents(bounds, segments, follows or {})
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = self.config.layers[layer].sliding_window
         scale, softcap = attention_scale(self.config, layer), self.config.attn_logit_softcapping
-        if self.of_documents is not None and softcap is None and not self.scattered:
+        if self.of_documents is not None and softcap is None and not self.scattered and not torch.compiler.is_compiling():
             rows = (q.shape[1],) * q.shape[0]
             return self.of_documents(q, k, v, self.documents or Documents(rows, rows), window, scale)
         if self.documents is None:

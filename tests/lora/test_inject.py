@@ -121,7 +121,7 @@ def test_only_the_adapter_is_trained_and_can_be_left_out(folder: Path) -> None:
 
 @pytest.mark.parametrize("scheme", [None, "q4", "integers"])
 def test_a_compiled_model_learns_the_same(folder: Path, scheme: str | None) -> None:
-    """torch.compile does not look into the native kernels, nor write code for every batch's documents."""
+    """Where torch.compile writes code, it is of PyTorch's operations; it cannot look into the native kernels."""
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
