@@ -40,7 +40,7 @@ def available_bytes(device: str = "cpu") -> int:
     UsageError for a GPU that is not there.
     """
     if device.startswith("cuda"):
-        check_gpu(device, "Take another device, or say how much memory it has (LLMKIT_MEMORY, or llmkit plan --memory).")
+        check_gpu(device, "Take another device; llmkit plan --memory 8GB plans for one that is elsewhere.")
         import torch
 
         free, _ = torch.cuda.mem_get_info(torch.device(device))

@@ -212,7 +212,10 @@ def test_a_gpu_that_is_elsewhere(said: Said, model: Path, tmp_path: Path) -> Non
     for command in (("plan", recipe, "--device", "cuda"), ("finetune", recipe, "device=cuda"), ("plan", model, "--device", "cuda")):
         code, out, err = said(*command)
         assert (code, out) == (2, "")
-        assert err.startswith("error: this machine has no CUDA GPU that torch can use. Take another device, or say how much memory")
+        assert err.startswith("error: this machine has no CUDA GPU that torch can use. Take another device; llmkit plan")
+    code, out, err = said("chat", model, "-p", "A", "--device", "cuda")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: device 'cuda' cannot be used: ")
     code, _, err = said("finetune", recipe, "device=cuda", memory="8GB")
     assert code == 2
     assert err.startswith("error: device 'cuda' cannot be used: ")
