@@ -40,4 +40,4 @@ def _sample(model: str, adapter: Path | None, prompts: Sequence[str]) -> list[st
     llm = llmkit.load(model, adapter=adapter)
     speak = llm.chat if llm.tokenizer.chat_template is not None else llm.generate
     length = min(120, llm.config.max_position_embeddings // 2)
-    return [f"{prompt} -> {speak(prompt, max_tokens=length, seed=0).text}" for prompt in prompts]
+    return [f"{prompt} -> {speak(prompt, max_tokens=length, seed=0).text!r}" for prompt in prompts]

@@ -85,11 +85,14 @@ def load_model_with_report(
 ) -> tuple[Transformer, LoadReport]:
     """As `load_model`, with the report of what was mapped, copied and skipped."""
     folder = Path(folder)
-    wanted, place = None if dtype is None else parse_dtype(dtype), _device(device)
+    wanted, place = None if dtype is None else parse_dtype(dtype), usable_device(device)
     config = load_config(folder)
     notes = (AUTO_MAP,) if "auto_map" in config.hf else ()
     if quantize is not None and config.hf.get("quantization_config"):
-        raise UsageError(f"quantize {quantize!r} has no effect: the weights in {folder} are quantized already. Leave it out.")
+        raise UsageError(
+            f"quantize {quantize!r} has no effect: the weights in {folder} are quantized already. "
+            "Leave it out (quantize=null takes it out of a recipe)."
+        )
     if is_bitsandbytes(config):
         return _load_nf4(folder, config, wanted, place, notes)
     record = quantization(folder, config)
@@ -246,11 +249,12 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype_name(dtype)]
 
 
-def _device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device by its name; UsageError where there is none of that name, or torch cannot use it here."""
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: a torch built without CUDA
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")  # torch goes on for pages
         raise UsageError(f"device {str(device)!r} cannot be used: {first}. Use cpu, or cuda or mps where the machine has it.") from error
     return place

@@ -114,12 +114,14 @@ def _training(
     if not own:
         at = f"@{revision}" if revision else ""
         overrides.append(f"model={json.dumps(model + at)}")
+    if device is not None:
+        overrides.append(f"device={device}")
     recipe = read_recipe(Path(path), overrides)
     facts = recipe_facts(recipe)
     if facts is None:
         assert isinstance(recipe.model, str)
         facts = read_facts(locate(recipe.model), recipe.model)  # raises what is wrong
-    chosen = device or recipe_device(recipe)
+    chosen = recipe_device(recipe)
     available = free(chosen, memory)
     fit = fit_recipe(recipe, facts, available, chosen)
     plain = setting(recipe, facts, checkpoints(recipe, facts, available, chosen))
@@ -133,6 +135,14 @@ def _training(
     scratch = isinstance(recipe.model, dict)
     if count is None and recipe.max_minutes is None:
         return result
+    if flops is None and not chosen.startswith("cpu"):
+        from llmkit.checkpoint.load import usable_device
+
+        try:
+            usable_device(chosen)
+        except UsageError:
+            missing = f"time and cost are not estimated, as there is no {chosen} here to be measured; --flops says how fast it is"
+            return result | {"note": "; ".join((*facts.notes, missing))}
     return result | _costs(
         facts,
         count,

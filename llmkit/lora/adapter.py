@@ -33,6 +33,7 @@ from llmkit.kernels.format import widen
 from llmkit.kernels.native import SLOTS
 from llmkit.lora.settings import AdapterSettings, parse_settings
 
+ANY_BASE = "Load it with that model, or take it all the same (any_base, --any-base)."
 METADATA = "llmkit"  # in the safetensors header: the fingerprints, as JSON; PEFT and transformers pass over it
 PREFIX = "base_model.model."
 _KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -120,15 +121,14 @@ def read_adapter(source: str | Path, config: ModelConfig, *, name: str | None = 
     )
 
 
-def check_base(adapter: Adapter, folder: Path) -> None:
-    """CheckpointError where an adapter is proven to have been trained on other weights than those in a model folder."""
+def check_base(adapter: Adapter, folder: Path, remedy: str = ANY_BASE) -> None:
+    """CheckpointError, with the remedy, where an adapter is proven to have been trained on other weights than those in a model folder."""
     base = None if adapter.base is None else folder_fingerprint(folder)
     if base is not None and adapter.base is not None and base.differs(adapter.base):
         trained = adapter.settings.base_model_name_or_path
         raise CheckpointError(
             f"the adapter {adapter.name!r} was trained on another model than {folder}: the weights differ"
-            f"{'' if trained is None else f' from those of {trained!r:.200}'}. Load it with that model, or take it all the same "
-            "(any_base, --any-base)."
+            f"{'' if trained is None else f' from those of {trained!r:.200}'}. {remedy}"
         )
 
 

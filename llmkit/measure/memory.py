@@ -36,8 +36,12 @@ def shown(nbytes: float) -> str:
 
 
 def available_bytes(device: str = "cpu") -> int:
-    """Memory that this process may still take on a device: what the system calls available, within the container's limit."""
+    """Memory that this process may still take on a device: what the system calls available, within the container's limit.
+
+    UsageError for a GPU that is not there.
+    """
     if device.startswith("cuda"):
+        check_gpu(device, "Take another device; llmkit plan --memory 8GB plans for one that is elsewhere.")
         import torch
 
         free, _ = torch.cuda.mem_get_info(torch.device(device))

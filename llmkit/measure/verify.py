@@ -6,6 +6,8 @@ relative to the largest logit.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,11 +176,14 @@ def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it: it tells what it would compute faster with
         theirs = transformers.AutoModelForCausalLM.from_pretrained(llm.folder.path, dtype=torch.float32, trust_remote_code=False).eval()
         if adapter is not None:
             from peft import PeftModel
 
-            theirs = PeftModel.from_pretrained(theirs, adapter).eval().get_base_model()  # with the adapter in it
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own calls of transformers
+                theirs = PeftModel.from_pretrained(theirs, adapter).eval().get_base_model()  # with the adapter in it
     except Exception as error:  # whatever keeps transformers from loading it is the note of the rows
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return [Check(name, None, note=f"{other} could not load it: {reason}") for name in names]

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from llmkit.training.rows import Document
 
 Ints = NDArray[np.int64]
 _CHUNK = 512  # documents that are encoded together
+_CHUNK_TEXT = 1 << 19  # characters of texts after which there are enough of them: some seconds of a slow machine
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def load_corpora(
             report.sources.append(loading.report)
             read = 0
             documents = loading.documents()
-            while chunk := list(islice(documents, _CHUNK)):
+            for chunk in _chunks(documents):
                 read += len(chunk)
                 advance(len(chunk))
                 for document, rows in loading.encode(chunk):
@@ -179,6 +179,19 @@ def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
         return None
     first = re.escape("".join({token[0] for token in tokens}))
     return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, tokens))})")
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text or "")
+        if len(chunk) == _CHUNK or size >= _CHUNK_TEXT:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 @contextmanager

@@ -282,7 +282,7 @@ class Trainer:
             self.report.log({"step": self.done.step, **figures})
             self.report.say(f"step {self.done.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         for text in texts:
-            self.report.say(f"  {text!r}")
+            self.report.say(f"  {text}")
         self.report.draw(last=False)
 
     def _judge(self, batch: Batch) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -197,6 +198,8 @@ class Recipe:
         }  # fmt: skip
         for name, (low, high) in limits.items():
             _within(name, getattr(self, name), low, high)
+        if not re.fullmatch(r"auto|cpu|(cuda|mps)(:\d+)?", self.device):
+            raise UsageError(f"device is {self.device!r:.40}, which is not a choice. Choose one of auto, cpu, cuda, cuda:1, mps.")
         if not self.data:
             raise UsageError("data lists no source. Give at least one, as in data: [{path: stories.txt}].")
         for index, source in enumerate(self.data):
@@ -286,7 +289,8 @@ def _check_tokenizer(tokenizer: TokenizerRecipe) -> None:
 def _within(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
         shown = f"{value:g}" if isinstance(value, float) else _SHORT.repr(value)
-        raise UsageError(f"{name} is {shown}, which is out of range. Choose a value from {low:g} to {high:g}.")
+        lowest, highest = (f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for limit in (low, high))
+        raise UsageError(f"{name} is {shown}, which is out of range. Choose a value from {lowest} to {highest}.")
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -103,7 +103,7 @@ def read_row(row: Any, place: str, preference: bool = False, columns: Mapping[st
     """
     if not isinstance(row, dict):
         raise UsageError(f"{place} is a JSON {type(row).__name__}, not an object. Each row must be one JSON object.")
-    found = ", ".join(map(str, row)) or "(none)"
+    found = ", ".join(f"{key} (without a value)" if value is None else str(key) for key, value in row.items()) or "(none)"
     row = {key: value for key, value in row.items() if value is not None}
     for key, column in (columns or {}).items():
         if column in row:
@@ -114,7 +114,10 @@ def read_row(row: Any, place: str, preference: bool = False, columns: Mapping[st
     if document is None and "text" in row:
         document = Document(place, text=_text(row, "text", place))
     if document is None:
-        raise UsageError(f"{place} has the keys {found:.200}, which make no document. A row is {LAYOUTS}.")
+        raise UsageError(
+            f"{place} has the keys {found:.200}, which make no document. A row is {LAYOUTS}. "
+            "data.N.columns says what other keys stand for, as in {text: story}."
+        )
     return document
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.fingerprint import Fingerprint, folder_fingerprint
 from llmkit.checkpoint.hub import resolve
-from llmkit.checkpoint.load import empty_model, load_model
+from llmkit.checkpoint.load import empty_model, load_model, usable_device
 from llmkit.checkpoint.save import save_model
 from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
-from llmkit.lora.adapter import read_adapter
+from llmkit.lora.adapter import check_base, read_adapter
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import check_writable, write_adapter
 from llmkit.model.backend import keep_freed_memory
@@ -101,6 +101,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     """
     folder = RunFolder(Path(recipe.output))
     processes = Processes(recipe.device == "cpu", recipe.parallel)
+    device = _device(recipe.device, processes)
     if not resume and folder.checkpoint.exists():
         raise UsageError(f"{folder.root} already holds a run. Go on with it (--resume), or choose another output.")
     result = folder.model if recipe.lora is None else folder.adapter
@@ -124,7 +125,6 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     recipe = replace(recipe, max_length=row_length(recipe.max_length, context))
     assert recipe.max_length is not None
     train, held, data_report = load_corpora(recipe.data, tokenizer, recipe.held_out, recipe.max_length, recipe.preference)
-    device = _device(recipe.device, processes)
     if device.type == "cpu":
         # Where memory is short, smaller pieces: a quarter slower, and nearly no holes.
         keep_freed_memory(largest=(2 if recipe.checkpointing else 32) << 20)
@@ -133,9 +133,6 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     _check_lengths(recipe, model, tokenizer)
     if (recipe.keep == "best" or recipe.early_stop is not None) and not len(held):
         raise UsageError("keep=best and early_stop compare held-out losses, and no document is held out. Raise held_out.")
-    if processes.is_main:
-        _write_recipe(recipe, folder.recipe)
-
     group = 2 if recipe.preference else 1
     stream = RowStream(train, [source.weight for source in recipe.data], recipe.max_length, recipe.seed, recipe.epochs, group)
     trained, all_ = _parameter_counts(model)
@@ -163,6 +160,10 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     )
     if resume:
         trainer.resume()
+        if changes := _changes(folder.recipe, recipe):
+            report.say(f"changed since the checkpoint: {', '.join(changes)}")
+    if processes.is_main:
+        _write_recipe(recipe, folder.recipe)
     trainer.train()
     return export.target
 
@@ -175,6 +176,30 @@ def _write_recipe(recipe: Recipe, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _changes(path: Path, recipe: Recipe) -> list[str]:
+    """The keys that are others than the run was made with, as "epochs 7 -> 3"; of a file that is gone or no recipe, none."""
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    now = yaml.safe_load(yaml.safe_dump(to_dict(recipe)))
+    free = ("output", "checkpointing")  # a path of many spellings; a choice by the memory that is free
+    if not isinstance(before, dict):
+        return []
+    return [line for key, value in now.items() if key not in free for line in _differences(key, before.get(key), value)]
+
+
+def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name, value in now.items():
+            yield from _differences(f"{key}.{name}", before.get(name), value)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(f"{key}.{index}", *pair)
+    elif before != now:
+        yield f"{key} {json.dumps(before)} -> {json.dumps(now)}"
 
 
 def _origin(recipe: Recipe, base: Fingerprint | None) -> dict[str, Any]:
@@ -429,7 +454,10 @@ def _adapted(recipe: Recipe, lora: LoraRecipe, model: Transformer) -> Transforme
                 "integer_forward needs q4 or q8 weights on a CPU and the native kernels. Set quantize=q4, or drop integer_forward."
             )
     if recipe.adapter is not None:
-        start_from(model, read_adapter(recipe.adapter, model.config))
+        assert isinstance(recipe.model, str)
+        adapter = read_adapter(recipe.adapter, model.config)
+        check_base(adapter, resolve(recipe.model), "Set model to that one, or put it into the weights first (llmkit merge --any-base).")
+        start_from(model, adapter)
     set_checkpointing(model, bool(recipe.checkpointing))
     return model
 
@@ -452,5 +480,5 @@ def _check_lengths(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> 
 def _device(name: str, processes: Processes) -> torch.device:
     if name == "auto":
         return processes.device
-    device = torch.device(name)
+    device = usable_device(name)
     return processes.device if device.type == processes.device.type else device

@@ -143,6 +143,10 @@ def test_unknown_dtype_and_device(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="device 'cuda' cannot be used"):
             load_model(folder, device="cuda")
+    if not torch.backends.mps.is_available():  # torch lists all of its backends after the first sentence
+        with pytest.raises(UsageError, match=r"^device 'mps' cannot be used: [^.]*(\S\.\S[^.]*)*\. Use cpu") as caught:
+            load_model(folder, device="mps")
+        assert len(str(caught.value)) < 300
 
 
 def test_quantized_folders_and_remote_code(tmp_path: Path) -> None:

@@ -193,3 +193,30 @@ def test_what_fits_is_run(said: Said, model: Path) -> None:
     assert (code, err) == (0, "")
     assert out
     assert read_facts(model).stored_bytes < 10**6
+
+
+def test_a_gpu_that_is_elsewhere(said: Said, model: Path, tmp_path: Path) -> None:
+    """What it needs there can be told here; how fast it is cannot."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    recipe = write_recipe(tmp_path, model=str(model))
+    code, out, err = said("plan", recipe, "--device", "cuda", "--memory", "8GB")
+    assert (code, err) == (0, "")
+    assert "It fits." in out
+    assert "time and cost are not estimated, as there is no cuda here to be measured; --flops says how fast it is" in out
+    code, out, err = said("plan", recipe, "--device", "cuda", "--memory", "8GB", "--flops", "1e14")
+    assert (code, err) == (0, "")
+    assert "40% of 1e+14 operations/s" in out
+    for command in (("plan", recipe, "--device", "cuda"), ("finetune", recipe, "device=cuda"), ("plan", model, "--device", "cuda")):
+        code, out, err = said(*command)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: this machine has no CUDA GPU that torch can use. Take another device; llmkit plan")
+    code, out, err = said("chat", model, "-p", "A", "--device", "cuda")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: device 'cuda' cannot be used: ")
+    code, _, err = said("finetune", recipe, "device=cuda", memory="8GB")
+    assert code == 2
+    assert err.startswith("error: device 'cuda' cannot be used: ")
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from llmkit.errors import UsageError
 from llmkit.text import ChatTemplate, Tokenizer, encode_prompt, load_tokenizer
+from llmkit.training import corpus as corpus_module
 from llmkit.training.corpus import Corpus, SourceReport, load_corpora
 from llmkit.training.encode import encode_document
 from llmkit.training.recipe import Source, TokenizerRecipe
@@ -207,3 +209,15 @@ def test_learning_everything_learns_an_end_too(tokenizer_folder: Path) -> None:
     ((ids, learned),) = encode_document(read_row(LAYOUTS[4], "here"), tokenizer, Source("", learn="all"))
     assert ids[-1] == tokenizer.eos_ids[0]
     assert all(learned)
+
+
+def test_long_texts_are_encoded_a_few_at_a_time(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shown of the reading moves between two chunks, and a book takes as long as thousands of chats."""
+    steps: list[int] = []
+    monkeypatch.setattr(corpus_module, "_progress", lambda: nullcontext(steps.append))
+    monkeypatch.setattr(corpus_module, "_CHUNK_TEXT", 100)
+    rows = [{"text": f"The cat {n}. " * 5} for n in range(6)]
+    train, _ = load(tmp_path, rows, tokenizer)
+    assert steps == [2, 2, 2]
+    monkeypatch.undo()
+    assert documents(train) == documents(load(tmp_path, rows, tokenizer)[0])

@@ -361,3 +361,27 @@ def test_the_adapter_remembers_its_base(make: Callable[..., Recipe], base: Path)
     assert adapter.base is not None
     assert adapter.template is not None
     assert adapter.settings.base_model_name_or_path == str(base)
+
+
+def test_an_adapter_of_another_base_is_refused(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    other = run_recipe(make(lora=None, max_steps=2, output=str(tmp_path / "other")))
+    adapter = run_recipe(make(max_steps=1))
+    with pytest.raises(CheckpointError, match=r"was trained on another model than .*other/model: .* Set model to that one, or put it into"):
+        run_recipe(make(model=str(other), adapter=str(adapter), max_steps=1, output=str(tmp_path / "second")))
+
+
+def test_resume_tells_what_has_changed(make: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = make(max_steps=2)
+    run_recipe(recipe)
+    written = Path(recipe.output) / "recipe.yaml"
+    before = written.read_text()
+    capsys.readouterr()
+    with pytest.raises(CheckpointError, match="have changed since"):
+        run_recipe(make(max_steps=2, seed=1), resume=True)
+    assert written.read_text() == before  # of the run as it is: how it can be gone on with
+    run_recipe(recipe, resume=True)
+    assert "changed since the checkpoint" not in capsys.readouterr().err
+    run_recipe(make(max_steps=3, weight_decay=0.5, lora={"r": 4, "dropout": 0.5}), resume=True)
+    said = capsys.readouterr().err
+    line = next(line for line in said.splitlines() if line.startswith("changed since the checkpoint: "))
+    assert {"max_steps 2 -> 3", "lora.dropout 0.0 -> 0.5"} <= set(line.partition(": ")[2].split(", "))

@@ -187,3 +187,11 @@ def test_any_row_is_a_document_or_our_error(row: dict[str, Any], preference: boo
 def test_any_line_is_a_document_or_our_error(line: str) -> None:
     with contextlib.suppress(UsageError):
         parse_row(line, "here")
+
+
+def test_a_row_of_other_keys_is_told_how_to_be_read() -> None:
+    with pytest.raises(UsageError, match=r"has the keys story, which make no document.*columns says .* as in \{text: story\}\.$"):
+        read_row({"story": "a"}, "a.jsonl:1")
+    assert read_row({"story": "a"}, "a.jsonl:1", columns={"text": "story"}).text == "a"
+    with pytest.raises(UsageError, match=r"has the keys prompt, completion \(without a value\), which make no document"):
+        read_row({"prompt": "a", "completion": None}, "a.csv:3")  # a short line of a table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -167,6 +168,7 @@ def test_command_line(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Non
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "run" / "model"))
     assert "documents held out" in done.stderr
     assert "The cat -> " in done.stderr
+    assert re.search(r"^  The cat -> ['\"]", done.stderr, re.MULTILINE)  # what the model said is in quotes, what it was told is not
     wrong = subprocess.run([*command, "max_step=1"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "error: max_step is not a key of a recipe. Did you mean max_steps?\n"
