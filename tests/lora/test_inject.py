@@ -119,7 +119,7 @@ def test_only_the_adapter_is_trained_and_can_be_left_out(folder: Path) -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("scheme", [None, "q4", "integers"])
+@pytest.mark.parametrize("scheme", [None, *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("q4", "integers"))])
 def test_a_compiled_model_learns_the_same(folder: Path, scheme: str | None) -> None:
     """Where torch.compile writes code, it is of PyTorch's operations; it cannot look into the native kernels."""
     found = []
