@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llmkit.kernels.native import Factor
 from llmkit.model import native
-from llmkit.model.layers import Activation, feed, product_dtype
+from llmkit.model.layers import Activation, autocast_dtype, feed
 
 
 class Frozen(Protocol):
@@ -165,13 +165,13 @@ def _backward(
 
 
 def _gated(act: Activation, up: Tensor) -> bool:
-    return act is F.silu and product_dtype(up) == torch.float32 and native.usable(up)
+    return act is F.silu and autocast_dtype(up) == torch.float32 and native.usable(up)
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: tuple[LowRank, ...], *factors: Tensor | None) -> tuple[Tensor, ...]:
-        flat = x.reshape(-1, x.shape[-1]).to(product_dtype(x))
+        flat = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x))
         out, xa = _forward(flat, parts, factors, any(ctx.needs_input_grad[2:]))
         ctx.parts, ctx.shape, ctx.dtype = parts, x.shape, x.dtype
         ctx.save_for_backward(flat, xa, *factors)
@@ -188,7 +188,7 @@ class _Project(torch.autograd.Function):
 class _Feed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor | None, up: Tensor, act: Activation, part: LowRank, a: Tensor | None, b: Tensor | None) -> Tensor:
-        h = native.gated(gate, up) if gate is not None and _gated(act, up) else feed(act, gate, up, nn.Identity()).to(product_dtype(up))
+        h = native.gated(gate, up) if gate is not None and _gated(act, up) else feed(act, gate, up, nn.Identity()).to(autocast_dtype(up))
         (y,), xa = _forward(h.reshape(-1, h.shape[-1]), (part,), (a, b), any(ctx.needs_input_grad[4:]))
         ctx.act, ctx.part = act, part
         ctx.save_for_backward(gate, up, xa, a, b)

@@ -94,7 +94,7 @@ class Embedding(nn.Embedding):
         return self.weight
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype:
     """What products of x are computed in: autocast's dtype where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

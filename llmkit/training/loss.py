@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmkit.model import native
-from llmkit.model.layers import product_dtype
+from llmkit.model.layers import autocast_dtype
 from llmkit.model.transformer import Transformer
 from llmkit.training.data import IGNORE, Batch
 
@@ -38,7 +38,7 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     labels = batch.labels.flatten()
     rows = (labels != IGNORE).nonzero().squeeze(1)
     hidden = model(batch.tokens, batch.positions, segments=batch.segments, follows=batch.follows, rows=rows, hidden=True)
-    hidden, wanted = hidden.to(product_dtype(hidden)), labels[rows]  # a norm may have given float32
+    hidden, wanted = hidden.to(autocast_dtype(hidden)), labels[rows]  # a norm may have given float32
     if not _trains_head(model) and model.config.final_logit_softcapping is None and torch.is_grad_enabled():
         weight = model.head.dequantize()
         losses: Tensor = _FrozenCrossEntropy.apply(hidden, weight, wanted, 1 / model.config.logits_scaling)  # type: ignore[no-untyped-call]
