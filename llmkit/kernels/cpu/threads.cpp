@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -43,28 +44,31 @@ void relax() {
 #endif
 }
 
-constexpr int kSpins = 3000;     // about 100 microseconds
-constexpr int kPatience = 1000;  // waits without spinning after one that spun in vain
+constexpr std::chrono::microseconds kSpin{1000};  // longer than threads that stream weights get apart, and than a token is chosen
+constexpr int kPatience = 1000;                    // waits without spinning after one that spun in vain
 
 template <class Done>
-bool spin(int spins, Done done) {
-  for (int i = 0; i < spins; ++i) {
-    if (done()) return true;
-    relax();
-  }
+bool spin(Done done) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (done()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
   return done();
 }
 
 }  // namespace
 
 // With more threads than processors whoever spins keeps the one it waits for from running.
-Barrier::Barrier(int count) : count_(count), spins_(unsigned(count) <= std::thread::hardware_concurrency() ? kSpins : 0) {}
+Barrier::Barrier(int count) : count_(count), spins_(unsigned(count) <= std::thread::hardware_concurrency()) {}
 
-int Barrier::spins() {
+bool Barrier::spins() {
   const int left = impatient_.load(std::memory_order_relaxed);
   if (left <= 0) return spins_;
   impatient_.store(left - 1, std::memory_order_relaxed);
-  return 0;
+  return false;
 }
 
 void Barrier::wait() {
@@ -77,8 +81,8 @@ void Barrier::wait() {
     return;
   }
   auto passed = [&] { return generation_.load(std::memory_order_acquire) != generation; };
-  const int spins = this->spins();
-  if (!spin(spins, passed)) {
+  const bool spins = this->spins();
+  if (!spins || !spin(passed)) {
     // Another program holds the core of whoever is late. A thread that spins is the next to be taken off its own; one that sleeps is
     // woken at once.
     if (spins) impatient_.store(kPatience, std::memory_order_relaxed);
@@ -111,7 +115,7 @@ void Pool::serve(int thread) {
   uint32_t seen = 0;
   for (;;) {
     auto called = [&] { return job_.load(std::memory_order_acquire) != seen; };
-    if (!spin(barrier_.spins(), called))
+    if (!barrier_.spins() || !spin(called))
       while (!called()) job_.wait(seen, std::memory_order_acquire);
     ++seen;
     if (ending_) return;

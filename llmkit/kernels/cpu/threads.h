@@ -15,10 +15,11 @@ class Barrier {
  public:
   explicit Barrier(int count);
   void wait();
-  int spins();
+  bool spins();
 
  private:
-  const int count_, spins_;
+  const int count_;
+  const bool spins_;
   std::atomic<int> arrived_{0};
   std::atomic<int> impatient_{0};  // so many waits to come do not spin
   std::atomic<uint32_t> generation_{0};
