@@ -35,6 +35,11 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()  # longrope
     long_factor: tuple[float, ...] = ()  # longrope
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on how long the sequence will be."""
+        return self.rope_type in ("dynamic", "longrope")
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -115,5 +120,5 @@ class ModelConfig:
 
     @property
     def rope_depends_on_length(self) -> bool:
-        """Whether the rotary frequencies depend on how long the sequence will be (dynamic, longrope)."""
-        return any(layer.rope is not None and layer.rope.rope_type in ("dynamic", "longrope") for layer in self.layers)
+        """Whether the rotary frequencies of any layer depend on how long the sequence will be."""
+        return any(layer.rope is not None and layer.rope.by_length for layer in self.layers)

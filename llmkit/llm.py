@@ -57,6 +57,7 @@ def load(
     device: str | None = None,
     revision: str | None = None,
     ctx_size: int | None = None,
+    cache_tokens: int | None = None,
     threads: int | None = None,
     kv_bits: int | None = None,
     chat_template: str | Path | None = None,
@@ -71,7 +72,9 @@ def load(
     dtype: float32, float16 or bfloat16, of the weights; as they are stored by default. On a CPU arithmetic is float32 in any case, and
         quantized weights have no other dtype: there it is an error.
     device: cpu, cuda, cuda:N or mps; by default cuda or mps where there is one.
-    ctx_size: the longest prompt plus reply in tokens; the model's own maximum by default.
+    ctx_size: the longest prompt plus reply in tokens; the model's own maximum by default, at most `cache_tokens`.
+    cache_tokens: for how many tokens the KV cache has room, those of all requests together and of earlier ones that are kept for their
+        beginnings; by default one context, or 8192 where that is shorter, within a quarter of the free memory. It is taken as it fills.
     threads: CPU threads of this process; LLMKIT_THREADS or the physical cores by default.
     kv_bits: 32, 16 or 8 bits for a number in the KV cache (8: with a scale per position and head); by default 32 for float32 weights,
         else 16. In PyTorch it is what the device computes in, and any other is an error.
@@ -86,7 +89,7 @@ def load(
     Raises LLMKitError (see llmkit.errors) for everything that is wrong with the model or an argument.
     """
     folder = read_folder(str(model), revision=revision, chat_template=chat_template)
-    context = _context_size(folder.config, ctx_size)
+    context = _context_size(folder.config, ctx_size, cache_tokens)
     draft = draft_model.folder if isinstance(draft_model, LLM) else None if draft_model is None else read_folder(str(draft_model))
     check_speculation(speculate, folder, draft)
     options = Options.checked(dtype, device, threads, kv_bits)
@@ -100,6 +103,7 @@ def load(
         folder=folder,
         runner=runner,
         ctx_size=context,
+        cache_tokens=cache_tokens,
         drafter=_drafter(guesser, speculate, folder.config, context, exact=runner.exact),
         adapters={one.name: one.folder for one in adapters},
     )
@@ -128,6 +132,7 @@ class LLM:
         folder: ModelFolder,
         runner: Runner,
         ctx_size: int,
+        cache_tokens: int | None = None,
         drafter: Drafter | None = None,
         adapters: Mapping[str, Path] | None = None,
     ) -> None:
@@ -141,7 +146,7 @@ class LLM:
         self.runner = runner
         self.new_backend = runner.new_backend  # the same weights with an empty cache of its own
         self.backend = self.new_backend()
-        tokens = _cache_tokens(self.backend, ctx_size)
+        tokens = _cache_tokens(self.backend, ctx_size, cache_tokens)
         speculation = None if drafter is None else Speculation(drafter)
         self._engine = Engine(self.backend, max_cache_tokens=tokens, prefill_chunk=PREFILL_CHUNK, speculation=speculation)
 
@@ -420,12 +425,19 @@ def _token_ids(prompt: Any) -> list[int]:
     return [int(token) for token in ids]
 
 
-def _context_size(config: ModelConfig, ctx_size: int | None) -> int:
+def _context_size(config: ModelConfig, ctx_size: int | None, cache_tokens: int | None) -> int:
     limit = config.max_position_embeddings
+    if cache_tokens is not None:
+        if not isinstance(cache_tokens, int) or cache_tokens < 1:
+            raise UsageError(f"cache_tokens {cache_tokens!r} is no number of tokens. Give 1 or more.")
+        if ctx_size is None:
+            return min(limit, cache_tokens)
     if ctx_size is None:
         return limit
     if not isinstance(ctx_size, int) or not 1 <= ctx_size <= limit:
         raise UsageError(f"ctx_size {ctx_size!r} is not between 1 and {limit}, the model's own context. Choose one in between.")
+    if cache_tokens is not None and cache_tokens < ctx_size:
+        raise UsageError(f"ctx_size {ctx_size} does not fit in cache_tokens {cache_tokens}. Raise cache_tokens or lower ctx_size.")
     return ctx_size
 
 
@@ -453,10 +465,12 @@ def _human(count: int) -> str:
     return str(count)
 
 
-def _cache_tokens(backend: Backend, ctx_size: int) -> int:
-    """How many tokens the KV cache may hold: one whole context, or BATCH_TOKENS for many short ones, within a quarter of free memory."""
+def _cache_tokens(backend: Backend, ctx_size: int, wanted: int | None = None) -> int:
+    """How many tokens the KV cache may hold: `wanted`, or one whole context or BATCH_TOKENS, within a quarter of free memory."""
     import psutil
 
+    if wanted is not None:
+        return wanted + backend.block_size
     within = tokens_within(backend, psutil.virtual_memory().available // 4, PREFILL_CHUNK)
     return max(backend.block_size, min(within, max(ctx_size + backend.block_size, BATCH_TOKENS)))
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.config import NORM_NAMES, LayerConfig, ModelConfig
+from llmkit.config import NORM_NAMES, LayerConfig, ModelConfig, RopeConfig
 from llmkit.errors import DoesNotFit, LLMKitError, UsageError
 from llmkit.frequencies import inverse_frequencies
 from llmkit.kernels.format import QuantizedMatrix, Weight
@@ -153,11 +154,12 @@ class NativeBackend:
         """Per kind of rotation: the sets of frequencies (the factor on cos and sin last in each) and which one each sequence uses."""
         out = []
         for rope in self._ropes:
-            by_length = rope.rope_type in ("dynamic", "longrope")
-            lengths, which = np.unique(contexts if by_length else np.zeros_like(contexts), return_inverse=True)
-            found = [inverse_frequencies(rope, self.config.head_dim, int(length)) for length in lengths]
-            sets = np.stack([np.append(frequencies, np.float32(factor)) for frequencies, factor in found])
-            out.append((np.ascontiguousarray(sets, np.float32), len(found), which.astype(np.int32)))
+            if rope.by_length:
+                lengths, which = np.unique(contexts, return_inverse=True)
+            else:
+                lengths, which = np.zeros(1, np.int32), np.zeros(len(contexts), np.int32)
+            sets = _frequencies(rope, self.config.head_dim, tuple(lengths.tolist()))
+            out.append((sets, len(sets), which.astype(np.int32, copy=False)))
         return out
 
     def _adapter_ids(self, adapters: Iterable[str | None]) -> NDArray[np.int32] | None:
@@ -166,6 +168,13 @@ class NativeBackend:
         if unknown is not None:
             raise UsageError(f"adapter {unknown!r} is not loaded; loaded are {', '.join(self._adapters) or 'none'}.")
         return None if all(name is None for name in names) else np.array([self._adapters.get(name or "", -1) for name in names], np.int32)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(rope: RopeConfig, head_dim: int, lengths: tuple[int, ...]) -> NDArray[np.float32]:
+    """float32 `[len(lengths), rotary_dim / 2 + 1]`: for each length the frequencies and the factor on cos and sin."""
+    found = [inverse_frequencies(rope, head_dim, length) for length in lengths]
+    return np.stack([np.append(frequencies, np.float32(factor)) for frequencies, factor in found])
 
 
 def product(weight: Weight, bias: Floats | None, x: Floats, threads: int, out: Floats | None = None) -> Floats:

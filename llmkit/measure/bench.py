@@ -111,10 +111,12 @@ def bench(plan: BenchPlan, progress: Callable[[str], None] = lambda _: None) -> 
     config = load_config(plan.folder)
     check_plan(plan, config)
     phases = figures(plan)
-    longest = max(figure.request["room"] for phase in phases for figure in phase)
+    requests = [figure.request for phase in phases for figure in phase]
     with ExitStack() as cleanup:
         common: dict[str, Any] = {"dtype": plan.dtype, "device": plan.device, "threads": plan.threads}
-        common |= {"context": longest, "start_room": phases[0][0].request["room"]}
+        common |= {"context": max(request["room"] for request in requests), "start_room": phases[0][0].request["room"]}
+        # As large as llama.cpp's: a run writes where others wrote, and is not the first to touch its memory.
+        common |= {"cache_tokens": max(request.get("sequences", 1) * -(-request["room"] // 256) * 256 for request in requests)}
         ours = Side("llmkit", "", {**common, "side": "llmkit", "folder": str(plan.folder), "kv_bits": plan.kv_bits})
         cleanup.callback(ours.close)
         rivals: list[Side] = []

@@ -43,10 +43,11 @@ class Side(Protocol):
 class OurSide:
     """llmkit, through its public API. Without speculation: random tokens repeat, and guesses would be right too often."""
 
-    def __init__(self, folder: str, dtype: str | None, device: str | None, threads: int | None, kv_bits: int | None, context: int) -> None:
+    def __init__(self, folder: str, dtype: str | None, device: str | None, threads: int | None, kv_bits: int | None, context: int, cache_tokens: int) -> None:  # fmt: skip
         import llmkit
 
-        self.llm = llmkit.load(folder, dtype=dtype, device=device, threads=threads, kv_bits=kv_bits, ctx_size=context, speculate="off")
+        size = {"ctx_size": context, "cache_tokens": cache_tokens}
+        self.llm = llmkit.load(folder, dtype=dtype, device=device, threads=threads, kv_bits=kv_bits, speculate="off", **size)
         self.vocab_size = self.llm.config.vocab_size
 
     def prefill(self, ids: list[int], room: int, variant: str) -> float:
@@ -86,7 +87,7 @@ class OurSide:
 
 def load_side(settings: dict[str, Any]) -> Side:
     """The model of a side, loaded."""
-    common = {name: settings[name] for name in ("threads", "context")}
+    common = {name: settings[name] for name in ("threads", "context", "cache_tokens")}
     if settings["side"] == "llama.cpp":
         from llmkit.measure.bench_llama import LlamaSide
 

@@ -269,13 +269,19 @@ class Checker {
     checked("rms_norm_back", dx, [&](const Kernels& k, float* out) { k.rms_norm_back(x.data(), y.data(), 1e-5f, dy.data(), n, out); });
     checked("gate", h, [&](const Kernels& k, float* out) { k.gate(x.data(), y.data(), n, out); });
     checked("gate_back", gates, [&](const Kernels& k, float* out) { k.gate_back(x.data(), y.data(), dy.data(), n, out, out + n); });
-    for (int64_t turned : {n / 2 * 2, n / 4 * 2})
+    for (int64_t half : {n / 2, n / 4})
       for (bool back : {false, true}) {
-        const std::vector<float> cos(y.begin(), y.begin() + turned), sin(dy.begin(), dy.begin() + turned);
+        const std::vector<float> cos(y.begin(), y.begin() + half), sin(dy.begin(), dy.begin() + half);
         std::vector<double> exact(x.begin(), x.end());
-        for (int64_t i = 0; i < turned; ++i)
-          exact[size_t(i)] = double(cos[size_t(i)]) * double(x[size_t(i)]) + (back ? -1 : 1) * double(sin[size_t(i)]) * double(x[size_t((i + turned / 2) % turned)]);
-        checked("rotate", exact, [&](const Kernels& k, float* out) { k.rotate(x.data(), cos.data(), sin.data(), turned, n, back, out); });
+        for (int64_t i = 0; i < half; ++i) {
+          const double a = double(x[size_t(i)]), b = double(x[size_t(half + i)]), c = double(cos[size_t(i)]), s = (back ? -1 : 1) * double(sin[size_t(i)]);
+          exact[size_t(i)] = c * a - s * b, exact[size_t(half + i)] = c * b + s * a;
+        }
+        checked("rotate", exact, [&](const Kernels& k, float* out) { k.rotate(x.data(), cos.data(), sin.data(), half, n, back, out); });
+        checked("rotate in place", exact, [&](const Kernels& k, float* out) {
+          std::memcpy(out, x.data(), x.size() * 4);
+          k.rotate(out, cos.data(), sin.data(), half, n, back, out);
+        });
       }
   }
 
@@ -487,7 +493,9 @@ class Checker {
       storage.values = heads * dim * bytes;
       storage.key_scales = storage.values + heads * padded * bytes;
       storage.value_scales = storage.key_scales + heads * 4;
-      for (int64_t p = 0; p < length; ++p) kernels.store_kv(storage, table[size_t(p / BLOCK)], p % BLOCK, k.data() + p * kv_heads * dim, v.data() + p * kv_heads * dim);
+      for (int64_t p = 0; p < length; ++p)
+        for (int64_t h = 0; h < kv_heads; ++h)
+          kernels.store_kv(storage, h, table[size_t(p / BLOCK)], p % BLOCK, k.data() + (p * kv_heads + h) * dim, v.data() + (p * kv_heads + h) * dim);
       std::vector<float> scratch(kAttendScratch + 64);
       for (int rows = 1; rows <= TILE_ROWS; ++rows)
         for (int64_t last : {int64_t(3), length - 1}) {

@@ -136,7 +136,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x `[tokens, heads, head_dim]`."""
     half = cos.shape[-1]
     a, b = x[..., :half], x[..., half : 2 * half]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]), -1)
+    return torch.cat((fma(cos, a, -sin * b), fma(cos, b, sin * a), x[..., 2 * half :]), -1)
 
 
 def stored(x: Tensor, kv_bits: int) -> tuple[Tensor, Tensor]:

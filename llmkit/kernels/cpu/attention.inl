@@ -27,22 +27,20 @@ static float narrow(Kind kind, const float* x, int64_t n, void* out) {
   return most / 127.0f;
 }
 
-// k, v: [kv_heads, dim] of one position, into slot `slot` of block `block`. Keys are stored position fastest.
+// k, v: [dim] of one head and position, into slot `slot` of block `block`. Keys are stored position fastest.
 template <class T>
-static void store_heads(const KVStorage& c, int64_t block, int64_t slot, const float* k, const float* v) {
+static void store_head(const KVStorage& c, int64_t head, int64_t block, int64_t slot, const float* k, const float* v) {
   T one[kMaxHeadDim];
-  for (int64_t h = 0; h < c.kv_heads; ++h, k += c.dim, v += c.dim) {
-    T* keys = c.keys_of<T>(h, block) + slot;
-    const float key_scale = narrow(c.kind, k, c.dim, one);
-    for (int64_t d = 0; d < c.dim; ++d) keys[d * BLOCK] = one[d];
-    const float value_scale = narrow(c.kind, v, c.dim, c.values_of<T>(h, block) + slot * c.dim_padded);
-    if (c.kind == Kind::Q8) c.key_scales_of(h, block)[slot] = key_scale, c.value_scales_of(h, block)[slot] = value_scale;
-  }
+  T* keys = c.keys_of<T>(head, block) + slot;
+  const float key_scale = narrow(c.kind, k, c.dim, one);
+  for (int64_t d = 0; d < c.dim; ++d) keys[d * BLOCK] = one[d];
+  const float value_scale = narrow(c.kind, v, c.dim, c.values_of<T>(head, block) + slot * c.dim_padded);
+  if (c.kind == Kind::Q8) c.key_scales_of(head, block)[slot] = key_scale, c.value_scales_of(head, block)[slot] = value_scale;
 }
-static void store_kv(const KVStorage& c, int64_t block, int64_t slot, const float* k, const float* v) {
-  if (c.kind == Kind::F32) store_heads<float>(c, block, slot, k, v);
-  else if (c.kind == Kind::F16) store_heads<uint16_t>(c, block, slot, k, v);
-  else store_heads<int8_t>(c, block, slot, k, v);
+static void store_kv(const KVStorage& c, int64_t head, int64_t block, int64_t slot, const float* k, const float* v) {
+  if (c.kind == Kind::F32) store_head<float>(c, head, block, slot, k, v);
+  else if (c.kind == Kind::F16) store_head<uint16_t>(c, head, block, slot, k, v);
+  else store_head<int8_t>(c, head, block, slot, k, v);
 }
 
 struct Int8 { int8_t bits; };

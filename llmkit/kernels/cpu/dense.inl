@@ -26,15 +26,15 @@ template <class T> static inline F load_tail(const T* p, int n) {
   return load_weights(part);
 }
 
-// Threads share a product by tiles of this many weight rows.
-constexpr int kTile = 2 * kGemvRows;
+constexpr int kTile = 16;              // weight rows, by which threads share a product
 constexpr int64_t kStretch = 1536;     // columns
 constexpr int64_t kBand = 1 << 17;     // weights
-constexpr int64_t kBrief = 3 << 13;    // bytes of the rows of a tile that leave room in the first-level cache for the next
+constexpr int kFar = 1 << 13;          // bytes of weights that are on their way into the second-level cache while a single token meets them
 
 // Adds columns [0, k) to the accumulators of a tile; `saved` holds them before and after, or null: begin with zeros, end with sums.
+// far: at least kFar bytes of rows follow on this one.
 template <class T, int Tokens, int Rows>
-static inline void dense_tile(const T* w, int64_t ldw, int64_t k, const float* x, int64_t ldx, bool begin, bool end, float* saved, float* sums) {
+static inline void dense_tile(const T* w, int64_t ldw, int64_t k, const float* x, int64_t ldx, bool begin, bool end, float* saved, float* sums, bool far = false) {
   F acc[Tokens * Rows];
   if (begin) {
 #pragma GCC unroll 32
@@ -44,18 +44,12 @@ static inline void dense_tile(const T* w, int64_t ldw, int64_t k, const float* x
     for (int i = 0; i < Tokens * Rows; ++i) acc[i] = load(saved + 16 * i);
   }
   const int64_t whole = k & ~int64_t(15);
-  const bool brief = Rows * k * int64_t(sizeof(T)) < kBrief;
   for (int64_t i = 0; i < whole; i += 16) {
     F weights[Rows];
     const T* row = w + i;  // moves from row to row: more pointers than there are registers would be loaded again each time
 #pragma GCC unroll 32
-    for (int r = 0; r < Rows; ++r, row += ldw) {
-      weights[r] = load_weights(row);
-      if (Tokens == 1 && !brief) prefetch(row + 256);
-    }
-    if (Tokens == 1 && brief)  // the next rows, one after the other
-#pragma GCC unroll 32
-      for (int b = 0; b < Rows * 16 * int(sizeof(T)); b += 64) prefetch(reinterpret_cast<const char*>(w + Rows * ldw + i * Rows) + b);
+    for (int r = 0; r < Rows; ++r, row += ldw) weights[r] = load_weights(row);
+    if (Tokens * Rows == 1 && far) prefetch_l2(reinterpret_cast<const char*>(w + i) + kFar);
 #pragma GCC unroll 32
     for (int t = 0; t < Tokens; ++t) {
       F v = load(x + t * ldx + i);
@@ -124,15 +118,11 @@ static void dense_of(const Linear& w, const float* x, int64_t ldx, int64_t token
   const T* data = static_cast<const T*>(w.data);
   const int64_t begin = first * kTile, end = last * kTile < w.n ? last * kTile : w.n;
   int64_t row = begin;
-  if (tokens == 1) {
-    float sums[kGemvRows];
-    for (; row + kGemvRows <= end; row += kGemvRows) {
-      dense_tile<T, 1, kGemvRows>(data + row * w.k, w.k, w.k, x, ldx, true, true, nullptr, sums);
-      put<1, kGemvRows>(w, sums, row, y, ldy);
-    }
-    for (; row < end; ++row) {
-      dense_tile<T, 1, 1>(data + row * w.k, w.k, w.k, x, ldx, true, true, nullptr, sums);
-      put<1, 1>(w, sums, row, y, ldy);
+  if (tokens == 1) {  // row after row: nothing is faster than one stream
+    for (float sum; row < end; ++row) {
+      const bool far = (end - row - 1) * w.k * int64_t(sizeof(T)) >= kFar;
+      dense_tile<T, 1, 1>(data + row * w.k, w.k, w.k, x, ldx, true, true, nullptr, &sum, far);
+      put<1, 1>(w, &sum, row, y, ldy);
     }
     return;
   }

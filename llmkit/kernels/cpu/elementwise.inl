@@ -92,18 +92,15 @@ static void rms_norm_back(const float* x, const float* weight, float eps, const 
   });
 }
 
-// One head: pairs (i, i + turned/2) of the first `turned` of n numbers. The halves of sin have opposite signs; back, it is turned about.
-static void rotate(const float* x, const float* cos, const float* sin, int64_t turned, int64_t n, bool back, float* out) {
-  const int64_t half = turned / 2;
+// One head, in place or not: the pairs (i, i + half) of n numbers turn, back by the opposite angles.
+static void rotate(const float* x, const float* cos, const float* sin, int64_t half, int64_t n, bool back, float* out) {
   const F sign = set1(back ? -1.0f : 1.0f);
-  for (int64_t part = 0; part < turned; part += half) {
-    const float* other = x + half - part;
-    each(half, [&](int64_t i, int m) {
-      const F aside = mul(mul(load_n(sin + part + i, m), sign), load_n(other + i, m));
-      store_n(out + part + i, fma(load_n(cos + part + i, m), load_n(x + part + i, m), aside), m);
-    });
-  }
-  memcpy(out + turned, x + turned, size_t(n - turned) * 4);
+  each(half, [&](int64_t i, int m) {
+    const F a = load_n(x + i, m), b = load_n(x + half + i, m), c = load_n(cos + i, m), s = mul(load_n(sin + i, m), sign);
+    store_n(out + i, fma(c, a, mul(sub(zero(), s), b)), m);
+    store_n(out + half + i, fma(c, b, mul(s, a)), m);
+  });
+  if (out != x) memcpy(out + 2 * half, x + 2 * half, size_t(n - 2 * half) * 4);
 }
 
 static void gate(const float* gate, const float* up, int64_t n, float* out) {

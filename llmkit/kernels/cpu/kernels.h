@@ -146,7 +146,7 @@ struct Kernels {
   void (*quantize_row)(const float* x, int64_t k, const QuantizedRows& out, int64_t row);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   void (*rms_norm_back)(const float* x, const float* weight, float eps, const float* dy, int64_t n, float* dx);
-  void (*rotate)(const float* x, const float* cos, const float* sin, int64_t turned, int64_t n, bool back, float* out);  // one head
+  void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, int64_t n, bool back, float* out);  // one head; out may be x
   void (*gate)(const float* gate, const float* up, int64_t n, float* out);  // silu(gate) * up
   void (*gate_back)(const float* gate, const float* up, const float* dh, int64_t n, float* dgate, float* dup);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* out);
@@ -154,7 +154,7 @@ struct Kernels {
   void (*activate)(int activation, float* gate, const float* up, int64_t n);       // gate = act(gate) * up; up null: no gate
   void (*softcap)(float* x, float cap, int64_t n);                                 // cap * tanh(x / cap)
   void (*embed_row)(const Linear& table, int64_t row, float* out);
-  void (*store_kv)(const KVStorage& cache, int64_t block, int64_t slot, const float* k, const float* v);
+  void (*store_kv)(const KVStorage& cache, int64_t head, int64_t block, int64_t slot, const float* k, const float* v);  // k, v [dim]
   // Query rows `rows` (at most TILE_ROWS; row r has query vector q[r] and position positions[r]) of one kv head over the
   // keys of split `split`: state and out[r] [dim_padded].
   void (*attend)(const AttentionArgs& args, int64_t kv_head, const float* const* q, const int32_t* positions, int rows, int64_t split,

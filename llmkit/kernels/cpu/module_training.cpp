@@ -274,7 +274,8 @@ PyObject* norm_back_of(PyObject*, PyObject* args) {
   });
 }
 
-// rotate(kernels, threads, heads, dim, x, cos, sin, back, y): x and y [rows, heads, dim], cos and sin [rows, rotary_dim]
+// rotate(kernels, threads, heads, dim, x, cos, sin, back, y): x and y [rows, heads, dim], cos and sin [rows, rotary_dim]: the second half
+// of cos is the first again, that of sin its negative
 PyObject* rotate_of(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     Rows r;
@@ -290,7 +291,7 @@ PyObject* rotate_of(PyObject*, PyObject* args) {
     const float *c = r.rows(cos, turned, "cos"), *s = r.rows(sin, turned, "sin");
     float* out = r.result(y, n, "the result");
     return r.run([&](const Kernels& k, int64_t i) {
-      for (int64_t h = 0; h < heads; ++h) k.rotate(in + i * n + h * dim, c + i * turned, s + i * turned, turned, dim, back != 0, out + i * n + h * dim);
+      for (int64_t h = 0; h < heads; ++h) k.rotate(in + i * n + h * dim, c + i * turned, s + i * turned + turned / 2, turned / 2, dim, back != 0, out + i * n + h * dim);
     });
   });
 }

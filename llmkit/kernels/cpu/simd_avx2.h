@@ -1,7 +1,7 @@
 // Sixteen lanes in two ymm registers; int8 dot products by AVX-VNNI or, before it, by maddubs and madd.
 #pragma once
 constexpr bool kSignedDot = false;
-constexpr int kDenseRows = 3, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 6, kFewTokens = 1;
+constexpr int kDenseRows = 3, kDenseTokens = 2, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 6, kFewTokens = 1;
 constexpr int kMatRows = 6, kMatVectors = 1;
 
 struct F { __m256 a, b; };

@@ -1,7 +1,7 @@
 // Sixteen lanes in one zmm register; int8 dot products by AVX-512 VNNI.
 #pragma once
 constexpr bool kSignedDot = false;
-constexpr int kDenseRows = 4, kDenseTokens = 6, kGemvRows = 8, kQuantTokens = 4, kQuantPanels = 3, kAccumulators = 24, kFewTokens = 8;
+constexpr int kDenseRows = 4, kDenseTokens = 6, kQuantTokens = 4, kQuantPanels = 3, kAccumulators = 24, kFewTokens = 8;
 constexpr int kMatRows = 12, kMatVectors = 2;
 
 struct F { __m512 v; };

@@ -1,7 +1,7 @@
 // Sixteen lanes in four q registers; int8 dot products by the dot product extension of ARMv8.2, those of tiles by i8mm.
 #pragma once
 constexpr bool kSignedDot = true;
-constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantPanels = 1, kAccumulators = 6, kFewTokens = 1;
+constexpr int kDenseRows = 2, kDenseTokens = 2, kQuantPanels = 1, kAccumulators = 6, kFewTokens = 1;
 constexpr int kMatRows = 6, kMatVectors = 1;
 #ifdef LLMKIT_I8MM
 constexpr int kQuantTokens = 6;  // 24 accumulators

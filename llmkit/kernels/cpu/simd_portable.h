@@ -5,7 +5,7 @@
 #include <string.h>
 
 constexpr bool kSignedDot = true;   // codes enter the dot product as entry - 64, so no offset is needed
-constexpr int kDenseRows = 2, kDenseTokens = 2, kGemvRows = 4, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 4, kFewTokens = 1;
+constexpr int kDenseRows = 2, kDenseTokens = 2, kQuantTokens = 2, kQuantPanels = 1, kAccumulators = 4, kFewTokens = 1;
 constexpr int kMatRows = 4, kMatVectors = 1;
 
 struct F { float v[16]; };

@@ -55,7 +55,9 @@ struct Run {
   std::vector<Item> items;
   bool split = false;
   bool narrowed = false;  // after the last attention: only the rows that are asked for go on
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Count { std::atomic<int64_t> value{0}; };
+  Count next;                // parts that were taken one by one, since the step began
+  std::vector<Count> taken;  // where it stood when the phase began, as each thread knows
   bool stopped = false;
 
   Buffer x, h, delta, q, k, v, attended, gate, up, rotary;
@@ -67,13 +69,14 @@ struct Run {
   int64_t scratch_size = 0;
 
   Run(Plan& p, const Step& s, Pool& pl, bool (*i)(void*), void* ctx)
-      : plan(p), step(s), pool(pl), interrupted(i), context(ctx), kernels(*p.kernels_), c(p.config), threads(pl.threads()) {}
+      : plan(p), step(s), pool(pl), interrupted(i), context(ctx), kernels(*p.kernels_), c(p.config), threads(pl.threads()), taken(size_t(threads)) {}
 
   void prepare();
   void work(int thread);
 
  private:
   void barrier() { pool.barrier().wait(); }
+  template <class Function> void spread(int thread, int64_t parts, int64_t own, Function function);
   void settle(int thread, const Norm* after, const Norm* before, bool add, const Layer* layer, std::initializer_list<int> slots);
   void normalise(const Norm& norm, const float* in, float* out, int64_t n) const {
     if (norm.layer) kernels.layer_norm(in, norm.weight.data(), norm.bias.data(), c.eps, n, out);
@@ -94,9 +97,13 @@ struct Run {
   const LowRank& term(const Adapter& a, const Layer& layer, int slot) const { return a.linears[size_t(&layer - plan.layers.data()) * kSlots + size_t(slot)]; }
   void ready(int64_t row, const float* values, const Layer& layer, std::initializer_list<int> slots);
   void reduce(int thread, const Buffer& in, const Layer& layer, std::initializer_list<int> slots);
-  void product(int thread, const Linear& w, const Buffer& in, int64_t tokens, float* out, int64_t ld);
-  void product(int thread, const Layer& layer, int slot, const Buffer& in, const Buffer& out);
-  void rotate(int64_t token, const Layer& layer);
+  struct Target { int slot; Buffer out; };
+  void product(int thread, const Layer& layer, const Buffer& in, std::initializer_list<Target> targets);
+  void product(const Linear& w, const Buffer& in, int64_t tokens, const Buffer& out, int64_t first, int64_t last, float* own);
+  void adapt(const Layer& layer, int slot, const Buffer& out, int64_t first, int64_t last);
+  int64_t tiles(const Linear& w) const { return w.present() ? (w.n + kernels.tile_rows(w) - 1) / kernels.tile_rows(w) : 0; }
+  int64_t own_tiles(int64_t count, int64_t tokens) const;
+  void rotate(int thread, const Layer& layer);
   void narrow(int thread);
   void attend(int thread, const Layer& layer, size_t index);
   void attend_item(const Item& item, const Layer& layer, size_t index, int64_t first, int64_t last, Partial* state, float* out, float* mine);
@@ -246,64 +253,85 @@ void Run::settle(int thread, const Norm* after, const Norm* before, bool add, co
   if (layer) reduce(thread, h, *layer, slots);
 }
 
-void Run::product(int thread, const Linear& w, const Buffer& in, int64_t tokens, float* out, int64_t ld) {
-  const int64_t tile = kernels.tile_rows(w);
-  const Range mine = share((w.n + tile - 1) / tile, thread, threads);
-  if (mine.first == mine.last) return;
-  float* own = scratch + thread * scratch_size;
+// Runs function(first, last) over the parts of a phase: every thread has `own` of them to itself, and the others go one by one to whoever
+// is free. Each thread asks once too often, so all know where the counter stands in the end.
+template <class Function>
+void Run::spread(int thread, int64_t parts, int64_t own, Function function) {
+  if (own) function(thread * own, (thread + 1) * own);
+  std::atomic<int64_t>& begin = taken[size_t(thread)].value;
+  const int64_t before = begin.load(std::memory_order_relaxed), others = parts - own * threads;
+  for (int64_t i; (i = next.value.fetch_add(1, std::memory_order_relaxed) - before) < others;) function(parts - others + i, parts - others + i + 1);
+  begin.store(before + others + threads, std::memory_order_relaxed);
+}
+
+// Threads that stream weights do not get equally far. With many tokens a thread wants a large piece: it reads the tokens once for all of it.
+int64_t Run::own_tiles(int64_t count, int64_t tokens) const { return tokens > 8 || threads == 1 ? count / threads : count * 3 / 4 / threads; }
+
+// The rows of the tiles [first, last) of w.
+void Run::product(const Linear& w, const Buffer& in, int64_t tokens, const Buffer& out, int64_t first, int64_t last, float* own) {
   if (w.quantized()) {
     QuantizedRows rounded = quantized;
     rounded.k_padded = round_up(w.k, 32);
-    kernels.quantized(w, rounded, tokens, out, ld, mine.first, mine.last, reinterpret_cast<uint8_t*>(own));
+    kernels.quantized(w, rounded, tokens, out.data, out.ld, first, last, reinterpret_cast<uint8_t*>(own));
   } else {
-    kernels.dense(w, in.data, in.ld, tokens, out, ld, mine.first, mine.last, own);
+    kernels.dense(w, in.data, in.ld, tokens, out.data, out.ld, first, last, own);
   }
 }
 
-void Run::product(int thread, const Layer& layer, int slot, const Buffer& in, const Buffer& out) {
-  const Linear& w = layer.linears[slot];
-  if (!w.present()) return;
-  product(thread, w, in, rows(), out.data, out.ld);
-  if (!step.adapters) return;
-  const int64_t tile = kernels.tile_rows(w);
-  const Range mine = share((w.n + tile - 1) / tile, thread, threads);
-  const int64_t last = std::min(w.n, mine.last * tile);
-  for (int64_t t = 0, end; t < rows() && mine.first < mine.last; t = end) {
+// Adds the low-rank terms of the columns [first, last).
+void Run::adapt(const Layer& layer, int slot, const Buffer& out, int64_t first, int64_t last) {
+  for (int64_t t = 0, end; t < rows(); t = end) {
     const Adapter* a = adapter(t);
     end = run_end(t, rows());
     if (!a) continue;
     const LowRank& low = term(*a, layer, slot);
     const float* reduced = low_rank + (t * kSlots + slot) * max_rank;
-    if (low.rank) kernels.add_low_rank(low.b.data(), w.n, low.rank, reduced, kSlots * max_rank, end - t, out.row(t), out.ld, mine.first * tile, last);
+    if (low.rank) kernels.add_low_rank(low.b.data(), layer.linears[slot].n, low.rank, reduced, kSlots * max_rank, end - t, out.row(t), out.ld, first, last);
   }
 }
 
+void Run::product(int thread, const Layer& layer, const Buffer& in, std::initializer_list<Target> targets) {
+  int64_t count = 0;
+  for (const Target& target : targets) count += tiles(layer.linears[target.slot]);
+  spread(thread, count, own_tiles(count, rows()), [&](int64_t first, int64_t last) {
+    for (const Target& target : targets) {
+      const Linear& w = layer.linears[target.slot];
+      const int64_t here = tiles(w), from = std::max<int64_t>(first, 0), to = std::min(last, here);
+      first -= here, last -= here;
+      if (from >= to) continue;
+      product(w, in, rows(), target.out, from, to, scratch + thread * scratch_size);
+      if (step.adapters) adapt(layer, target.slot, target.out, from * kernels.tile_rows(w), std::min(w.n, to * kernels.tile_rows(w)));
+    }
+  });
+}
+
 // Normalises the heads of q and k, rotates them and puts key and value into the cache.
-void Run::rotate(int64_t t, const Layer& layer) {
-  auto heads = [&](const Norm& norm, float* row, int64_t count) {
-    if (norm.present && c.norm_before_heads) normalise(norm, row, row, count * c.head_dim);
-    const float* table = nullptr;
-    int64_t half = 0;
-    if (layer.rope >= 0) {
-      table = rotary.row(t);
-      for (int r = 0; r < layer.rope; ++r) table += 2 * step.rotary[size_t(r)].half;
-      half = step.rotary[size_t(layer.rope)].half;
-    }
-    for (int64_t i = 0; i < count; ++i, row += c.head_dim) {
-      if (norm.present && !c.norm_before_heads) normalise(norm, row, row, c.head_dim);
-      for (int64_t d = 0; d < half; ++d) {
-        const float a = row[d], b = row[d + half], cosine = table[d], sine = table[half + d];
-        row[d] = a * cosine - b * sine;
-        row[d + half] = b * cosine + a * sine;
+void Run::rotate(int thread, const Layer& layer) {
+  // Heads of one token are independent, unless a norm goes over all of them.
+  const int64_t parts = c.norm_before_heads ? 1 : c.kv_heads, kv_heads = c.kv_heads / parts, group = c.heads / c.kv_heads;
+  const Range mine = share(step.tokens * parts, thread, threads);
+  int64_t half = 0, begin = 0;
+  if (layer.rope >= 0) {
+    half = step.rotary[size_t(layer.rope)].half;
+    for (int r = 0; r < layer.rope; ++r) begin += 2 * step.rotary[size_t(r)].half;
+  }
+  for (int64_t i = mine.first; i < mine.last; ++i) {
+    const int64_t t = i / parts, kv_head = i % parts * kv_heads, position = step.positions[t];
+    const float* table = rotary.row(t) + begin;
+    auto heads = [&](const Norm& norm, float* row, int64_t count) {
+      if (norm.present && c.norm_before_heads) normalise(norm, row, row, count * c.head_dim);
+      for (int64_t h = 0; h < count; ++h, row += c.head_dim) {
+        if (norm.present && !c.norm_before_heads) normalise(norm, row, row, c.head_dim);
+        kernels.rotate(row, table, table + half, half, c.head_dim, false, row);
       }
-    }
-  };
-  heads(layer.q_norm, q.row(t), c.heads);
-  heads(layer.k_norm, k.row(t), c.kv_heads);
-  const int64_t position = step.positions[t];
-  const size_t g = size_t(layer.group);
-  const int32_t block = step.tables[g][step.sequence_of[t] * step.widths[g] + position / BLOCK];
-  kernels.store_kv(plan.storage_[size_t(&layer - plan.layers.data())], block, position % BLOCK, k.row(t), v.row(t));
+    };
+    heads(layer.q_norm, q.row(t) + kv_head * group * c.head_dim, kv_heads * group);
+    heads(layer.k_norm, k.row(t) + kv_head * c.head_dim, kv_heads);
+    const size_t g = size_t(layer.group);
+    const int32_t block = step.tables[g][step.sequence_of[t] * step.widths[g] + position / BLOCK];
+    for (int64_t h = kv_head; h < kv_head + kv_heads; ++h)
+      kernels.store_kv(plan.storage_[size_t(&layer - plan.layers.data())], h, block, position % BLOCK, k.row(t) + h * c.head_dim, v.row(t) + h * c.head_dim);
+  }
 }
 
 // All query rows of an item over its splits [first, last); state and out hold a row each.
@@ -346,18 +374,18 @@ void Run::attend(int thread, const Layer& layer, size_t index) {
   float* out = mine + kAttendScratch + TILE_ROWS * padded;
   Partial* state = reinterpret_cast<Partial*>(out + tile_rows * padded);
   if (!split) {
-    for (int64_t i; (i = next.fetch_add(1)) < int64_t(items.size());) {
+    spread(thread, int64_t(items.size()), 0, [&](int64_t i, int64_t) {
       const Item& item = items[size_t(i)];
       const int64_t oldest = layer.window ? std::max<int64_t>(0, step.positions[item.token] - layer.window + 1) : 0;
       attend_item(item, layer, index, oldest / SPLIT, item.last_split, state, out, mine);
       write_attended(item, state, out);
-    }
+    });
     barrier();
     return;
   }
   int64_t total = 0;
   for (const Item& item : items) total += item.last_split;
-  for (int64_t i; (i = next.fetch_add(1)) < total;) {
+  spread(thread, total, 0, [&](int64_t i, int64_t) {
     size_t which = 0;
     int64_t s = i;
     while (s >= items[which].last_split) s -= items[which++].last_split;
@@ -366,7 +394,7 @@ void Run::attend(int thread, const Layer& layer, size_t index) {
     const int64_t oldest = layer.window ? std::max<int64_t>(0, step.positions[item.token] - layer.window + 1) : 0;
     if ((s + 1) * SPLIT <= oldest) for (int64_t r = 0; r < item.tokens * group; ++r) partials[at + r] = {-INFINITY, 0};
     else attend_item(item, layer, index, s, s + 1, partials + at, partial_out + at * padded, mine);
-  }
+  });
   barrier();
   const Range part = share(int64_t(items.size()), thread, threads);
   for (int64_t i = part.first; i < part.last; ++i) {
@@ -422,17 +450,12 @@ void Run::work(int thread) {
   for (size_t index = 0; index < plan.layers.size(); ++index) {
     const Layer& layer = plan.layers[index];
     settle(thread, after, &layer.before_attention, index > 0, &layer, {kQ, kK, kV});
-    if (thread == 0) {
-      next = 0;
-      stopped = interrupted && interrupted(context);
-    }
+    if (thread == 0) stopped = interrupted && interrupted(context);
     barrier();
     if (stopped) return;
-    product(thread, layer, kQ, h, q);
-    product(thread, layer, kK, h, k);
-    product(thread, layer, kV, h, v);
+    product(thread, layer, h, {{kQ, q}, {kK, k}, {kV, v}});
     barrier();
-    for (int64_t t = mine.first; t < mine.last; ++t) rotate(t, layer);
+    rotate(thread, layer);
     barrier();
     const bool last = index + 1 == plan.layers.size();
     if (last && !step.rows) return;
@@ -444,14 +467,13 @@ void Run::work(int thread) {
     for (int64_t t = mine.first; t < mine.last; ++t) ready(t, attended.row(t), layer, {kO});
     reduce(thread, attended, layer, {kO});
     barrier();
-    product(thread, layer, kO, attended, delta);
+    product(thread, layer, attended, {{kO, delta}});
     barrier();
     const bool gated = layer.linears[kGate].present();
     if (gated) settle(thread, &layer.after_attention, &layer.before_mlp, true, &layer, {kGate, kUp});
     else settle(thread, &layer.after_attention, &layer.before_mlp, true, &layer, {kUp});
     barrier();
-    product(thread, layer, kGate, h, gate);
-    product(thread, layer, kUp, h, up);
+    product(thread, layer, h, {{kGate, gate}, {kUp, up}});
     barrier();
     const Buffer& inner = gated ? gate : up;
     for (int64_t t = mine.first; t < mine.last; ++t) {
@@ -460,7 +482,7 @@ void Run::work(int thread) {
     }
     reduce(thread, inner, layer, {kDown});
     barrier();
-    product(thread, layer, kDown, inner, delta);
+    product(thread, layer, inner, {{kDown, delta}});
     barrier();
     after = &layer.after_mlp;
   }
@@ -480,17 +502,17 @@ void Run::work(int thread) {
   }
   if (step.hidden_only) return;
   barrier();
-  product(thread, head, h, step.rows, step.out, c.vocab);
-  if (c.logits_scaling == 1 && c.final_softcap == 0) return;
-  const int64_t tile = kernels.tile_rows(head);
-  const Range columns = share((c.vocab + tile - 1) / tile, thread, threads);
-  const int64_t begin = columns.first * tile, count = std::min(c.vocab, columns.last * tile) - begin;
-  for (int64_t r = 0; r < step.rows && count > 0; ++r) {
-    float* row = step.out + r * c.vocab + begin;
-    if (c.logits_scaling != 1)
-      for (int64_t i = 0; i < count; ++i) row[i] /= c.logits_scaling;
-    if (c.final_softcap != 0) kernels.softcap(row, c.final_softcap, count);
-  }
+  spread(thread, tiles(head), own_tiles(tiles(head), step.rows), [&](int64_t first, int64_t last) {
+    product(head, h, step.rows, {step.out, c.vocab}, first, last, scratch + thread * scratch_size);
+    if (c.logits_scaling == 1 && c.final_softcap == 0) return;
+    const int64_t tile = kernels.tile_rows(head), begin = first * tile, count = std::min(c.vocab, last * tile) - begin;
+    for (int64_t r = 0; r < step.rows; ++r) {
+      float* row = step.out + r * c.vocab + begin;
+      if (c.logits_scaling != 1)
+        for (int64_t i = 0; i < count; ++i) row[i] /= c.logits_scaling;
+      if (c.final_softcap != 0) kernels.softcap(row, c.final_softcap, count);
+    }
+  });
 }
 
 namespace {
