@@ -50,27 +50,27 @@ template <> inline F load_weights(const Int8* p) { return from_i8(&p->bits); }
 template <class T, int Rows, int Blocks>
 static inline void score_blocks(const T* const* keys, int64_t dim, const float* q, float* scores, const F* factors) {
   F acc[Rows][Blocks];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int b = 0; b < Blocks; ++b) acc[r][b] = zero();
   for (int64_t d = 0; d < dim; ++d) {
     F key[Blocks];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int b = 0; b < Blocks; ++b) {
       key[b] = load_weights(keys[b] + d * BLOCK);
       prefetch_l2(keys[b] + (d + Blocks * dim) * BLOCK);  // the blocks of a sequence mostly follow one another
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int r = 0; r < Rows; ++r) {
       const F query = set1(q[r * kQueryStride + d]);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int b = 0; b < Blocks; ++b) acc[r][b] = fma(query, key[b], acc[r][b]);
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int b = 0; b < Blocks; ++b) store(scores + r * CHUNK + b * BLOCK, mul(acc[r][b], factors[b]));
 }
 
@@ -78,33 +78,33 @@ static inline void score_blocks(const T* const* keys, int64_t dim, const float* 
 template <class T, int Rows, int Parts>
 static inline void add_values(const T* const* values, int keys, int64_t dim_padded, int64_t d, const float* weights, float* out, int64_t ldo) {
   F acc[Rows][Parts];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int p = 0; p < Parts; ++p) acc[r][p] = load(out + r * ldo + d + 16 * p);
   for (int j = 0; j < keys; ++j) {
     const T* from = values[j / BLOCK] + (j % BLOCK) * dim_padded + d;
     F value[Parts];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int p = 0; p < Parts; ++p) {
       value[p] = load_weights(from + 16 * p);
       prefetch_l2(from + 16 * p + 2 * BLOCK * dim_padded);
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int r = 0; r < Rows; ++r) {
       const F weight = set1(weights[r * CHUNK + j]);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int p = 0; p < Parts; ++p) acc[r][p] = fma(weight, value[p], acc[r][p]);
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int p = 0; p < Parts; ++p) store(out + r * ldo + d + 16 * p, acc[r][p]);
 }
 
 // So many query rows are computed together: all of a key's numbers are converted and multiplied for them at once.
-constexpr int kRowsTogether = kAccumulators / 2 < 6 ? kAccumulators : kAccumulators / 2;
+constexpr int kRowsTogether = kAccumulators;
 template <int Rows> constexpr int kWide = Rows * 4 <= kAccumulators ? 4 : Rows * 2 <= kAccumulators ? 2 : 1;  // blocks of keys, runs of 16 columns of values
 
 // The scores of `Rows` rows for the blocks [first, last).

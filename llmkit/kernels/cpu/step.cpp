@@ -102,7 +102,7 @@ struct Run {
   void product(const Linear& w, const Buffer& in, int64_t tokens, const Buffer& out, int64_t first, int64_t last, float* own);
   void adapt(const Layer& layer, int slot, const Buffer& out, int64_t first, int64_t last);
   int64_t tiles(const Linear& w) const { return w.present() ? (w.n + kernels.tile_rows(w) - 1) / kernels.tile_rows(w) : 0; }
-  int64_t own_tiles(int64_t count, int64_t tokens) const;
+  int64_t own_tiles(const Linear& w, int64_t count, int64_t tokens) const;
   void rotate(int thread, const Layer& layer);
   void narrow(int thread);
   void attend(int thread, const Layer& layer, size_t index);
@@ -264,8 +264,11 @@ void Run::spread(int thread, int64_t parts, int64_t own, Function function) {
   begin.store(before + others + threads, std::memory_order_relaxed);
 }
 
-// Threads that stream weights do not get equally far. With many tokens a thread wants a large piece: it reads the tokens once for all of it.
-int64_t Run::own_tiles(int64_t count, int64_t tokens) const { return tokens > 8 || threads == 1 ? count / threads : count * 3 / 4 / threads; }
+// Threads do not get equally far, so some tiles wait for the first that is done. Dense weights and many tokens are another matter: the
+// tokens are read once for all tiles of a piece.
+int64_t Run::own_tiles(const Linear& w, int64_t count, int64_t tokens) const {
+  return threads == 1 || (tokens > 8 && !w.quantized()) ? count / threads : count * 3 / 4 / threads;
+}
 
 // The rows of the tiles [first, last) of w.
 void Run::product(const Linear& w, const Buffer& in, int64_t tokens, const Buffer& out, int64_t first, int64_t last, float* own) {
@@ -293,7 +296,7 @@ void Run::adapt(const Layer& layer, int slot, const Buffer& out, int64_t first, 
 void Run::product(int thread, const Layer& layer, const Buffer& in, std::initializer_list<Target> targets) {
   int64_t count = 0;
   for (const Target& target : targets) count += tiles(layer.linears[target.slot]);
-  spread(thread, count, own_tiles(count, rows()), [&](int64_t first, int64_t last) {
+  spread(thread, count, own_tiles(layer.linears[targets.begin()->slot], count, rows()), [&](int64_t first, int64_t last) {
     for (const Target& target : targets) {
       const Linear& w = layer.linears[target.slot];
       const int64_t here = tiles(w), from = std::max<int64_t>(first, 0), to = std::min(last, here);
@@ -502,7 +505,7 @@ void Run::work(int thread) {
   }
   if (step.hidden_only) return;
   barrier();
-  spread(thread, tiles(head), own_tiles(tiles(head), step.rows), [&](int64_t first, int64_t last) {
+  spread(thread, tiles(head), own_tiles(head, tiles(head), step.rows), [&](int64_t first, int64_t last) {
     product(head, h, step.rows, {step.out, c.vocab}, first, last, scratch + thread * scratch_size);
     if (c.logits_scaling == 1 && c.final_softcap == 0) return;
     const int64_t tile = kernels.tile_rows(head), begin = first * tile, count = std::min(c.vocab, last * tile) - begin;
