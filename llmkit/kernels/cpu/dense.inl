@@ -78,39 +78,42 @@ static inline void dense_tile(const T* w, int64_t ldw, int64_t k, const float* x
 }
 
 template <int Tokens, int Rows>
-static inline void put(const Linear& w, const float* sums, int64_t row, float* y, int64_t ldy) {
-  for (int t = 0; t < Tokens; ++t)
-    for (int r = 0; r < Rows; ++r) y[t * ldy + row + r] = w.bias ? sums[t * Rows + r] + w.bias[row + r] : sums[t * Rows + r];
+static inline void put(const Linear& w, float* sums, int64_t row, float* y, int64_t ldy) {
+  if (w.bias)
+    for (int i = 0; i < Tokens * Rows; ++i) sums[i] += w.bias[row + i % Rows];
+  for (int t = 0; t < Tokens; ++t) memcpy(y + t * ldy + row, sums + t * Rows, Rows * sizeof(float));
 }
 
 // A tile of tokens and the rows [first, last) of a band that begins at row `first` of w.
 template <class T, int Tokens>
-static void dense_band(const Linear& w, const T* band, int64_t first, int64_t last, const float* x, int64_t ldx, float* y, int64_t ldy, float* saved) {
+static void dense_band(const Linear& w, const T* band, int64_t ldw, int64_t first, int64_t last, const float* x, int64_t ldx, float* y, int64_t ldy,
+                       float* saved) {
   float sums[Tokens * kDenseRows];
-  for (int64_t k = 0; k < w.k; k += kStretch) {
-    const bool begin = k == 0, end = k + kStretch >= w.k;
-    const int64_t columns = end ? w.k - k : kStretch;
+  const int64_t stretches = (w.k + kStretch - 1) / kStretch, stretch = round_up((w.k + stretches - 1) / stretches, 16);
+  for (int64_t k = 0; k < w.k; k += stretch) {
+    const bool begin = k == 0, end = k + stretch >= w.k;
+    const int64_t columns = end ? w.k - k : stretch;
     const T* rows = band + k;
     float* waiting = saved;
     int64_t row = first;
-    for (; row + kDenseRows <= last; row += kDenseRows, rows += kDenseRows * w.k, waiting += Tokens * kDenseRows * 16) {
-      dense_tile<T, Tokens, kDenseRows>(rows, w.k, columns, x + k, ldx, begin, end, waiting, sums);
+    for (; row + kDenseRows <= last; row += kDenseRows, rows += kDenseRows * ldw, waiting += Tokens * kDenseRows * 16) {
+      dense_tile<T, Tokens, kDenseRows>(rows, ldw, columns, x + k, ldx, begin, end, waiting, sums);
       if (end) put<Tokens, kDenseRows>(w, sums, row, y, ldy);
     }
-    for (; row < last; ++row, rows += w.k, waiting += Tokens * 16) {
-      dense_tile<T, Tokens, 1>(rows, w.k, columns, x + k, ldx, begin, end, waiting, sums);
+    for (; row < last; ++row, rows += ldw, waiting += Tokens * 16) {
+      dense_tile<T, Tokens, 1>(rows, ldw, columns, x + k, ldx, begin, end, waiting, sums);
       if (end) put<Tokens, 1>(w, sums, row, y, ldy);
     }
   }
 }
 
 template <class T>
-static void dense_tokens(const Linear& w, const T* band, int64_t first, int64_t last, const float* x, int64_t ldx, int64_t tokens, float* y, int64_t ldy,
-                         float* saved) {
+static void dense_tokens(const Linear& w, const T* band, int64_t ldw, int64_t first, int64_t last, const float* x, int64_t ldx, int64_t tokens, float* y,
+                         int64_t ldy, float* saved) {
   int64_t t = 0;
-  for (; t + kDenseTokens <= tokens; t += kDenseTokens) dense_band<T, kDenseTokens>(w, band, first, last, x + t * ldx, ldx, y + t * ldy, ldy, saved);
-  for (; t + 2 <= tokens; t += 2) dense_band<T, 2>(w, band, first, last, x + t * ldx, ldx, y + t * ldy, ldy, saved);
-  for (; t < tokens; ++t) dense_band<T, 1>(w, band, first, last, x + t * ldx, ldx, y + t * ldy, ldy, saved);
+  for (; t + kDenseTokens <= tokens; t += kDenseTokens) dense_band<T, kDenseTokens>(w, band, ldw, first, last, x + t * ldx, ldx, y + t * ldy, ldy, saved);
+  for (; t + 2 <= tokens; t += 2) dense_band<T, 2>(w, band, ldw, first, last, x + t * ldx, ldx, y + t * ldy, ldy, saved);
+  for (; t < tokens; ++t) dense_band<T, 1>(w, band, ldw, first, last, x + t * ldx, ldx, y + t * ldy, ldy, saved);
 }
 
 template <class T>
@@ -126,16 +129,17 @@ static void dense_of(const Linear& w, const float* x, int64_t ldx, int64_t token
     }
     return;
   }
-  const int64_t rows = kBand / w.k / kDenseRows * kDenseRows > kDenseRows ? kBand / w.k / kDenseRows * kDenseRows : kDenseRows;
+  const int64_t ld = dense_band_stride(w.k), rows = kBand / ld / kDenseRows * kDenseRows > kDenseRows ? kBand / ld / kDenseRows * kDenseRows : kDenseRows;
   float* saved = scratch + dense_band_floats(w.k);
   for (; row < end; row += rows) {
     const int64_t stop = row + rows < end ? row + rows : end;
     const T* band = data + row * w.k;
     if (sizeof(T) < 4 && tokens >= kDenseTokens) {
-      each((stop - row) * w.k, [&](int64_t i, int m) { store_n(scratch + i, m == 16 ? load_weights(band + i) : load_tail(band + i, m), m); });
-      dense_tokens<float>(w, scratch, row, stop, x, ldx, tokens, y, ldy, saved);
+      for (int64_t r = 0; r < stop - row; ++r)
+        each(w.k, [&](int64_t i, int m) { store_n(scratch + r * ld + i, m == 16 ? load_weights(band + r * w.k + i) : load_tail(band + r * w.k + i, m), m); });
+      dense_tokens<float>(w, scratch, ld, row, stop, x, ldx, tokens, y, ldy, saved);
     } else {
-      dense_tokens<T>(w, band, row, stop, x, ldx, tokens, y, ldy, saved);
+      dense_tokens<T>(w, band, w.k, row, stop, x, ldx, tokens, y, ldy, saved);
     }
   }
 }

@@ -166,8 +166,10 @@ constexpr int64_t kQueryStride = kMaxHeadDim + 16;  // of the copied queries: ne
 constexpr size_t kAttendScratch = size_t(TILE_ROWS) * (CHUNK + kQueryStride) + 64;  // floats
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// A band of dense weights is at most 2^17 floats (but never less than 8 rows).
-inline int64_t dense_band_floats(int64_t k) { return k * 8 > (1 << 17) ? k * 8 : 1 << 17; }
+// A band of dense weights is at most 2^17 floats (but never less than 8 rows). A row does not begin in the set of the cache where the
+// one before began.
+inline int64_t dense_band_stride(int64_t k) { return round_up(k, 16) + 16; }
+inline int64_t dense_band_floats(int64_t k) { return dense_band_stride(k) * 8 > (1 << 17) ? dense_band_stride(k) * 8 : 1 << 17; }
 // The scratch of a product, k a multiple of 32: a band of dense weights and behind it the accumulators of its rows for a tile of at
 // most 8 tokens; or the unpacked codes of some panels.
 inline int64_t product_scratch_floats(int64_t k) {

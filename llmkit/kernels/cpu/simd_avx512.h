@@ -76,25 +76,22 @@ static inline I start_q8(int32_t offset) { return set1i(2 * offset); }
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 static inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
-// Sixteen horizontal sums at once; each adds its lanes in the order of hsum (i with i+8, then i+4, i+2, i+1).
-static inline void reduce16(const F* a, float* out) {
-  __m512 b[8], c[4], d[2];
-  for (int i = 0; i < 8; ++i)  // lanes 0..7 of a[i], then of a[i + 8]
-    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i].v, a[i + 8].v, 0x44), _mm512_shuffle_f32x4(a[i].v, a[i + 8].v, 0xee));
-  for (int i = 0; i < 4; ++i)  // four lanes each of a[i], a[i + 8], a[i + 4], a[i + 12]
-    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd));
-  for (int i = 0; i < 2; ++i)
-    d[i] = _mm512_add_ps(_mm512_shuffle_ps(c[i], c[i + 2], 0x44), _mm512_shuffle_ps(c[i], c[i + 2], 0xee));
-  __m512 e = _mm512_add_ps(_mm512_shuffle_ps(d[0], d[1], 0x88), _mm512_shuffle_ps(d[0], d[1], 0xdd));
-  // e: within each group of four lanes a[i], a[i+2], a[i+1], a[i+3]; groups i = 0, 8, 4, 12
-  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-  _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, e));
+// Eight horizontal sums at once; each adds its lanes in the order of hsum (i with i+8, then i+4, i+2, i+1).
+static inline void reduce8(const F* a, float* out) {
+  __m256 b[8], c[4], d[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) b[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i].v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a[i].v), 1)));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)  // four lanes each of a[i], a[i + 4]
+    c[i] = _mm256_add_ps(_mm256_permute2f128_ps(b[i], b[i + 4], 0x20), _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+  for (int i = 0; i < 2; ++i)  // two lanes each of a[2i], a[2i + 1], a[2i + 4], a[2i + 5]
+    d[i] = _mm256_add_ps(_mm256_shuffle_ps(c[2 * i], c[2 * i + 1], 0x44), _mm256_shuffle_ps(c[2 * i], c[2 * i + 1], 0xee));
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_shuffle_ps(d[0], d[1], 0x88), _mm256_shuffle_ps(d[0], d[1], 0xdd)));
 }
 template <int N> static inline void reduce(const F* acc, float* out) {
-  if constexpr (N >= 16) reduce16(acc, out);
-  if constexpr (N > 16 && N % 16 > 2) reduce16(acc + N - 16, out + N - 16);  // some of them twice: still cheaper than one by one
-  else
-    for (int i = N / 16 * 16; i < N; ++i) out[i] = hsum(acc[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i + 8 <= N; i += 8) reduce8(acc + i, out + i);
+  for (int i = N / 8 * 8; i < N; ++i) out[i] = hsum(acc[i]);
 }
 
 // out[i][j] = in[j][i] for 16 x 16 numbers; rows ldi and ldo apart.
