@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -45,7 +46,8 @@ void relax() {
 }
 
 constexpr std::chrono::microseconds kSpin{1000};  // longer than threads that stream weights get apart, and than a token is chosen
-constexpr int kPatience = 1000;                    // waits without spinning after one that spun in vain
+constexpr int kSleeps = 16, kMostSleeps = 1000;     // waits without spinning after one that spun in vain: at first, and if it goes on
+constexpr std::chrono::milliseconds kGoesOn{100};
 
 template <class Done>
 bool spin(Done done) {
@@ -71,6 +73,16 @@ bool Barrier::spins() {
   return false;
 }
 
+// Another program holds the core of whoever is late. A thread that spins is the next to be taken off its own; one that sleeps is woken at
+// once. But to wake takes longer than to spin, and a core that is back for good is not missed again soon.
+void Barrier::despair() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  const auto before = std::chrono::steady_clock::duration(despaired_.exchange(now.count(), std::memory_order_relaxed));
+  const int sleeps = now - before < kGoesOn ? std::min(4 * sleeps_.load(std::memory_order_relaxed), kMostSleeps) : kSleeps;
+  sleeps_.store(sleeps, std::memory_order_relaxed);
+  impatient_.store(sleeps, std::memory_order_relaxed);
+}
+
 void Barrier::wait() {
   if (count_ == 1) return;
   const uint32_t generation = generation_.load(std::memory_order_acquire);
@@ -83,9 +95,7 @@ void Barrier::wait() {
   auto passed = [&] { return generation_.load(std::memory_order_acquire) != generation; };
   const bool spins = this->spins();
   if (!spins || !spin(passed)) {
-    // Another program holds the core of whoever is late. A thread that spins is the next to be taken off its own; one that sleeps is
-    // woken at once.
-    if (spins) impatient_.store(kPatience, std::memory_order_relaxed);
+    if (spins) despair();
     while (!passed()) generation_.wait(generation, std::memory_order_acquire);
   }
 }

@@ -18,10 +18,13 @@ class Barrier {
   bool spins();
 
  private:
+  void despair();
   const int count_;
   const bool spins_;
   std::atomic<int> arrived_{0};
   std::atomic<int> impatient_{0};  // so many waits to come do not spin
+  std::atomic<int> sleeps_{0};     // how many they were the last time
+  std::atomic<int64_t> despaired_{0};  // when
   std::atomic<uint32_t> generation_{0};
 };
 
