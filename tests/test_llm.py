@@ -415,6 +415,20 @@ def test_wrong_arguments_are_refused_by_name(llm: LLM, sampling: dict[str, float
         llm.generate("a", **sampling)
 
 
+def test_cache_tokens(tiny_model_dir: Path) -> None:
+    """As many tokens as there is room for take turns, and the context is no longer than that."""
+    llm = llmkit.load(tiny_model_dir, device="cpu", cache_tokens=64)
+    assert llm.ctx_size == 64
+    assert llmkit.load(tiny_model_dir, device="cpu", cache_tokens=100_000).ctx_size == 4096
+    prompts = [[5 + i] * 30 for i in range(9)]
+    few = llm.generate(prompts, max_tokens=10, temperature=0, ignore_eos=True)
+    many = llmkit.load(tiny_model_dir, device="cpu").generate(prompts, max_tokens=10, temperature=0, ignore_eos=True)
+    assert [reply.token_ids for reply in few] == [reply.token_ids for reply in many]
+    assert len(llm.generate([5] * 30, temperature=0, ignore_eos=True).token_ids) == 34
+    with pytest.raises(UsageError, match=r"ctx_size 100 does not fit in cache_tokens 64"):
+        llmkit.load(tiny_model_dir, ctx_size=100, cache_tokens=64)
+
+
 def test_prompts_that_do_not_fit_say_the_numbers(tiny_model_dir: Path) -> None:
     llm = llmkit.load(tiny_model_dir, device="cpu", ctx_size=64)
     with pytest.raises(ContextOverflow, match=r"40 tokens.*30.*64"):
@@ -424,7 +438,7 @@ def test_prompts_that_do_not_fit_say_the_numbers(tiny_model_dir: Path) -> None:
     assert len(llm.generate([5] * 40, temperature=0, ignore_eos=True).token_ids) == 24  # up to the end of the context
     with pytest.raises(UsageError, match=r"5000.*4096"):
         llmkit.load(tiny_model_dir, ctx_size=5000)
-    for wrong in ({"ctx_size": "10"}, {"ctx_size": 10.5}, {"threads": 0}, {"threads": "2"}):
+    for wrong in ({"ctx_size": "10"}, {"ctx_size": 10.5}, {"cache_tokens": 0}, {"cache_tokens": "64"}, {"threads": 0}, {"threads": "2"}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             llmkit.load(tiny_model_dir, **wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="token id 100000"):

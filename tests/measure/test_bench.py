@@ -19,6 +19,7 @@ from llmkit.cli.main import run
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.measure import bandwidth
 from llmkit.measure.bench import BenchPlan, Side, bench, check_plan, figures, rival_types, summary, warm_up
+from llmkit.measure.bench_worker import OurSide
 from tests.tiny import write_model
 
 SMALL = ("--prefill", "24", "--decode", "4", "--repeat", "1", "--starts", "1", "-t", "1", "--json")
@@ -75,6 +76,7 @@ def test_no_torch_on_the_native_path(tiny_model_dir: Path) -> None:
         "threads": 1,
         "kv_bits": None,
         "context": 64,
+        "cache_tokens": 256,
     }
     program = (
         f"import sys, json\nfrom llmkit.measure.bench_worker import load_side\nside = load_side({settings!r})\n"
@@ -82,6 +84,12 @@ def test_no_torch_on_the_native_path(tiny_model_dir: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "false", done.stderr
+
+
+def test_runs_write_where_others_wrote(tiny_model_dir: Path) -> None:
+    """Our cache is as large as llama.cpp's: what a run needs is taken from those before, and no new memory is touched."""
+    side = OurSide(str(tiny_model_dir), None, "cpu", 1, None, context=40, cache_tokens=256)
+    assert side.llm._engine.cache.pools[0].num_blocks == 256 // 16 + 1
 
 
 def test_what_is_asked_for() -> None:
