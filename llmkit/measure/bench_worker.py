@@ -43,11 +43,28 @@ class Side(Protocol):
 class OurSide:
     """llmkit, through its public API. Without speculation: random tokens repeat, and guesses would be right too often."""
 
-    def __init__(self, folder: str, dtype: str | None, device: str | None, threads: int | None, kv_bits: int | None, context: int, cache_tokens: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        folder: str,
+        dtype: str | None,
+        device: str | None,
+        threads: int | None,
+        kv_bits: int | None,
+        context: int,
+        cache_tokens: int,
+    ) -> None:
         import llmkit
 
-        size = {"ctx_size": context, "cache_tokens": cache_tokens}
-        self.llm = llmkit.load(folder, dtype=dtype, device=device, threads=threads, kv_bits=kv_bits, speculate="off", **size)
+        self.llm = llmkit.load(
+            folder,
+            dtype=dtype,
+            device=device,
+            ctx_size=context,
+            cache_tokens=cache_tokens,
+            threads=threads,
+            kv_bits=kv_bits,
+            speculate="off",
+        )
         self.vocab_size = self.llm.config.vocab_size
 
     def prefill(self, ids: list[int], room: int, variant: str) -> float:
