@@ -27,7 +27,7 @@ from llmkit.engine.backend import Backend
 from llmkit.engine.batch import Engine, tokens_within
 from llmkit.engine.sampling import SamplingParams
 from llmkit.engine.speculative import Drafter, ModelDrafter, NgramDrafter, Speculation
-from llmkit.errors import ContextOverflow, LLMKitError, TemplateError, TokenizerError, UsageError
+from llmkit.errors import ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError
 from llmkit.folder import ModelFolder, read_folder
 from llmkit.reply import Reply
 from llmkit.results import Chunk, Completion, Score
@@ -74,7 +74,8 @@ def load(
     device: cpu, cuda, cuda:N or mps; by default cuda or mps where there is one.
     ctx_size: the longest prompt plus reply in tokens; the model's own maximum by default, at most `cache_tokens`.
     cache_tokens: for how many tokens the KV cache has room, those of all requests together and of earlier ones that are kept for their
-        beginnings; by default one context, or 8192 where that is shorter, within a quarter of the free memory. It is taken as it fills.
+        beginnings; by default one context, or 8192 where that is shorter, within a quarter of the free memory. Memory is taken as it
+        fills. A draft model has a cache of its own.
     threads: CPU threads of this process; LLMKIT_THREADS or the physical cores by default.
     kv_bits: 32, 16 or 8 bits for a number in the KV cache (8: with a scale per position and head); by default 32 for float32 weights,
         else 16. In PyTorch it is what the device computes in, and any other is an error.
@@ -143,6 +144,7 @@ class LLM:
         self.config = folder.config
         self.defaults = dict(folder.defaults)
         self.ctx_size = ctx_size
+        self.cache_tokens = cache_tokens
         self.runner = runner
         self.new_backend = runner.new_backend  # the same weights with an empty cache of its own
         self.backend = self.new_backend()
@@ -349,7 +351,8 @@ class LLM:
         least = params.max_tokens or max(params.min_tokens, 1)
         if room < least:
             remedies = ["shorten the prompt"] + ["lower max_tokens"] * (least > 1)
-            remedies += ["take a larger ctx_size"] * (self.ctx_size < self.config.max_position_embeddings)
+            bound = "cache_tokens" if self.cache_tokens == self.ctx_size else "ctx_size"
+            remedies += [f"take a larger {bound}"] * (self.ctx_size < self.config.max_position_embeddings)
             raise ContextOverflow(
                 f"the prompt has {len(ids)} tokens and the reply may have {least}, "
                 f"more than the context of {self.ctx_size}. {' or '.join(remedies).capitalize()}."
@@ -427,15 +430,12 @@ def _token_ids(prompt: Any) -> list[int]:
 
 def _context_size(config: ModelConfig, ctx_size: int | None, cache_tokens: int | None) -> int:
     limit = config.max_position_embeddings
-    if cache_tokens is not None:
-        if not isinstance(cache_tokens, int) or cache_tokens < 1:
-            raise UsageError(f"cache_tokens {cache_tokens!r} is no number of tokens. Give 1 or more.")
-        if ctx_size is None:
-            return min(limit, cache_tokens)
+    if cache_tokens is not None and (type(cache_tokens) is not int or cache_tokens < 2):
+        raise UsageError(f"cache_tokens is {cache_tokens!r}; it must be an integer of 2 or more, for a prompt and its reply.")
     if ctx_size is None:
-        return limit
-    if not isinstance(ctx_size, int) or not 1 <= ctx_size <= limit:
-        raise UsageError(f"ctx_size {ctx_size!r} is not between 1 and {limit}, the model's own context. Choose one in between.")
+        return limit if cache_tokens is None else min(limit, cache_tokens)
+    if type(ctx_size) is not int or not 1 <= ctx_size <= limit:
+        raise UsageError(f"ctx_size {ctx_size!r} is no integer from 1 to {limit}, the model's own context. Choose one of them.")
     if cache_tokens is not None and cache_tokens < ctx_size:
         raise UsageError(f"ctx_size {ctx_size} does not fit in cache_tokens {cache_tokens}. Raise cache_tokens or lower ctx_size.")
     return ctx_size
@@ -469,9 +469,13 @@ def _cache_tokens(backend: Backend, ctx_size: int, wanted: int | None = None) ->
     """How many tokens the KV cache may hold: `wanted`, or one whole context or BATCH_TOKENS, within a quarter of free memory."""
     import psutil
 
+    free = psutil.virtual_memory().available
     if wanted is not None:
+        most = tokens_within(backend, free, PREFILL_CHUNK)
+        if wanted > most:
+            raise DoesNotFit(f"cache_tokens {wanted} does not fit in the {free / 1e9:.1f} GB of free memory. Take {most} or fewer.")
         return wanted + backend.block_size
-    within = tokens_within(backend, psutil.virtual_memory().available // 4, PREFILL_CHUNK)
+    within = tokens_within(backend, free // 4, PREFILL_CHUNK)
     return max(backend.block_size, min(within, max(ctx_size + backend.block_size, BATCH_TOKENS)))
 
 

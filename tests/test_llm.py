@@ -17,7 +17,7 @@ import torch
 import llmkit
 from llmkit.checkpoint.load import load_model
 from llmkit.checkpoint.save import save_model
-from llmkit.errors import CheckpointError, ContextOverflow, LLMKitError, TemplateError, TokenizerError, UsageError
+from llmkit.errors import CheckpointError, ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError
 from llmkit.llm import LLM
 from llmkit.results import Completion
 from tests.families.tiny import tiny_folder
@@ -425,6 +425,10 @@ def test_cache_tokens(tiny_model_dir: Path) -> None:
     many = llmkit.load(tiny_model_dir, device="cpu").generate(prompts, max_tokens=10, temperature=0, ignore_eos=True)
     assert [reply.token_ids for reply in few] == [reply.token_ids for reply in many]
     assert len(llm.generate([5] * 30, temperature=0, ignore_eos=True).token_ids) == 34
+    with pytest.raises(ContextOverflow, match=r"70 tokens.*64.*larger cache_tokens"):
+        llm.generate([5] * 70)
+    with pytest.raises(DoesNotFit, match=r"cache_tokens 10000000000000 does not fit in the .* Take \d+ or fewer"):
+        llmkit.load(tiny_model_dir, device="cpu", cache_tokens=10**13)
     with pytest.raises(UsageError, match=r"ctx_size 100 does not fit in cache_tokens 64"):
         llmkit.load(tiny_model_dir, ctx_size=100, cache_tokens=64)
 
@@ -438,7 +442,8 @@ def test_prompts_that_do_not_fit_say_the_numbers(tiny_model_dir: Path) -> None:
     assert len(llm.generate([5] * 40, temperature=0, ignore_eos=True).token_ids) == 24  # up to the end of the context
     with pytest.raises(UsageError, match=r"5000.*4096"):
         llmkit.load(tiny_model_dir, ctx_size=5000)
-    for wrong in ({"ctx_size": "10"}, {"ctx_size": 10.5}, {"cache_tokens": 0}, {"cache_tokens": "64"}, {"threads": 0}, {"threads": "2"}):
+    contexts = ({"ctx_size": "10"}, {"ctx_size": 10.5}, {"ctx_size": True})
+    for wrong in (*contexts, {"cache_tokens": 1}, {"cache_tokens": "64"}, {"threads": 0}, {"threads": "2"}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             llmkit.load(tiny_model_dir, **wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="token id 100000"):

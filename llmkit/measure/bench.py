@@ -188,12 +188,11 @@ def check_plan(plan: BenchPlan, config: ModelConfig) -> None:
         raise UsageError("decode is 0, so there is nothing to time at a depth or in a batch. Give --decode tokens.")
     if not plan.prefill and not plan.decode:
         raise UsageError("prefill and decode are both 0, so there is nothing to measure. Give one of them tokens.")
-    wanted = max(figure.request["room"] for phase in figures(plan) for figure in phase)
+    longest = max((figure for phase in figures(plan) for figure in phase), key=lambda figure: figure.request["room"])
+    wanted = longest.request["room"]
     if wanted > config.max_position_embeddings:
-        raise UsageError(
-            f"the runs need a context of {wanted} tokens and the model has {config.max_position_embeddings}. "
-            "Lower --prefill, --decode or --depth."
-        )
+        options = "--depth or --decode" if "depth" in longest.key else "--prefill or --decode" if plan.decode else "--prefill"
+        raise UsageError(f"the runs need a context of {wanted} tokens and the model has {config.max_position_embeddings}. Lower {options}.")
     if plan.rival_files is not None and plan.against != "llama.cpp":
         raise UsageError("--rival-files has no effect without --against llama.cpp, whose files it keeps. Leave it out, or add that.")
     if plan.against == "transformers" and quantization(plan.folder, config) is not None:
