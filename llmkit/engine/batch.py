@@ -7,8 +7,10 @@ one more. A sequence does not know the others, and its tokens do not depend on t
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -91,6 +93,32 @@ class Scheduler:
         )
 
 
+class _Forked:
+    """In the place of a lock that another thread held when this process was forked off: that thread stayed behind, the lock with it."""
+
+    def __enter__(self) -> None:
+        raise LLMKitError("The process was forked while this model computed. Load it again in the new process.")
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in _engines:
+        if isinstance(engine.lock, _Forked):
+            continue
+        if engine.lock.acquire(blocking=False):
+            engine.lock.release()
+        else:
+            engine.lock = _Forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Engine:
     """Runs requests on a backend; see `generate.py` for the loop.
 
@@ -131,7 +159,8 @@ class Engine:
         self.scheduler = Scheduler(self.cache, prefill_chunk)
         self.speculation = speculation
         self._batch = Batch(self.cache)
-        self.lock = threading.RLock()
+        self.lock: threading.RLock | _Forked = threading.RLock()
+        _engines.add(self)
 
     @property
     def busy(self) -> bool:

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import llmkit
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import LLMKitError
 from llmkit.kernels import NativeBackend, native_problem
@@ -322,6 +323,40 @@ def test_a_fork_in_the_middle_of_a_step(slow_model: Transformer) -> None:
     assert child.exitcode == 0
     worker.join(120)
     np.testing.assert_array_equal(computed[0][:5], logits(backend, long[:5]))
+
+
+def _asks(llm: llmkit.LLM, queue: multiprocessing.Queue) -> None:
+    try:
+        llm.generate([5, 6], max_tokens=2)
+    except LLMKitError as error:
+        queue.put(str(error))
+    else:
+        queue.put("no error")
+
+
+@needs_fork
+def test_a_fork_while_another_thread_holds_the_engine(tiny_model_dir: Path) -> None:
+    """The child would wait for a thread that stayed behind."""
+    llm = llmkit.load(tiny_model_dir, device="cpu", threads=1)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with llm._engine.lock:
+            held.set()
+            done.wait(60)
+
+    worker = threading.Thread(target=hold)
+    worker.start()
+    held.wait(60)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_asks, args=(llm, queue))
+    child.start()
+    assert "forked while this model computed. Load it again" in queue.get(timeout=60)
+    child.join(60)
+    done.set()
+    worker.join(60)
+    assert len(llm.generate([5, 6], max_tokens=2, temperature=0, ignore_eos=True).token_ids) == 2
 
 
 def _drops(backends: list[NativeBackend], queue: multiprocessing.Queue) -> None:

@@ -76,11 +76,11 @@ bool Barrier::spins() {
 // Another program holds the core of whoever is late. A thread that spins is the next to be taken off its own; one that sleeps is woken at
 // once. But to wake takes longer than to spin, and a core that is back for good is not missed again soon.
 void Barrier::despair() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  const auto before = std::chrono::steady_clock::duration(despaired_.exchange(now.count(), std::memory_order_relaxed));
-  const int sleeps = now - before < kGoesOn ? std::min(4 * sleeps_.load(std::memory_order_relaxed), kMostSleeps) : kSleeps;
-  sleeps_.store(sleeps, std::memory_order_relaxed);
-  impatient_.store(sleeps, std::memory_order_relaxed);
+  const int64_t now = std::chrono::steady_clock::now().time_since_epoch() / std::chrono::microseconds(1);
+  int64_t before = despaired_.load(std::memory_order_relaxed);
+  if (now - before < 2 * kSpin.count() || !despaired_.compare_exchange_strong(before, now)) return;  // others who waited have said so
+  sleeps_ = now - before < std::chrono::microseconds(kGoesOn).count() ? std::min(4 * sleeps_, kMostSleeps) : kSleeps;
+  impatient_.store(sleeps_ * (count_ - 1), std::memory_order_relaxed);
 }
 
 void Barrier::wait() {
