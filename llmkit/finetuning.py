@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmkit.measure.fit_training import recipe_device, settle
-from llmkit.measure.memory import measured_peak, shown
+from llmkit.planning.check_training import recipe_device, settle
+from llmkit.planning.memory import measured_peak, shown
 from llmkit.training.recipe import Recipe, from_dict, read_recipe
 
 

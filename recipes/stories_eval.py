@@ -23,7 +23,7 @@ from typing import Any
 from stories_text import mentions, shingles, with_article
 
 import llmkit
-from llmkit.llm import LLM
+from llmkit.llm.api import LLM
 
 PAIRS = Path(__file__).with_name("stories_pairs.json")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmkit.checkpoint.arrays import DTYPES, converted, parameter_sample
 from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.quantized import open_parameters
+from llmkit.checkpoint.formats.llmkit import open_parameters
 from llmkit.checkpoint.weights import Piece
 
 SOURCE = "llmkit_source"  # where the config.json of a quantized folder keeps the fingerprint of the checkpoint it was made from

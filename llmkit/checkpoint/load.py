@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from llmkit.checkpoint.arrays import check_assignment, dtype_name, log_skipped, release
 from llmkit.checkpoint.files import AUTO_MAP, Checkpoint, TensorFile, load_config, open_checkpoint
-from llmkit.checkpoint.nf4 import open_nf4
-from llmkit.checkpoint.quantized import is_bitsandbytes, quantization, read_quantized
+from llmkit.checkpoint.formats.bitsandbytes import open_nf4
+from llmkit.checkpoint.formats.llmkit import is_bitsandbytes, quantization, read_quantized
 from llmkit.checkpoint.weights import Piece, assign
 from llmkit.config import ModelConfig
 from llmkit.errors import ConfigError, UsageError

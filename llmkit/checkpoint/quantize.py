@@ -19,9 +19,9 @@ import torch
 from llmkit.checkpoint.arrays import parameter_array, release
 from llmkit.checkpoint.files import SINGLE, load_config
 from llmkit.checkpoint.fingerprint import SOURCE, weights_fingerprint
+from llmkit.checkpoint.formats.llmkit import METHOD, NUMPY_NAMES, PADDING, VERSION, is_bitsandbytes, open_parameters, quantization
 from llmkit.checkpoint.quantize_nf4 import record as nf4_record
 from llmkit.checkpoint.quantize_nf4 import write_nf4
-from llmkit.checkpoint.quantized import METHOD, NUMPY_NAMES, PADDING, VERSION, is_bitsandbytes, open_parameters, quantization
 from llmkit.checkpoint.save import check_target, copy_side_files, replacing, sync, write_json
 from llmkit.checkpoint.weights import Piece
 from llmkit.errors import CheckpointError, UsageError

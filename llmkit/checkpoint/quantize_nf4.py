@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from llmkit.checkpoint.arrays import DTYPES, converted, parameter_array, release
-from llmkit.checkpoint.nf4 import STATE
-from llmkit.checkpoint.quantized import BITSANDBYTES
+from llmkit.checkpoint.formats.bitsandbytes import STATE
+from llmkit.checkpoint.formats.llmkit import BITSANDBYTES
 from llmkit.checkpoint.save import sync
 from llmkit.checkpoint.weights import Piece, stored_layout
 from llmkit.config import ModelConfig

@@ -80,9 +80,9 @@ def bench(
     (llmkit quantize --scheme nf4) is QLoRA on both sides.
     """
     refuse_idle_options(train)
+    from llmkit.bench.inference import BenchPlan
+    from llmkit.bench.inference import bench as measure
     from llmkit.checkpoint.hub import resolve
-    from llmkit.measure.bench import BenchPlan
-    from llmkit.measure.bench import bench as measure
 
     folder = resolve(str(model_name()), revision)
     if train:
@@ -127,7 +127,7 @@ def _table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmkit.measure.bench import RIVALS, ratio_key
+    from llmkit.bench.inference import RIVALS, ratio_key
 
     against = result.get("against")
     # One column for each rival: its keys are ours behind its prefix.

@@ -38,10 +38,10 @@ def bench_gpu(
     PEFT and bitsandbytes on the same weights. Without MODEL that alone, on random numbers in the shape of Llama 3.1 8B: 6 GB that are
     written to the folder for temporary files, for some minutes.
     """
+    from llmkit.bench.gpu import GpuBenchPlan
+    from llmkit.bench.gpu import bench_gpu as measure
     from llmkit.checkpoint.hub import resolve
-    from llmkit.measure.bench_gpu import GpuBenchPlan
-    from llmkit.measure.bench_gpu import bench_gpu as measure
-    from llmkit.measure.memory import parse_size
+    from llmkit.planning.memory import parse_size
 
     folder = resolve(str(model_name()), revision) if model or model_option else None
     if folder is None:
@@ -56,7 +56,7 @@ def table(result: dict[str, Any]) -> None:
     """For a person: decoding, where it was measured, and QLoRA."""
     from rich.console import Console
 
-    from llmkit.measure.memory import shown
+    from llmkit.planning.memory import shown
 
     console = Console()
     if result.get("decode_fits"):

@@ -70,8 +70,8 @@ def refuse_idle_options(train: bool) -> None:
 
 def measure_training(params: Mapping[str, Any], folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """What the options of the command line ask for."""
-    from llmkit.measure.bench_train import TrainBenchPlan, bench_train
-    from llmkit.measure.memory import parse_size
+    from llmkit.bench.training import TrainBenchPlan, bench_train
+    from llmkit.planning.memory import parse_size
 
     if params["steps"] and params["data"] is None and from_command_line("steps") and from_command_line("repeat"):
         raise UsageError("--repeat has no effect beside --steps without --data. Leave out one of the two.")
@@ -130,7 +130,7 @@ def _name(begin: str) -> str:
 
 def _value(result: dict[str, Any], begin: str, key: str, ratio: str) -> str:
     """One side's figure, with our ratio; nothing where that side has none."""
-    from llmkit.measure.memory import shown
+    from llmkit.planning.memory import shown
 
     value = result.get(begin + key)
     if value is None:

@@ -23,7 +23,7 @@ from llmkit.cli.rag_output import printable
 from llmkit.cli.terminal import read_input, write_stream
 
 if TYPE_CHECKING:
-    from llmkit.llm import LLM
+    from llmkit.llm.api import LLM
     from llmkit.rag.prompt import Grounding
 
 
@@ -44,8 +44,8 @@ def chat(prompt: str | None, system: str | None, documents: str | None, verbose:
     On a terminal this is a conversation with history and /commands (try /help). Where standard input or output is a pipe,
     the input is one message and only the reply is printed.
     """
-    from llmkit.llm import embedded_model, load
-    from llmkit.measure.fit import check_run
+    from llmkit.llm.api import embedded_model, load
+    from llmkit.planning.check import check_run
 
     interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     message = "" if interactive else read_input("-") if prompt in (None, "-") else str(prompt)

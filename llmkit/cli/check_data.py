@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from llmkit.training.check import DataCheck, Sample
+    from llmkit.training.data.preview import DataCheck, Sample
 
 LONGEST_PIECE = 600  # characters of a piece that are shown; its middle is left out
 WIDTH = 40  # of the longest bar

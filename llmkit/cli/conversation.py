@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.adapters import NONE
 from llmkit.errors import UsageError
+from llmkit.llm.adapters import NONE
 
 if TYPE_CHECKING:
-    from llmkit.llm import LLM, AdapterChoice, Stream
+    from llmkit.llm.api import LLM, AdapterChoice, Stream
+    from llmkit.llm.outputs import Completion
     from llmkit.rag.prompt import Grounding
-    from llmkit.results import Completion
 
 # What /set understands, and how its value is read.
 SETTINGS: dict[str, Callable[[str], Any]] = {

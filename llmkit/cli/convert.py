@@ -28,7 +28,7 @@ def convert(revision: str | None, output: Path, to: str, no_tokenizer: bool, ove
     from llmkit.checkpoint.hub import resolve
 
     folder = resolve(str(model_name()), revision)
-    from llmkit.checkpoint.gguf import write_gguf
+    from llmkit.checkpoint.gguf.write import write_gguf
 
     file_type = to.removeprefix("gguf:")
     report = write_gguf(folder, output, file_type, tokenizer=not no_tokenizer, overwrite=overwrite, progress=sys.stderr.isatty())

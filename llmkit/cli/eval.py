@@ -26,8 +26,8 @@ def evaluate(text: str, reference: str | None, separator: str, max_tokens: int |
 
     Each document begins anew, and so does each window of a document longer than --ctx-size [default: 2,048 or the model's context].
     """
-    from llmkit.measure.eval import evaluate as measure
-    from llmkit.measure.eval import load_pair, read_texts
+    from llmkit.evaluate.perplexity import evaluate as measure
+    from llmkit.evaluate.perplexity import load_pair, read_texts
 
     model, arguments = str(model_name()), load_arguments()
     ctx_size = arguments.pop("ctx_size", None)

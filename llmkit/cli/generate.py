@@ -66,8 +66,8 @@ def generate(
         logging.basicConfig(format="%(message)s")
         logging.getLogger("llmkit").setLevel(logging.INFO)
 
-    from llmkit.llm import load
-    from llmkit.measure.fit import check_run
+    from llmkit.llm.api import load
+    from llmkit.planning.check import check_run
 
     check_run(model_name(), load_arguments())
     llm = load(model_name(), **load_arguments())

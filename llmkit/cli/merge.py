@@ -40,8 +40,8 @@ def merge(
     """Write MODEL with the PEFT adapter ADAPTER in its weights, and say how far its predictions are from those of MODEL with ADAPTER:
     the Kullback-Leibler divergence per token, in nats. A quantized MODEL is dequantized first.
     """
+    from llmkit.evaluate.merged import divergence
     from llmkit.lora.merge import merge as write
-    from llmkit.measure.merged import divergence
 
     with Bar("merging") as progress:
         report = write(model, adapter, output, dtype=dtype, any_base=any_base, overwrite=overwrite, progress=progress)

@@ -12,8 +12,8 @@ import click
 from llmkit.cli.options import AtLeast, option
 
 if TYPE_CHECKING:
-    from llmkit.measure.facts import Facts
-    from llmkit.measure.fit import Fit
+    from llmkit.planning.check import Fit
+    from llmkit.planning.model_info import Facts
 
 DEFAULT_POSITIONS = 4096
 TRAINED_LENGTH = 2048  # of the rows that --tokens without a recipe are cut into
@@ -56,10 +56,10 @@ def plan(
     MODEL is a folder, a hub id in the cache, or a recipe that names its own. KEY=VALUE changes a key of the recipe.
     Exit code 4: it does not fit.
     """
-    from llmkit.backends import default_device
     from llmkit.checkpoint.hub import locate
-    from llmkit.measure.facts import read_facts
-    from llmkit.measure.fit import fit_run, free, make_run
+    from llmkit.llm.backends import default_device
+    from llmkit.planning.check import fit_run, free, make_run
+    from llmkit.planning.model_info import read_facts
 
     context = click.get_current_context()
     training = model.endswith((".yaml", ".yml")) or bool(recipe)
@@ -101,10 +101,10 @@ def _training(
 ) -> dict[str, Any]:
     from llmkit.checkpoint.hub import locate
     from llmkit.errors import UsageError
-    from llmkit.measure.facts import read_facts
-    from llmkit.measure.fit import free
-    from llmkit.measure.fit_training import checkpoints, fit_recipe, recipe_device, recipe_facts
-    from llmkit.measure.plan_training import setting
+    from llmkit.planning.check import free
+    from llmkit.planning.check_training import checkpoints, fit_recipe, recipe_device, recipe_facts
+    from llmkit.planning.model_info import read_facts
+    from llmkit.planning.training import setting
     from llmkit.training.recipe import read_recipe
 
     own = model.endswith((".yaml", ".yml"))
@@ -162,7 +162,7 @@ def _training(
 
 def _tokens(recipe: Any, per_step: int) -> tuple[float | None, str]:
     """Tokens of a whole run, and where the number comes from; None where only the clock ends it."""
-    from llmkit.measure.fit_training import data_size
+    from llmkit.planning.check_training import data_size
 
     found = []
     if recipe.max_steps is not None:
@@ -189,7 +189,7 @@ def _costs(
     minutes: float | None = None,
 ) -> dict[str, Any]:
     """What training takes beside memory. minutes: where only the clock ends it, tokens is None."""
-    from llmkit.measure import estimate
+    from llmkit.planning import estimate
 
     each = estimate.flops_per_token(facts, length, lora=lora, factors=factors, checkpointing=checkpointing)
     threads = os.cpu_count() or 1
@@ -240,7 +240,7 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmkit.measure.memory import shown
+    from llmkit.planning.memory import shown
 
     console = Console(highlight=False, soft_wrap=True)
     table = Table("memory at the peak", title=f"{result['model']}, {result['parameters']:,} parameters, on {result['device']}")

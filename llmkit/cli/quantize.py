@@ -34,7 +34,7 @@ def quantize(revision: str | None, output: Path, scheme: str, threads: int | Non
     from llmkit.checkpoint.hub import resolve
 
     folder = resolve(str(model_name()), revision)
-    from llmkit.measure.fit import check_quantizing
+    from llmkit.planning.check import check_quantizing
 
     check_quantizing(folder, scheme)
     from llmkit.checkpoint.quantize import quantize_folder

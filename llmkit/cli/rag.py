@@ -214,7 +214,7 @@ def ask(
     index = Index.open(place)
     llm = None
     if generated:
-        from llmkit.llm import load
+        from llmkit.llm.api import load
 
         llm = load(str(model), **load_arguments())
         llm.chat_template  # noqa: B018 - without one there is no chat: say so before the first word
@@ -299,7 +299,7 @@ def evaluate(
     if answers:
         llm = None
         if model is not None:
-            from llmkit.llm import load
+            from llmkit.llm.api import load
 
             llm = load(model, device=device, threads=threads)
         with Bar("answering") as progress:

@@ -16,12 +16,12 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from rich.console import Console
 
-from llmkit.adapters import NONE
 from llmkit.cli.conversation import SETTINGS, Conversation
 from llmkit.cli.rag_output import printable
 from llmkit.cli.terminal import state_dir, write_markdown
 from llmkit.errors import ContextOverflow, LLMKitError, UsageError
-from llmkit.llm import Stream
+from llmkit.llm.adapters import NONE
+from llmkit.llm.api import Stream
 
 FENCE = '"""'
 TAKE_ARGUMENTS = ("/system", "/set", "/adapter", "/save", "/load")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmkit.errors import UsageError
-from llmkit.results import Chunk, Completion
+from llmkit.llm.outputs import Chunk, Completion
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
-    from llmkit.llm import Stream
+    from llmkit.llm.api import Stream
 
 
 def state_dir() -> Path:

@@ -40,7 +40,7 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, check_data: bo
 
 def _check_data(settings: Recipe) -> None:
     from llmkit.cli.check_data import print_check
-    from llmkit.training.check import check_data
+    from llmkit.training.data.preview import check_data
 
     check = check_data(settings, preference=settings.preference)
     print_check(check)

@@ -28,7 +28,7 @@ def verify(
 
     A quantized MODEL is checked in its own arithmetic; transformers cannot read it, so llmkit eval --reference compares it.
     """
-    from llmkit.measure import verify as measure
+    from llmkit.evaluate import verify as measure
 
     model = model_name()
     checks = measure.verify(model, length=length, seed=seed, device=device or "cpu", threads=threads, adapter=adapter, any_base=any_base)

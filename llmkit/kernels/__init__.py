@@ -3,6 +3,6 @@
 `NativeBackend` runs whole steps in C++ on the processor; where it cannot (`native_problem` says why), PyTorch does.
 """
 
-from llmkit.kernels.native import NativeBackend, native_problem
+from llmkit.kernels.backend import NativeBackend, native_problem
 
 __all__ = ["NativeBackend", "native_problem"]

@@ -29,8 +29,8 @@ from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, Piece, i
 from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError
 from llmkit.families import family
+from llmkit.kernels.backend import SLOTS
 from llmkit.kernels.format import widen
-from llmkit.kernels.native import SLOTS
 from llmkit.lora.settings import AdapterSettings, parse_settings
 
 ANY_BASE = "Load it with that model, or take it all the same (any_base, --any-base)."

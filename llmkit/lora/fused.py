@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.kernels.native import Factor
-from llmkit.model import native
+from llmkit.kernels.backend import Factor
+from llmkit.model import autograd as native
 from llmkit.model.layers import Activation, autocast_dtype, feed
 
 

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.errors import UsageError
+from llmkit.kernels.backend import product
 from llmkit.kernels.format import widen
-from llmkit.kernels.native import product
 from llmkit.lora.adapter import Adapter
 from llmkit.lora.fused import LowRank, feed_fused, project_fused
-from llmkit.model import native
+from llmkit.model import autograd as native
 from llmkit.model.attention import Attention
 from llmkit.model.layers import MLP, Activation, Products, feed, project
 from llmkit.model.transformer import Transformer
-from llmkit.quant.linear import QuantizedLinear
+from llmkit.quant.linears import QuantizedLinear
 from llmkit.quant.nf4 import bitsandbytes
 
 bitsandbytes()  # before PEFT imports it, so that it says nothing of kernels that are not used

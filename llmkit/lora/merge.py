@@ -13,10 +13,10 @@ from torch import Tensor
 from llmkit.checkpoint.arrays import dtype_name, parameter_array, parameter_shapes
 from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.fingerprint import SOURCE
+from llmkit.checkpoint.formats.bitsandbytes import open_nf4
+from llmkit.checkpoint.formats.llmkit import is_bitsandbytes, read_quantized
 from llmkit.checkpoint.hub import resolve
 from llmkit.checkpoint.load import DTYPES
-from llmkit.checkpoint.nf4 import open_nf4
-from llmkit.checkpoint.quantized import is_bitsandbytes, read_quantized
 from llmkit.checkpoint.save import save_weights
 from llmkit.checkpoint.weights import EMBEDDING, HEAD
 from llmkit.config import ModelConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkit.config import RopeConfig
-from llmkit.frequencies import inverse_frequencies
+from llmkit.rope import inverse_frequencies
 
 
 def rotary_tables(rope: RopeConfig, head_dim: int, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:

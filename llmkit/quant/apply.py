@@ -9,7 +9,7 @@ from torch import nn
 
 from llmkit.kernels.format import QuantizedMatrix
 from llmkit.quant import nf4
-from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
+from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.methods import round_to_nearest
 from llmkit.quant.nf4 import Nf4Linear, Nf4Matrix
 from llmkit.quant.schemes import DEFAULT, NF4, Choice, choose

@@ -19,7 +19,7 @@ from llmkit.rag.sentences import sentences
 from llmkit.rag.terms import term_list
 
 if TYPE_CHECKING:
-    from llmkit.llm import LLM
+    from llmkit.llm.api import LLM
     from llmkit.rag.rerank import Reranker
 
 UNSUPPORTED = "[unsupported]"

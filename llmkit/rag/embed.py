@@ -25,7 +25,7 @@ from llmkit.rag.index import Settings
 from llmkit.rag.states import batches, pooled_states
 
 if TYPE_CHECKING:
-    from llmkit.llm import LLM
+    from llmkit.llm.api import LLM
 
 Vectors = NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -171,7 +171,7 @@ class DecoderEmbedder:
     """A decoder-only embedding checkpoint (Qwen3-Embedding, arXiv:2506.05176): the hidden state at the last token, normalised."""
 
     def __init__(self, name: str, folder: Path, *, device: str | None = None, threads: int | None = None) -> None:
-        from llmkit.llm import load
+        from llmkit.llm.api import load
 
         self.name = name
         self.fingerprint = fingerprint(folder)

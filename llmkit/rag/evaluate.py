@@ -24,7 +24,7 @@ from llmkit.rag.index import Index
 from llmkit.rag.retrieve import WEIGHTS, Hit, Weights, search
 
 if TYPE_CHECKING:
-    from llmkit.llm import LLM
+    from llmkit.llm.api import LLM
     from llmkit.rag.rerank import Reranker
 
 Progress = Callable[[int, int], None]

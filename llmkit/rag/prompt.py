@@ -13,7 +13,7 @@ from llmkit.rag.retrieve import Hit, Question, search
 from llmkit.rag.terms import term_list
 
 if TYPE_CHECKING:
-    from llmkit.llm import LLM
+    from llmkit.llm.api import LLM
     from llmkit.rag.embed import Embedder
     from llmkit.rag.index import Index
 

@@ -47,7 +47,7 @@ class DecoderReranker:
     """The yes/no logits of a causal model."""
 
     def __init__(self, model: str, *, device: str | None = None, threads: int | None = None, max_tokens: int = 2048) -> None:
-        from llmkit.llm import load
+        from llmkit.llm.api import load
 
         self._llm = load(model, device=device, threads=threads, speculate="off")
         tokenizer = self._llm.tokenizer

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from llmkit.errors import CheckpointError, LLMKitError
-from llmkit.training.corpus import Corpus
-from llmkit.training.data import Batch, RowStream
+from llmkit.training.data.packing import Batch, RowStream
+from llmkit.training.data.sources import Corpus
 from llmkit.training.objective import Objective
 from llmkit.training.optimizer import make_optimizers, schedule
 from llmkit.training.parallel import Processes, gathered, scatter_states, scattered

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmkit.model import native
+from llmkit.model import autograd as native
 from llmkit.model.layers import autocast_dtype
 from llmkit.model.transformer import Transformer
-from llmkit.training.data import IGNORE, Batch
+from llmkit.training.data.packing import IGNORE, Batch
 
 # Logits computed at a time: 64 MiB of float32, a few hundred rows of a large vocabulary.
 _LOGITS = 1 << 24

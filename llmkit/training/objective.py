@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.model.transformer import Transformer
-from llmkit.training.data import IGNORE, Batch
+from llmkit.training.data.packing import IGNORE, Batch
 from llmkit.training.loss import cross_entropy, row_losses, token_losses
 
 

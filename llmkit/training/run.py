@@ -28,22 +28,22 @@ from llmkit.families import read_config
 from llmkit.lora.adapter import check_base, read_adapter
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import check_writable, write_adapter
+from llmkit.model.autograd import speed_up
 from llmkit.model.backend import keep_freed_memory
-from llmkit.model.native import speed_up
 from llmkit.model.transformer import Transformer, init_weights, set_checkpointing
-from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
+from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.nf4 import Nf4Linear
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
-from llmkit.training.check import row_length
-from llmkit.training.corpus import Corpus, load_corpora
-from llmkit.training.data import RowStream, sequential_batches
-from llmkit.training.documents import training_texts
+from llmkit.training.data.documents import training_texts
+from llmkit.training.data.packing import RowStream, sequential_batches
+from llmkit.training.data.preview import row_length
+from llmkit.training.data.sources import Corpus, load_corpora
+from llmkit.training.data.vocabulary import train_tokenizer
 from llmkit.training.loop import Judge, Trainer
 from llmkit.training.objective import Distillation, Dpo, Objective, Orpo
 from llmkit.training.parallel import Processes, gathered
 from llmkit.training.recipe import DpoRecipe, LoraRecipe, OrpoRecipe, Recipe, TokenizerRecipe, to_dict
 from llmkit.training.report import Report, make_trackers
-from llmkit.training.tokenizer import train_tokenizer
 
 _WRITTEN = "# Written by llmkit finetune: every key of the run in this folder."  # the first line of its recipe.yaml
 

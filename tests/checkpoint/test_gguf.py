@@ -14,9 +14,9 @@ from gguf import GGUFReader
 from safetensors.numpy import load_file, save_file
 
 from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.gguf import write_gguf
-from llmkit.checkpoint.gguf_config import ARCHITECTURES
-from llmkit.checkpoint.gguf_vocab import BYTE, CONTROL, NORMAL, UNUSED, read_vocabulary
+from llmkit.checkpoint.gguf.metadata import ARCHITECTURES
+from llmkit.checkpoint.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNUSED, read_vocabulary
+from llmkit.checkpoint.gguf.write import write_gguf
 from llmkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError
 from llmkit.families import MODEL_TYPES
 from llmkit.text.codec_tiktoken import LLAMA3
@@ -205,7 +205,7 @@ def test_rows_that_do_not_fill_blocks_stay_f16(tmp_path: Path) -> None:
 def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder(tmp_path / "model", "mixtral")
     write_gguf(folder, tmp_path / "a.gguf")
-    monkeypatch.setattr("llmkit.checkpoint.gguf_weights.CHUNK", 100)
+    monkeypatch.setattr("llmkit.checkpoint.gguf.tensors.CHUNK", 100)
     write_gguf(folder, tmp_path / "b.gguf")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 

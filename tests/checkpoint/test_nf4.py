@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from llmkit.backends import Options, prepare
 from llmkit.checkpoint.files import open_checkpoint, read_json
-from llmkit.checkpoint.gguf_weights import weights_of
+from llmkit.checkpoint.formats.bitsandbytes import STATE
+from llmkit.checkpoint.formats.llmkit import read_quantized
+from llmkit.checkpoint.gguf.tensors import weights_of
 from llmkit.checkpoint.load import load_model, load_model_with_report
-from llmkit.checkpoint.nf4 import STATE
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.quantize_nf4 import record
-from llmkit.checkpoint.quantized import read_quantized
 from llmkit.checkpoint.save import save_model
 from llmkit.errors import CheckpointError, UsageError
-from llmkit.folder import read_folder
+from llmkit.llm.backends import Options, prepare
+from llmkit.llm.folder import read_folder
 from llmkit.quant.nf4 import Nf4Linear
 from tests.checkpoint import raw
 from tests.families.tiny import VARIANTS, hf_config, hf_model, tiny_folder

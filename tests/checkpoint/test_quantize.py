@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.files import open_checkpoint, read_json
 from llmkit.checkpoint.fingerprint import folder_fingerprint, parse_fingerprint
+from llmkit.checkpoint.formats.llmkit import read_quantized
 from llmkit.checkpoint.load import load_model, load_model_with_report
 from llmkit.checkpoint.quantize import quantize_folder
-from llmkit.checkpoint.quantized import read_quantized
 from llmkit.checkpoint.save import save_model
 from llmkit.errors import CheckpointError, ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
@@ -33,7 +33,7 @@ from llmkit.kernels import NativeBackend, native_problem
 from llmkit.kernels.format import CODEBOOK, QuantizedMatrix
 from llmkit.model.backend import TorchBackend
 from llmkit.quant.apply import quantize_model
-from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
+from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.methods import round_to_nearest
 from llmkit.quant.schemes import choose
 from tests.families.tiny import VARIANTS, tiny_folder

@@ -242,7 +242,7 @@ def test_memory_that_runs_out_has_an_exit_code_of_its_own(
     def out_of_memory(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("llmkit.llm.LLM.stream", out_of_memory)
+    monkeypatch.setattr("llmkit.llm.api.LLM.stream", out_of_memory)
     code, out, err = said("generate", str(tiny_model_dir), "-p", "Once")
     assert (code, out) == (4, "")
     assert err.startswith("error: memory ran out. Take a smaller model")
@@ -290,8 +290,8 @@ def test_verify_command(said: Said, tiny_model_dir: Path) -> None:
 
 
 def test_verify_exit_code_where_something_differs(said: Said, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmkit.measure import verify
-    from llmkit.measure.verify import Check
+    from llmkit.evaluate import verify
+    from llmkit.evaluate.verify import Check
 
     checks = [Check("a", True, 0.0, 1e-4), Check("b", False, 1.0, 1e-4), Check("c", None, note="it cannot")]
     monkeypatch.setattr(verify, "verify", lambda *_, **__: checks)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from llmkit.cli.main import run
-from llmkit.measure.facts import read_facts
-from tests.measure.test_plan import LLAMA_1B, SMOLLM, zeros_folder
+from llmkit.planning.model_info import read_facts
+from tests.planning.test_plan import LLAMA_1B, SMOLLM, zeros_folder
 from tests.tiny import TEXT, write_model
 
 Said = Callable[..., tuple[int, str, str]]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from llmkit.config import NORM_NAMES, LayerConfig, ModelConfig, RopeConfig
-from llmkit.frequencies import inverse_frequencies
 from llmkit.kernels import reference
 from llmkit.kernels.format import QuantizedMatrix, Weight
+from llmkit.rope import inverse_frequencies
 
 LANES, CHUNK, SPLIT = 16, 128, 512  # of kernels.h; chunks and splits are counted in keys
 _HALF = 1 << 28  # the low 29 bits of a float64 that lies in the middle between two float32

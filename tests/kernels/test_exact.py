@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 import llmkit
+from llmkit.checkpoint.formats.llmkit import read_quantized
 from llmkit.checkpoint.load import load_model
 from llmkit.checkpoint.quantize import quantize_folder
-from llmkit.checkpoint.quantized import read_quantized
 from llmkit.config import ModelConfig
-from llmkit.kernels import NativeBackend, native, native_problem, reference
+from llmkit.kernels import NativeBackend, native_problem, reference
+from llmkit.kernels import backend as native
 from llmkit.kernels.format import Weight, pack
 from llmkit.model.transformer import Transformer
 from llmkit.quant.methods import round_to_nearest

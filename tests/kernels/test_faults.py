@@ -23,8 +23,8 @@ import llmkit
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import LLMKitError
 from llmkit.kernels import NativeBackend, native_problem
+from llmkit.kernels.backend import _Description
 from llmkit.kernels.format import QuantizedMatrix, Weight
-from llmkit.kernels.native import _Description
 from llmkit.model.transformer import Transformer
 from tests.families.tiny import tiny_folder
 from tests.kernels.test_native import Row, kernels, logits, quantized_weights, random_ids, step, weights_of

@@ -21,7 +21,8 @@ from llmkit.engine.backend import Backend
 from llmkit.engine.batch import Engine
 from llmkit.engine.sampling import SamplingParams
 from llmkit.errors import LLMKitError, UsageError
-from llmkit.kernels import NativeBackend, native, native_problem, reference
+from llmkit.kernels import NativeBackend, native_problem, reference
+from llmkit.kernels import backend as native
 from llmkit.kernels.format import QuantizedMatrix, Weight, pack
 from llmkit.model.backend import TorchBackend
 from llmkit.model.transformer import Transformer

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from llmkit.kernels import reference
 from llmkit.kernels.format import QuantizedMatrix, pack
 from llmkit.kernels.reference import Packed
-from llmkit.quant import linear as quantized
-from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
+from llmkit.quant import linears as quantized
+from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'llmkit[gpu]'; Linux only)")
 

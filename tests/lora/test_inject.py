@@ -17,7 +17,7 @@ from llmkit.checkpoint.load import load_model
 from llmkit.errors import UsageError
 from llmkit.lora.fused import LowRank, feed_fused, project_fused
 from llmkit.lora.inject import NAME, LoraSettings, adapted, adapters_off, inject, use_integers
-from llmkit.model import native
+from llmkit.model import autograd as native
 from llmkit.model.layers import Linear
 from llmkit.model.transformer import Transformer
 from llmkit.quant.apply import quantize_model

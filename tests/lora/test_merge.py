@@ -14,8 +14,8 @@ import transformers
 import llmkit
 from llmkit.checkpoint.files import load_config, open_checkpoint
 from llmkit.checkpoint.fingerprint import folder_fingerprint
+from llmkit.checkpoint.formats.llmkit import read_quantized
 from llmkit.checkpoint.quantize import quantize_folder
-from llmkit.checkpoint.quantized import read_quantized
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels.format import QuantizedMatrix, widen
 from llmkit.lora.merge import merge

@@ -20,9 +20,9 @@ from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.fingerprint import folder_fingerprint
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.errors import CheckpointError, UsageError
-from llmkit.folder import read_folder
 from llmkit.kernels import NativeBackend, native_problem
-from llmkit.llm import LLM
+from llmkit.llm.api import LLM
+from llmkit.llm.folder import read_folder
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import write_adapter
 from llmkit.model.backend import TorchBackend

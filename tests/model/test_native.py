@@ -18,16 +18,16 @@ from torch import Tensor
 
 from llmkit.config import ModelConfig
 from llmkit.families import read_config
-from llmkit.kernels import native as kernels
+from llmkit.kernels import backend as kernels
 from llmkit.kernels import native_problem
-from llmkit.model import native
+from llmkit.model import autograd as native
 from llmkit.model.attention import Documents, attention, visible
+from llmkit.model.autograd import Memory
 from llmkit.model.layers import rms_norm
-from llmkit.model.native import Memory
 from llmkit.model.rope import rotate
 from llmkit.model.transformer import Transformer, init_weights
 from llmkit.training import loss
-from llmkit.training.data import IGNORE, Batch
+from llmkit.training.data.packing import IGNORE, Batch
 from llmkit.training.loss import cross_entropy
 
 if (problem := native_problem()) is not None:
@@ -414,7 +414,7 @@ def test_a_tensor_may_go_while_a_piece_is_looked_for(monkeypatch: pytest.MonkeyP
         small.clear()
         return place
 
-    monkeypatch.setattr("llmkit.model.native.bisect_left", interrupted)
+    monkeypatch.setattr("llmkit.model.autograd.bisect_left", interrupted)
     assert memory.empty(500, 500).shape == (500, 500)
 
 

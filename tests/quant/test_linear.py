@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmkit.kernels import reference
 from llmkit.kernels.format import BLOCK
-from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
+from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.methods import round_to_nearest
 
 KINDS = [("q4", 32), ("q4", 16), ("q8", 32)]

@@ -132,7 +132,7 @@ def test_conversions_leave_codes_and_scales() -> None:
 
 def test_a_model_in_memory() -> None:
     from llmkit.checkpoint.load import load_model
-    from llmkit.llm import embedded_model
+    from llmkit.llm.api import embedded_model
 
     model = load_model(embedded_model(), "float32")
     dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -15,7 +15,7 @@ from llmkit.errors import UsageError
 from llmkit.families import read_config
 from llmkit.kernels.format import stored_shapes
 from llmkit.quant.apply import quantize_model
-from llmkit.quant.linear import QuantizedEmbedding, QuantizedLinear
+from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.schemes import SCHEMES, Choice, choose
 from tests.families.tiny import VARIANTS, tiny_folder
 

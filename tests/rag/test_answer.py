@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from llmkit.errors import TemplateError, UsageError
+from llmkit.llm.outputs import Chunk
 from llmkit.rag.answer import UNSUPPORTED, Answer, ask, stream
 from llmkit.rag.fence import ABSTENTION
 from llmkit.rag.index import Index
 from llmkit.rag.ingest import add
 from llmkit.rag.prove import locate
-from llmkit.results import Chunk
 
 ABSENT = "Which mountain did the queen of Bolivia climb?"
 

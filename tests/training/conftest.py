@@ -14,8 +14,8 @@ from llmkit.config import ModelConfig
 from llmkit.families import read_config
 from llmkit.model.transformer import Transformer, init_weights
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
+from llmkit.training.data.vocabulary import train_tokenizer
 from llmkit.training.recipe import Recipe, TokenizerRecipe, from_dict
-from llmkit.training.tokenizer import train_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"

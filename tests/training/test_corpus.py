@@ -12,12 +12,12 @@ import pytest
 
 from llmkit.errors import UsageError
 from llmkit.text import ChatTemplate, Tokenizer, encode_prompt, load_tokenizer
-from llmkit.training import corpus as corpus_module
-from llmkit.training.corpus import Corpus, SourceReport, load_corpora
-from llmkit.training.encode import encode_document
+from llmkit.training.data import sources as corpus_module
+from llmkit.training.data.formats import read_row
+from llmkit.training.data.sources import Corpus, SourceReport, load_corpora
+from llmkit.training.data.tokenize import encode_document
+from llmkit.training.data.vocabulary import train_tokenizer
 from llmkit.training.recipe import Source, TokenizerRecipe
-from llmkit.training.rows import read_row
-from llmkit.training.tokenizer import train_tokenizer
 
 from .conftest import TEMPLATE, stories
 

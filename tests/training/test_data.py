@@ -13,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
-from llmkit.model import native
+from llmkit.model import autograd as native
 from llmkit.model.transformer import Transformer
 from llmkit.text.chat import encode_prompt
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
-from llmkit.training import data as module
-from llmkit.training.corpus import Corpus, load_corpora
-from llmkit.training.data import IGNORE, RowStream, make_batch, pack, rows_of, sequential_batches
-from llmkit.training.documents import read_documents
-from llmkit.training.encode import encode_document
+from llmkit.training.data import packing as module
+from llmkit.training.data.documents import read_documents
+from llmkit.training.data.formats import Document, parse_row
+from llmkit.training.data.packing import IGNORE, RowStream, make_batch, pack, rows_of, sequential_batches
+from llmkit.training.data.sources import Corpus, load_corpora
+from llmkit.training.data.tokenize import encode_document
+from llmkit.training.data.vocabulary import train_tokenizer
 from llmkit.training.loss import cross_entropy, token_losses
 from llmkit.training.recipe import Source, TokenizerRecipe
-from llmkit.training.rows import Document, parse_row
-from llmkit.training.tokenizer import train_tokenizer
 
 from .conftest import stories
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
-from llmkit.training.documents import is_held_out, read_documents
+from llmkit.training.data.documents import is_held_out, read_documents
 from llmkit.training.recipe import Source
 
 ROWS = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(3)]

@@ -27,7 +27,7 @@ from llmkit.checkpoint.load import load_model
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.lora.adapter import read_adapter
 from llmkit.text.tokenizer import Tokenizer
-from llmkit.training.data import Batch, make_batch, rows_of
+from llmkit.training.data.packing import Batch, make_batch, rows_of
 from llmkit.training.objective import Dpo, Orpo
 from llmkit.training.recipe import Recipe, from_dict, to_dict
 from llmkit.training.run import run_recipe
@@ -168,7 +168,7 @@ def test_preference_losses_are_their_formulas(make: Callable[..., Recipe], pairs
     """Packed pairs against each answer alone through transformers."""
     from contextlib import nullcontext
 
-    from llmkit.training.corpus import load_corpora
+    from llmkit.training.data.sources import load_corpora
 
     corpus, _, _ = load_corpora(make(data=[{"path": str(pairs)}]).data, tokenizer, 0.0, 32, preference=True)
     batch: Batch = make_batch(corpus, rows_of(corpus, range(8), 32, group=2))

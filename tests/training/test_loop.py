@@ -22,8 +22,8 @@ from torch import nn
 from llmkit.errors import CheckpointError
 from llmkit.model.transformer import Transformer
 from llmkit.text.tokenizer import Tokenizer
-from llmkit.training.corpus import load_corpora
-from llmkit.training.data import Batch, RowStream
+from llmkit.training.data.packing import Batch, RowStream
+from llmkit.training.data.sources import load_corpora
 from llmkit.training.loop import Judge, Trainer, TrainingError
 from llmkit.training.loss import cross_entropy
 from llmkit.training.objective import Objective

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmkit.model.transformer import Transformer
 from llmkit.training import loss as module
-from llmkit.training.data import Batch
+from llmkit.training.data.packing import Batch
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
-from llmkit.training.rows import Document, parse_row, read_row
+from llmkit.training.data.formats import Document, parse_row, read_row
 
 ASK = {"role": "user", "content": "Hi"}
 TELL = {"role": "assistant", "content": "Hello."}

@@ -21,8 +21,8 @@ import yaml
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import ConfigError, UsageError
 from llmkit.text.tokenizer import load_tokenizer
-from llmkit.training.corpus import load_corpora
-from llmkit.training.data import sequential_batches
+from llmkit.training.data.packing import sequential_batches
+from llmkit.training.data.sources import load_corpora
 from llmkit.training.loss import cross_entropy
 from llmkit.training.recipe import Recipe, read_recipe, to_dict
 from llmkit.training.run import run_recipe

@@ -1,0 +1,310 @@
+"""The other end of `bench_train`: one side that takes optimizer steps when it is asked to.
+
+The sides read the same settings and derive everything else from them, so that nothing but the program differs: the token ids of
+every step, the chats of every step, and the first values of the adapter.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llmkit.bench.worker import main
+from llmkit.errors import UsageError
+from llmkit.planning.memory import check_gpu, check_limit, limit_gpu, peak_bytes
+from llmkit.training.data.packing import IGNORE, Batch
+
+RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
+BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # torch's own
+LOWEST, HIGHEST = 3, 7000  # of random token ids: none of the special ones, and embeddings that a cache could hold
+
+Ids = NDArray[np.int64]
+Chat = tuple[Ids, NDArray[np.bool_]]  # token ids, and which of them are learned
+
+
+class Side(Protocol):
+    """A model with a fresh adapter and its optimizer. A step returns its loss, the mean over its targets."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def full(self, ids: Ids) -> float:
+        """One step on rows `[batch, length]`, in which every token but the first is a target."""
+
+    def chats(self, chats: Sequence[Chat], micro_batch: int) -> tuple[float, int]:
+        """One step on chats: its loss, and how many slots the model computed, padding included."""
+
+    def renew_optimizer(self) -> None:
+        """As at the start."""
+
+    def facts(self) -> dict[str, Any]:
+        """What only this side knows."""
+
+
+class OurSide:
+    """llmkit's own way: what `llmkit finetune` does in a step on this device, but for clipping."""
+
+    def __init__(
+        self, folder: str, device: str, dtype: str | None, quantize: str | None, checkpointing: bool, rows: int, length: int
+    ) -> None:
+        from llmkit.checkpoint.load import load_model_with_report
+        from llmkit.lora.inject import LoraSettings, inject, use_integers
+        from llmkit.model.autograd import speed_up
+        from llmkit.model.backend import keep_freed_memory
+        from llmkit.model.transformer import set_checkpointing
+        from llmkit.training.loop import product_dtype
+        from llmkit.training.objective import Objective
+
+        self.device, self.rows, self.length = torch.device(device), rows, length
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        model, report = load_model_with_report(folder, dtype, device, quantize)
+        self._bfloat16 = 2 * report.num_parameters
+        self._base = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+        inject(model, LoraSettings(r=RANK, lora_alpha=ALPHA))
+        integers = use_integers(model)
+        set_checkpointing(model, checkpointing)
+        speed_up(model)
+        self.dtype = product_dtype("auto", self.device)
+        products = "integer" if integers else "float32" if self.dtype is None else "bfloat16"
+        self.path = f"{quantize or report.dtype}, {products} forward{', checkpointing' if checkpointing else ''}"
+        self.model: nn.Module = model.train()
+        self.objective = Objective()
+        self.renew_optimizer()
+
+    def renew_optimizer(self) -> None:
+        from llmkit.training.optimizer import make_optimizers
+
+        (self.optimizer,) = make_optimizers(self.model, "adamw", LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+
+    def full(self, ids: Ids) -> float:
+        tokens = torch.from_numpy(ids)
+        labels = torch.cat((tokens[:, 1:], torch.full((len(tokens), 1), IGNORE)), 1)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return self._step([Batch(tokens, labels, positions, torch.zeros_like(tokens), ())])
+
+    def chats(self, chats: Sequence[Chat], micro_batch: int) -> tuple[float, int]:
+        """Packed into rows of `length` slots, `rows` of them at a time; micro_batch is the rival's affair."""
+        from llmkit.training.data.packing import make_batch, rows_of
+        from llmkit.training.data.sources import Corpus
+
+        count = len(chats)
+        corpus = Corpus(
+            np.concatenate([ids for ids, _ in chats]).astype(np.int32),
+            np.concatenate([learned for _, learned in chats]),
+            np.cumsum([0, *(len(ids) for ids, _ in chats)]),
+            np.zeros(count, np.int64),
+            np.zeros(count, np.bool_),
+            np.zeros(count, np.int64),
+            [""] * count,
+        )
+        rows = rows_of(corpus, range(count), self.length)
+        batches = [make_batch(corpus, rows[start : start + self.rows]) for start in range(0, len(rows), self.rows)]
+        return self._step(batches), sum(batch.tokens.numel() for batch in batches)
+
+    def _step(self, batches: Sequence[Batch]) -> float:
+        units, total = sum(self.objective.units(batch) for batch in batches), 0.0
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
+                loss = self.objective.sum_of(self.model, batch.to(self.device)) / units
+            loss.backward()
+            total += loss.item()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def facts(self) -> dict[str, Any]:
+        return {"base_bytes": self._base, "bf16_base_bytes": self._bfloat16, "flags": self.path}
+
+
+class RivalSide:
+    """transformers and PEFT as their documentation shows them: right padding, labels of -100; in float32 on a CPU, on a GPU in bfloat16.
+
+    A folder in bitsandbytes' 4 bits stays in them. What `peft.prepare_model_for_kbit_training` would widen to float32 (embedding, head,
+    norms) stays as it is, which takes gigabytes less.
+    """
+
+    def __init__(self, folder: str, device: str, checkpointing: bool) -> None:
+        import transformers
+        from peft import LoraConfig, get_peft_model
+
+        from llmkit.training.loop import product_dtype
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.device = torch.device(device)
+        self.dtype = product_dtype("auto", self.device)
+        config, dtype = transformers.AutoConfig.from_pretrained(folder), self.dtype or torch.float32
+        four_bit = getattr(config, "quantization_config", None)
+        if four_bit is not None:  # its products are in the dtype of the original, which need not be the device's
+            config.quantization_config = {**four_bit, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map={"": device})
+        if four_bit is not None:
+            for parameter in model.parameters():  # what is not in 4 bits is loaded as it is stored, whatever dtype says
+                parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
+        model.config.use_cache = False
+        attention = model.config._attn_implementation
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        products = str(dtype).removeprefix("torch.")
+        self._flags = f"{products}, {attention} attention{', gradient checkpointing' if checkpointing else ''}"
+        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.model: nn.Module = get_peft_model(model, lora).train()
+        self.renew_optimizer()
+
+    def renew_optimizer(self) -> None:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        fused = self.device.type == "cuda" or None  # as its Trainer has it
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=fused
+        )
+
+    def full(self, ids: Ids) -> float:
+        tokens = torch.from_numpy(ids).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
+            loss = self.model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        self._update()
+        return float(loss.item())
+
+    def chats(self, chats: Sequence[Chat], micro_batch: int) -> tuple[float, int]:
+        targets = torch.tensor(sum(int(learned[1:].sum()) for _, learned in chats))
+        total, slots = 0.0, 0
+        for start in range(0, len(chats), micro_batch):
+            tokens, mask, labels = padded(chats[start : start + micro_batch])
+            loss = self.model(input_ids=tokens, attention_mask=mask, labels=labels, num_items_in_batch=targets).loss
+            loss.backward()
+            total += float(loss.item())
+            slots += tokens.numel()
+        self._update()
+        return total, slots
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def facts(self) -> dict[str, Any]:
+        versions = {f"{name}_version": importlib.metadata.version(name) for name in ("transformers", "peft")}
+        if getattr(self.model, "is_loaded_in_4bit", False):
+            versions["bitsandbytes_version"] = importlib.metadata.version("bitsandbytes")
+        return {"flags": f"{self._flags}, torch {torch.__version__}, {torch.get_num_threads()} threads", **versions}
+
+
+def padded(chats: Sequence[Chat]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and labels `[chats, longest]`, int64, padded on the right."""
+    shape = (len(chats), max(len(ids) for ids, _ in chats))
+    tokens, mask, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+    for row, (ids, learned) in enumerate(chats):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
+        labels[row, : len(ids)] = np.where(learned, ids, IGNORE)
+    return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(labels)
+
+
+def random_rows(rows: int, length: int, vocab_size: int, step: int) -> Ids:
+    """The token ids of a step, the same on every side."""
+    return np.random.default_rng([1, step]).integers(LOWEST, min(vocab_size, HIGHEST), (rows, length))
+
+
+class Chats:
+    """The chats of a data file, in an order of their own: so many for each step, from the start again when all were seen."""
+
+    def __init__(self, folder: str, data: str, length: int, count: int) -> None:
+        from llmkit.text.tokenizer import load_tokenizer
+        from llmkit.training.data.sources import load_corpora
+        from llmkit.training.recipe import Source
+
+        self.corpus, _, _ = load_corpora([Source(data)], load_tokenizer(folder), 0.0, length)
+        self.count = count
+        if len(self.corpus) < count:
+            raise UsageError(f"{data} holds {len(self.corpus)} documents to learn from, and a step takes {count}. Give a larger file.")
+        self.order = np.random.default_rng(2).permutation(len(self.corpus))
+
+    def of_step(self, step: int) -> list[Chat]:
+        places = np.arange(step * self.count, (step + 1) * self.count) % len(self.order)
+        spans = [slice(self.corpus.offsets[d], self.corpus.offsets[d + 1]) for d in self.order[places]]
+        return [(self.corpus.tokens[span].astype(np.int64), self.corpus.learned[span]) for span in spans]
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's parameters by the path of their linear and their letter: `model.layers.0.self_attn.q_proj.A`."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        path, is_factor, rest = name.removeprefix("base_model.model.").partition(".lora_")
+        if is_factor:
+            found[f"{path}.{rest[0]}"] = parameter
+    return found
+
+
+@torch.no_grad()
+def start_adapter(model: nn.Module) -> None:
+    """First values as PEFT's: A uniform within 1 / sqrt(in), B zero; drawn from the path, so that they are the same everywhere."""
+    for name, factor in factors(model).items():
+        if name.endswith(".A"):
+            bound = 1 / math.sqrt(factor.shape[1])
+            drawn = np.random.default_rng(zlib.crc32(name.encode())).uniform(-bound, bound, tuple(factor.shape))
+            factor.copy_(torch.from_numpy(drawn))
+        else:
+            factor.zero_()
+
+
+def load_side(settings: dict[str, Any]) -> Side:
+    """The model of a side with its adapter, loaded."""
+    if settings["side"] == "transformers":
+        return RivalSide(settings["folder"], settings["device"], settings["checkpointing"])
+    return OurSide(**{name: settings[name] for name in ("folder", "device", "dtype", "quantize", "checkpointing", "rows", "length")})
+
+
+def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+    """Steps, until standard input ends."""
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
+    check_gpu(settings["device"], "Leave out --device.")
+    on_cuda = settings["device"].startswith("cuda")
+    if settings["memory"] is not None:
+        check_limit(settings["device"], settings["memory"])
+        limit_gpu(settings["device"], settings["memory"])
+    chats = Chats(settings["folder"], settings["data"], settings["length"], settings["chats"]) if settings["data"] else None
+    side = load_side(settings)
+    start_adapter(side.model)
+    adapter = {name: list(factor.shape) for name, factor in sorted(factors(side.model).items())}
+    device = torch.cuda.get_device_name(settings["device"]) if on_cuda else settings["device"]
+    answer({"adapter": adapter, "threads": torch.get_num_threads(), "device": device, **side.facts()})
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "peak":
+            answer({"peak_bytes": torch.cuda.max_memory_allocated(settings["device"]) if on_cuda else peak_bytes()})
+        elif request["do"] == "renew":
+            start_adapter(side.model)
+            side.renew_optimizer()
+            answer({})
+        elif request["do"] == "full":
+            ids = random_rows(settings["rows"], settings["length"], settings["vocab_size"], request["step"])
+            start = time.perf_counter()
+            loss = side.full(ids)
+            if on_cuda:
+                torch.cuda.synchronize(settings["device"])  # the optimizer's part
+            answer({"seconds": time.perf_counter() - start, "loss": loss, "slots": ids.size, "targets": ids.size - len(ids)})
+        else:
+            assert chats is not None
+            documents = chats.of_step(request["step"])
+            start = time.perf_counter()
+            loss, slots = side.chats(documents, request["micro_batch"])
+            seconds = time.perf_counter() - start
+            answer({"seconds": seconds, "loss": loss, "slots": slots, "targets": sum(int(learned[1:].sum()) for _, learned in documents)})
+
+
+if __name__ == "__main__":
+    main(serve)

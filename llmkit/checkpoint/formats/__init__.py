@@ -1,0 +1,1 @@
+"""How weights are stored on disk: one file for each format."""

@@ -1,0 +1,1 @@
+"""Quality: perplexity, KL, and `verify` against transformers."""

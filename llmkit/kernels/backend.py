@@ -1,0 +1,377 @@
+"""The native backend: a model flattened into a plan, one call of C++ per step. See cpu/plan.h for the other side. No torch.
+
+Rows are bitwise independent: the logits of a row are the same bits whatever else is in the batch, however its prompt was
+cut into steps, and for any number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmkit.config import NORM_NAMES, LayerConfig, ModelConfig, RopeConfig
+from llmkit.errors import DoesNotFit, LLMKitError, UsageError
+from llmkit.kernels.format import QuantizedMatrix, Weight
+from llmkit.rope import inverse_frequencies
+
+if TYPE_CHECKING:
+    from llmkit.kernels.cpu._native import Plan
+
+# The numbers of plan.h.
+KINDS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}  # bfloat16 travels as uint16
+Q4, Q8 = 3, 4
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_tanh": 2, "relu": 3}
+CACHE_KINDS = {32: 0, 16: 1, 8: Q8}
+SLOTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# What an extension of an older llmkit may lack.
+_FUNCTIONS = ("product", "dequantize", "matmul", "learn", "attend", "norm", "norm_back", "rotate", "gate", "gate_back", "lend")
+
+Floats = NDArray[np.float32]
+LowRank = tuple[NDArray[np.float32], NDArray[np.float32]]  # A [rank, in], B [out, rank], scaled: y += B (A x)
+
+
+def native_problem(config: ModelConfig | None = None) -> str | None:
+    """Why the native kernels cannot run this model here, or None if they can.
+
+    The environment variable LLMKIT_KERNELS chooses: "reference" is PyTorch, the name of an instruction set
+    (avx512_vnni, avxvnni, avx2, neon_i8mm, neon_dotprod, portable) is that one.
+    """
+    wanted = os.environ.get("LLMKIT_KERNELS")
+    if wanted == "reference":
+        return "LLMKIT_KERNELS=reference asks for PyTorch"
+    try:
+        from llmkit.kernels.cpu import _native
+    except ImportError:
+        return "the native kernels were not built (no C++ compiler when llmkit was installed)"
+    missing = [name for name in _FUNCTIONS if not hasattr(_native, name)]
+    if missing:
+        return f"the native kernels were built for an older llmkit, without {missing[0]}; install llmkit again"
+    names = _native.available()
+    if wanted and wanted not in names:
+        raise UsageError(f"LLMKIT_KERNELS is {wanted!r}, which this processor does not run. Use one of {', '.join(names)} or reference.")
+    if config is None:
+        return None
+    if any(layer.moe is not None for layer in config.layers):
+        return "mixtures of experts are not part of the native step"
+    if config.hidden_act not in ACTIVATIONS:
+        return f"the activation {config.hidden_act} is not part of the native step"
+    return None
+
+
+class NativeBackend:
+    """Runs a model over a paged KV cache in C++; see `llmkit.engine.backend.Backend` for the contract.
+
+    weights: our parameter names; matrices as float32, float16, bfloat16 (its bits in uint16) or `QuantizedMatrix`, used in
+    place (mapped files stay mapped); vectors in any of the float formats. threads: physical cores by default.
+    kv_bits: 32, 16 (float16) or 8 (int8 with a scale per position and head).
+    """
+
+    block_size = 16
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], *, threads: int | None = None, kv_bits: int = 32) -> None:
+        from llmkit.kernels.cpu import _native
+
+        if kv_bits not in CACHE_KINDS:
+            raise UsageError(f"kv_bits is {kv_bits}; the cache keeps 32, 16 or 8 bits a number.")
+        self.config = config
+        self.kv_bits = kv_bits
+        self._ropes = list(dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None))
+        self._adapters: dict[str, int] = {}
+        plan = _Description(config, weights)
+        try:
+            self.plan: Plan = _native.Plan(
+                os.environ.get("LLMKIT_KERNELS") or None,
+                _native.physical_cores() if threads is None else threads,
+                plan.of_model(CACHE_KINDS[kv_bits]),
+                [plan.of_layer(index, layer, self._ropes) for index, layer in enumerate(config.layers)],
+            )
+        except ValueError as error:
+            raise LLMKitError(f"the native kernels cannot run this model: {error}. Use LLMKIT_KERNELS=reference.") from error
+
+    @property
+    def cache_windows(self) -> tuple[int | None, ...]:
+        return self.config.cache_windows
+
+    @property
+    def path(self) -> str:
+        """What computes, in words."""
+        return f"native {self.plan.kernels}, {self.threads} thread{'s' * (self.threads > 1)}, {self.kv_bits}-bit cache"
+
+    @property
+    def threads(self) -> int:
+        return self.plan.threads
+
+    def block_bytes(self, group: int) -> int:
+        return self.plan.block_bytes(group)
+
+    def add_adapter(self, name: str, linears: Mapping[tuple[int, str], LowRank]) -> None:
+        """Makes a low-rank adapter known by name: (layer, "q_proj" ... "down_proj") -> A and B, float32, B scaled."""
+        parts = [(layer * len(SLOTS) + SLOTS.index(slot), len(a), _floats(a), _floats(b)) for (layer, slot), (a, b) in linears.items()]
+        try:
+            self._adapters[name] = self.plan.add_adapter(parts)
+        except ValueError as error:
+            raise UsageError(f"adapter {name!r} does not fit this model: {error}. Was it trained on another one?") from error
+
+    def step(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        block_tables: list[NDArray[np.int32]],
+        contexts: NDArray[np.int32],
+        adapters: Sequence[str | None],
+        rows: NDArray[np.int32],
+        hidden: bool = False,
+    ) -> NDArray[np.float32]:
+        """Stores the tokens' keys and values; float32 logits (or final hidden states) `[len(rows), vocab]`."""
+        out = np.empty((len(rows), self.config.hidden_size if hidden else self.config.vocab_size), np.float32)
+        try:
+            self.plan.step(
+                _integers(tokens),
+                _integers(positions),
+                _integers(sequences),
+                [(_integers(table), len(table)) for table in block_tables],
+                self._rotary(contexts),
+                self._adapter_ids(adapters),
+                _integers(rows),
+                hidden,
+                out,
+            )
+        except MemoryError as error:
+            raise DoesNotFit("the KV cache does not fit in memory. Take a smaller --ctx-size, or --kv-bits 8.") from error
+        except RuntimeError as error:
+            raise LLMKitError(f"{error}.") from error
+        return out
+
+    def _rotary(self, contexts: NDArray[np.int32]) -> list[tuple[NDArray[np.float32], int, NDArray[np.int32]]]:
+        """Per kind of rotation: the sets of frequencies (the factor on cos and sin last in each) and which one each sequence uses."""
+        out = []
+        for rope in self._ropes:
+            if rope.by_length:
+                lengths, which = np.unique(contexts, return_inverse=True)
+            else:
+                lengths, which = np.zeros(1, np.int32), np.zeros(len(contexts), np.int32)
+            sets = _frequencies(rope, self.config.head_dim, tuple(lengths.tolist()))
+            out.append((sets, len(sets), which.astype(np.int32, copy=False)))
+        return out
+
+    def _adapter_ids(self, adapters: Iterable[str | None]) -> NDArray[np.int32] | None:
+        names = list(adapters)
+        unknown = next((name for name in names if name is not None and name not in self._adapters), None)
+        if unknown is not None:
+            raise UsageError(f"adapter {unknown!r} is not loaded; loaded are {', '.join(self._adapters) or 'none'}.")
+        return None if all(name is None for name in names) else np.array([self._adapters.get(name or "", -1) for name in names], np.int32)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(rope: RopeConfig, head_dim: int, lengths: tuple[int, ...]) -> NDArray[np.float32]:
+    """float32 `[len(lengths), rotary_dim / 2 + 1]`: for each length the frequencies and the factor on cos and sin."""
+    found = [inverse_frequencies(rope, head_dim, length) for length in lengths]
+    return np.stack([np.append(frequencies, np.float32(factor)) for frequencies, factor in found])
+
+
+def product(weight: Weight, bias: Floats | None, x: Floats, threads: int, out: Floats | None = None) -> Floats:
+    """`x W^T + bias` by itself, with the arithmetic of a step: x float32 `[rows, in]`, returns out, float32 `[rows, out]`."""
+    from llmkit.kernels.cpu import _native
+
+    out = np.empty((len(x), weight.shape[0]), np.float32) if out is None else out
+    _native.product(os.environ.get("LLMKIT_KERNELS") or None, threads, _linear(weight, bias), x, out)
+    return out
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`W + scale B A`: weight `[out, in]` float32, float16 or bfloat16 (its bits in uint16); a `[rank, in]` and b `[out, rank]` or None."""
+
+    weight: NDArray[Any]
+    bias: NDArray[np.float32] | None = None
+    a: NDArray[np.float32] | None = None
+    b: NDArray[np.float32] | None = None
+    scale: float = 1.0
+
+
+def matmul(
+    factors: Sequence[Factor], x: Sequence[NDArray[np.float32]], y: Sequence[NDArray[np.float32]], *, back: bool, threads: int
+) -> None:
+    """Products of training, float32, of all factors U at once.
+
+    Forward: `y[p] [tokens, out of p] = x[0] [tokens, in] U_p^T + bias`.
+    Back: `y[0] [tokens, in] = sum over p of x[p] [tokens, out of p] U_p`.
+    """
+    from llmkit.kernels.cpu import _native
+
+    parts = tuple((_linear(one.weight, one.bias), one.a, one.b, one.scale) for one in factors)
+    _native.matmul(os.environ.get("LLMKIT_KERNELS") or None, threads, back, parts, tuple(x), tuple(y))
+
+
+def learn(
+    factors: Sequence[tuple[Floats, float]],
+    x: Floats,
+    xa: Floats,
+    dy: Sequence[Floats],
+    da: Floats,
+    db: Sequence[Floats],
+    threads: int,
+) -> None:
+    """What adapters on one input learn, float32.
+
+    factors: B `[out, rank]` and the scale of each. x `[tokens, in]`, xa `[tokens, sum of ranks]` its product with all A, dy
+    `[tokens, out]` of each. Written are da `[sum of ranks, in]`, `scale (dy B)^T x` below each other, and db, `scale dy^T xa` of each.
+    """
+    from llmkit.kernels.cpu import _native
+
+    parts = tuple((b, *b.shape, scale) for b, scale in factors)
+    _native.learn(os.environ.get("LLMKIT_KERNELS") or None, threads, parts, x, xa, tuple(dy), da, tuple(db))
+
+
+def attend_documents(
+    sizes: tuple[int, int, int, int, float],
+    lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    arrays: tuple[Floats, Floats, Floats, Floats, Floats],
+    gradients: tuple[Floats, Floats, Floats, Floats] | None,
+    threads: int,
+) -> None:
+    """Causal attention within documents, float32, forward or (with gradients) back.
+
+    sizes: heads, kv_heads, head_dim, window (0: none), scale. lengths, key_lengths: of each document, how many rows of q and of k
+    are its; the queries are at its last positions. arrays: q `[tokens, heads, head_dim]`, k and v `[keys, kv_heads, head_dim]`, and
+    written forward, read back: the result as q, and lse `[tokens, heads]`, the logarithm of each row's sum of exponentials.
+    gradients: that of the result, which is read, and those of q, k, v, which are written.
+    """
+    from llmkit.kernels.cpu import _native
+
+    _native.attend(os.environ.get("LLMKIT_KERNELS") or None, threads, sizes, lengths, key_lengths, *arrays, gradients)
+
+
+def norm(x: Floats, weight: Floats, eps: float, y: Floats, threads: int) -> None:
+    """Root-mean-square norm of the rows of x, float32 `[..., n]`, into y."""
+    _rows("norm", threads, x, weight, eps, y)
+
+
+def norm_back(x: Floats, weight: Floats, eps: float, dy: Floats, dx: Floats, threads: int) -> None:
+    """The gradient of x from that of the result."""
+    _rows("norm_back", threads, x, weight, eps, dy, dx)
+
+
+def rotate(x: Floats, cos: Floats, sin: Floats, y: Floats, threads: int, *, back: bool = False) -> None:
+    """`model.rope.rotate` of x `[..., heads, head_dim]` into y; cos and sin `[..., rotary_dim]`. back: its transpose, for gradients."""
+    _rows("rotate", threads, *x.shape[-2:], x, cos, sin, back, y)
+
+
+def gate(gate: Floats, up: Floats, h: Floats, threads: int) -> None:
+    """`silu(gate) * up`, float32 `[..., n]`, into h."""
+    _rows("gate", threads, gate.shape[-1], gate, up, h)
+
+
+def gate_back(gate: Floats, up: Floats, dh: Floats, dgate: Floats, dup: Floats, threads: int) -> None:
+    """The gradients of gate and up from that of the result."""
+    _rows("gate_back", threads, gate.shape[-1], gate, up, dh, dgate, dup)
+
+
+def _rows(name: str, threads: int, *arguments: Any) -> None:
+    from llmkit.kernels.cpu import _native
+
+    getattr(_native, name)(os.environ.get("LLMKIT_KERNELS") or None, threads, *arguments)
+
+
+def lend(parallel: int, thread: int, threads: int) -> None:
+    """Lets `matmul` and `attend_documents` run on the threads of an OpenMP runtime: the addresses of GOMP_parallel,
+    omp_get_thread_num and omp_get_num_threads."""
+    from llmkit.kernels.cpu import _native
+
+    _native.lend(parallel, thread, threads)
+
+
+def dequantize(weight: QuantizedMatrix, threads: int) -> NDArray[np.float32]:
+    """`weight.dequantize()`, the same bits, a hundred times as fast."""
+    from llmkit.kernels.cpu import _native
+
+    out = np.empty(weight.shape, np.float32)
+    _native.dequantize(threads, _linear(weight, None), out)
+    return out
+
+
+def _linear(weight: Weight, bias: NDArray[np.float32] | None) -> tuple[Any, ...]:
+    """A linear in the words of the plan."""
+    rows, columns = weight.shape
+    if isinstance(weight, QuantizedMatrix):
+        kind = Q4 if weight.scheme == "q4" else Q8
+        return kind, rows, columns, weight.codes, weight.scales, _in_place(weight.row_scale), bias, weight.group, weight.codebook
+    return KINDS[weight.dtype], rows, columns, _in_place(weight), None, None, bias, 32, None
+
+
+class _Description:
+    """A model in the words of the plan: dicts of numbers and arrays."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight]) -> None:
+        self.config, self.weights = config, weights
+
+    def of_model(self, cache: int) -> dict[str, Any]:
+        c = self.config
+        positions = self.weights.get("model.embed_positions.weight")
+        return {
+            **{name: getattr(c, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")},
+            **{name: getattr(c, name) for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "norm_eps")},
+            **{name: getattr(c, name) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")},
+            "activation": ACTIVATIONS[c.hidden_act],
+            "attn_logit_softcapping": c.attn_logit_softcapping or 0.0,
+            "final_logit_softcapping": c.final_logit_softcapping or 0.0,
+            "norm_before_heads": c.qk_norm == "full",
+            "cache": cache,
+            "windows": tuple(window or 0 for window in c.cache_windows),
+            "embedding": self._linear("model.embed_tokens"),
+            "head": None if c.tie_word_embeddings else self._linear("lm_head"),
+            "final_norm": self._norm("model.norm"),
+            "positions_table": None if positions is None else _floats(positions),
+        }
+
+    def of_layer(self, index: int, layer: LayerConfig, ropes: list[Any]) -> dict[str, Any]:
+        c, prefix = self.config, f"model.layers.{index}"
+        slots = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+        norms = zip(slots, NORM_NAMES[c.norm_placement], strict=True)
+        scale = c.head_dim**-0.5 if layer.attention_scale is None else layer.attention_scale
+        return {
+            **{slot: self._linear(f"{prefix}.{'self_attn' if position < 4 else 'mlp'}.{slot}") for position, slot in enumerate(SLOTS)},
+            **{slot: self._norm(f"{prefix}.{name}") if name else None for slot, name in norms},
+            "q_norm": self._norm(f"{prefix}.self_attn.q_norm") if c.qk_norm else None,
+            "k_norm": self._norm(f"{prefix}.self_attn.k_norm") if c.qk_norm else None,
+            "rope": -1 if layer.rope is None else ropes.index(layer.rope),
+            "group": c.cache_windows.index(layer.sliding_window),
+            "window": layer.sliding_window or 0,
+            "attention_scale": scale,
+        }
+
+    def _linear(self, name: str) -> tuple[Any, ...] | None:
+        weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
+        if weight is None:
+            return None
+        return _linear(weight, None if bias is None else _floats(bias))
+
+    def _norm(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        bias = self.weights.get(f"{name}.bias") if self.config.norm == "layer" else None
+        return _floats(self.weights[f"{name}.weight"]) + np.float32(self.config.norm_offset), None if bias is None else _floats(bias)
+
+
+def _in_place(array: np.ndarray) -> np.ndarray:
+    """The array itself where C++ can read it; a file may hold numbers at addresses that are no multiple of their size."""
+    return np.require(array, requirements=("C_CONTIGUOUS", "ALIGNED"))
+
+
+def _floats(array: Weight) -> NDArray[np.float32]:
+    """The numbers as contiguous float32; uint16 are the bits of bfloat16."""
+    assert isinstance(array, np.ndarray)
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _integers(array: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.ascontiguousarray(array, np.int32)

@@ -1,0 +1,206 @@
+"""Which backend runs a model, and its weights read for it: the native kernels on a CPU, else PyTorch.
+
+torch is imported only where PyTorch runs the model, or may be needed to find a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from llmkit.checkpoint.arrays import DTYPES, converted, dtype_name
+from llmkit.checkpoint.files import AUTO_MAP
+from llmkit.checkpoint.formats.llmkit import is_bitsandbytes, read_quantized
+from llmkit.config import ModelConfig
+from llmkit.engine.backend import Backend
+from llmkit.errors import DoesNotFit, UsageError, out_of_memory
+from llmkit.kernels import NativeBackend, native_problem
+from llmkit.kernels.format import QuantizedMatrix, Weight
+from llmkit.llm.folder import ModelFolder
+from llmkit.lora.adapter import Adapter
+
+logger = logging.getLogger(__name__)
+
+KV_BITS = (32, 16, 8)
+MAX_THREADS = 1024  # of the native kernels' pool
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is to be run, by the names of `llmkit.load`; None leaves the choice to the backend."""
+
+    dtype: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    kv_bits: int | None = None
+
+    @classmethod
+    def checked(cls, dtype: str | None, device: str | None, threads: int | None, kv_bits: int | None) -> Options:
+        """UsageError for a value that no model can have. LLMKIT_THREADS stands for `threads` where it is None."""
+        name = "threads"
+        if threads is None and (said := os.environ.get("LLMKIT_THREADS")):
+            name, threads = "LLMKIT_THREADS", int(said) if said.isascii() and said.isdigit() else said  # type: ignore[assignment]
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+            raise UsageError(f"{name} is {threads!r}; it must be an integer from 1 to {MAX_THREADS}.")
+        if kv_bits is not None and (type(kv_bits) is not int or kv_bits not in KV_BITS):
+            raise UsageError(f"kv_bits is {kv_bits!r}; a cached number has {', '.join(map(str, KV_BITS[:-1]))} or {KV_BITS[-1]} bits.")
+        return cls(None if dtype is None else dtype_name(dtype), device, threads, kv_bits)
+
+    def for_draft(self, draft: ModelFolder) -> Options:
+        """The same for a draft model: the dtype was said of the model, and is left out where the draft is quantized."""
+        return replace(self, dtype=None) if _is_quantized(draft) else self
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model ready to run.
+
+    Attributes:
+        new_backend: the same weights with an empty cache of its own.
+        device: cpu, cuda, ...
+        parameters: how many there are.
+        nbytes: bytes of each tensor of weights in memory, by our names.
+        stored: dtype or scheme of the weights, in words.
+        exact: whether the logits of a token are the same bits however many are computed at once.
+        problem: why PyTorch runs it on this CPU, else None.
+    """
+
+    new_backend: Callable[[], Backend]
+    device: str
+    parameters: int
+    nbytes: Mapping[str, int]
+    stored: str
+    exact: bool
+    problem: str | None = None
+
+
+def prepare(model: ModelFolder, options: Options, adapters: Sequence[Adapter] = ()) -> Runner:
+    """Chooses what runs a model, with these adapters at hand, and maps or reads its weights.
+
+    Raises CheckpointError (damaged, or not of this config), UsageError (an option that is wrong or without effect here) and DoesNotFit.
+    """
+    folder, config = model.path, model.config
+    device = default_device() if options.device is None else str(options.device)
+    on_cpu = re.fullmatch(r"cpu(:\d+)?", device) is not None
+    if on_cpu and _is_quantized(model) and options.dtype is not None:
+        raise UsageError(f"dtype {options.dtype!r} has no effect on a CPU where the weights are quantized, as in {folder}. Leave it out.")
+    problem = pytorch_reason(config) if on_cpu else None
+    if on_cpu and problem is None:
+        problem = next((adapter.native_problem for adapter in adapters if adapter.native_problem is not None), None)
+    try:
+        if on_cpu and problem is None:
+            return _native(folder, config, options, adapters)
+        return _torch(folder, device, options, problem, adapters)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise DoesNotFit(f"{folder} does not fit in the memory of {device}. Take a smaller model or dtype.") from error
+
+
+def _is_quantized(model: ModelFolder) -> bool:
+    return bool(model.config.hf.get("quantization_config"))
+
+
+def pytorch_reason(config: ModelConfig) -> str | None:
+    """Why PyTorch runs a model on this CPU: what the native kernels lack, here or for its weights; None: they run it."""
+    if (problem := native_problem(config)) is not None:
+        return problem
+    return "they do not run bitsandbytes' 4 bits; a folder of `llmkit quantize --scheme q4` is faster" if is_bitsandbytes(config) else None
+
+
+def _native(folder: Path, config: ModelConfig, options: Options, adapters: Sequence[Adapter]) -> Runner:
+    if "auto_map" in config.hf:
+        logger.warning(AUTO_MAP)
+    weights = read_quantized(folder)[1]
+    if options.dtype is not None:
+        weights = {name: converted(array, options.dtype) for name, array in weights.items() if isinstance(array, np.ndarray)}
+    parameters, stored = _measure(weights)
+    # A float32 checkpoint is as exact as its cache; weights that were rounded themselves lose nothing by one of 16 bits.
+    kv_bits = options.kv_bits or (32 if stored == "float32" else 16)
+    terms = {adapter.name: adapter.native_linears for adapter in adapters}
+
+    def new_backend() -> Backend:
+        backend = NativeBackend(config, weights, threads=options.threads, kv_bits=kv_bits)
+        for name, linears in terms.items():
+            backend.add_adapter(name, linears)
+        return backend
+
+    sizes = {name: weight.nbytes for name, weight in weights.items()}
+    return Runner(new_backend, "cpu", parameters, sizes, stored, exact=True)
+
+
+def _measure(weights: Mapping[str, Weight]) -> tuple[int, str]:
+    """The number of parameters, and how they are stored, in words: the schemes and their bits, or the dtype of most bytes."""
+    count = sum(prod(weight.shape) for weight in weights.values())
+    schemes = sorted({weight.scheme for weight in weights.values() if isinstance(weight, QuantizedMatrix)})
+    if schemes:
+        bits = 8 * sum(weight.nbytes for weight in weights.values()) / count
+        return count, f"{' and '.join(schemes)}, {bits:.2f} bits per weight"
+    sizes: Counter[np.dtype] = Counter()
+    for weight in weights.values():
+        assert isinstance(weight, np.ndarray)
+        sizes[weight.dtype] += weight.nbytes
+    most = sizes.most_common(1)[0][0]
+    return count, next(name for name, dtype in DTYPES.items() if dtype == most)
+
+
+def _torch(folder: Path, device: str, options: Options, problem: str | None, adapters: Sequence[Adapter]) -> Runner:
+    import torch
+
+    from llmkit.checkpoint.load import load_model_with_report, log_report
+    from llmkit.lora.apply import adapted
+    from llmkit.model.backend import TorchBackend
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model, report = load_model_with_report(folder, options.dtype, device)
+    log_report(report)
+    backend = TorchBackend(model)
+    if options.kv_bits not in (None, backend.kv_bits):
+        raise UsageError(
+            f"kv_bits {options.kv_bits} needs the native kernels, and {problem or f'on {device} PyTorch runs the model'}: "
+            f"its cache has {backend.kv_bits} bits. Leave kv_bits out."
+        )
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    models = {adapter.name: adapted(model, adapter) for adapter in adapters}
+    return Runner(
+        partial(TorchBackend, model, adapters=models),
+        report.device,
+        report.num_parameters,
+        sizes,
+        report.dtype,
+        exact=False,
+        problem=problem,
+    )
+
+
+def default_device() -> str:
+    """cuda or mps where there is one, else cpu; torch is asked only where there may be one."""
+    if not _may_have_gpu():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _may_have_gpu() -> bool:
+    """Whether torch could find a GPU: an Apple processor, an NVIDIA driver (torch loads it by these names), or an AMD one (ROCm)."""
+    if sys.platform == "darwin":
+        return platform.machine() == "arm64"
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True

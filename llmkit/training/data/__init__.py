@@ -1,0 +1,1 @@
+"""Data sets: read, laid out as messages, tokenized, packed."""
