@@ -241,11 +241,7 @@ class Engine:
         if self.speculation is not None:
             work = self.speculation.extend(work)
         batch = self._batch
-        rows = batch.fill(work)
-        logits = self.backend.step(
-            batch.tokens[: batch.size], batch.positions[: batch.size], batch.sequences[: batch.size],
-            batch.tables, batch.contexts, batch.adapters, rows,
-        )  # fmt: skip
+        logits = self.backend.step(batch.fill(work))
         drawn = []
         for item in batch.asked:
             count = item.end - item.sequence.length + 1

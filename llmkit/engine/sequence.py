@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from llmkit.config import ModelConfig
 from llmkit.engine import sampling
+from llmkit.engine.backend import StepBatch
 from llmkit.engine.blocks import ABSENT, BlockTables, KVCache, blocks_for
 from llmkit.engine.sampling import SamplingParams, TokenLogprobs
 from llmkit.errors import LLMKitError
@@ -111,19 +112,22 @@ class Batch:
         self._rewind = rewind
         self._members: list[Sequence] = []
         self._tables = [np.full((0, 0), ABSENT, dtype=np.int32) for _ in cache.windows]
-        self.tokens = self.positions = self.sequences = np.empty(0, dtype=np.int32)
-        self.size = 0  # N
-        self.tables: list[NDArray[np.int32]] = []  # [S, blocks in use]
-        self.contexts = np.empty(0, dtype=np.int32)
-        self.adapters: list[str | None] = []
+        self._tokens = self._positions = self._sequences = np.empty(0, dtype=np.int32)
+        self._contexts = np.empty(0, dtype=np.int32)
+        self._adapters: list[str | None] = []
         self.asked: list[Work] = []  # those that reach their last token, whose rows are wanted; in the order of the rows
 
-    def fill(self, work: list[Work]) -> NDArray[np.int32]:
-        """Takes the blocks the step needs, sets all arrays and returns `rows`: for each in `asked` its last token and its guesses."""
+    def fill(self, work: list[Work]) -> StepBatch:
+        """Take the blocks that the step needs and return its arrays.
+
+        Results are wanted of the last token and of the guesses of each sequence in `asked`.
+
+        The arrays are overwritten by the next call.
+        """
         self._match_members([item.sequence for item in work])
         total = sum(item.end - item.start for item in work)
-        if total > len(self.tokens):
-            self.tokens, self.positions, self.sequences = (np.empty(2 * total, dtype=np.int32) for _ in range(3))
+        if total > len(self._tokens):
+            self._tokens, self._positions, self._sequences = (np.empty(2 * total, dtype=np.int32) for _ in range(3))
         size = longest = 0
         rows: list[int] = []
         self.asked = []
@@ -132,18 +136,24 @@ class Batch:
             if self._cache.prepare(sequence.blocks, start - self._rewind, end):
                 self._write_tables(row, sequence)
             stop = size + end - start
-            self.tokens[size:stop] = sequence.ids[start:end]
-            self.positions[size:stop] = start if end - start == 1 else np.arange(start, end)
-            self.sequences[size:stop] = row
+            self._tokens[size:stop] = sequence.ids[start:end]
+            self._positions[size:stop] = start if end - start == 1 else np.arange(start, end)
+            self._sequences[size:stop] = row
             size = stop
             longest = max(longest, end)
             if end >= sequence.length:
                 rows.extend(range(size - (end - sequence.length) - 1, size))
                 self.asked.append(item)
-        self.size = size
         width = blocks_for(longest, self._cache.block_size)
-        self.tables = [np.ascontiguousarray(table[: len(work), :width]) for table in self._tables]
-        return np.array(rows, dtype=np.int32)
+        return StepBatch(
+            tokens=self._tokens[:size],
+            positions=self._positions[:size],
+            sequences=self._sequences[:size],
+            block_tables=[np.ascontiguousarray(table[: len(work), :width]) for table in self._tables],
+            contexts=self._contexts,
+            adapters=self._adapters,
+            logits_indices=np.array(rows, dtype=np.int32),
+        )
 
     def _match_members(self, members: list[Sequence]) -> None:
         if members == self._members:
@@ -151,8 +161,8 @@ class Batch:
         width = max(len(table) for sequence in members for table in sequence.blocks.tables)
         self._tables = [np.full((len(members), width), ABSENT, dtype=np.int32) for _ in self._tables]
         self._members = members
-        self.contexts = np.array([sequence.context for sequence in members], dtype=np.int32)
-        self.adapters = [sequence.adapter for sequence in members]
+        self._contexts = np.array([sequence.context for sequence in members], dtype=np.int32)
+        self._adapters = [sequence.adapter for sequence in members]
         for row, sequence in enumerate(members):
             self._write_tables(row, sequence)
 

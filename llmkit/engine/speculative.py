@@ -140,11 +140,7 @@ class ModelDrafter:
     def _extend(self, work: list[Work]) -> list[Sequence]:
         """Computes one step; returns those that have got a guess by it and may get another."""
         batch = self._batch
-        rows = batch.fill(work)
-        logits = self._backend.step(
-            batch.tokens[: batch.size], batch.positions[: batch.size], batch.sequences[: batch.size],
-            batch.tables, batch.contexts, batch.adapters, rows,
-        )  # fmt: skip
+        logits = self._backend.step(batch.fill(work))
         for own, _, end in work:
             own.computed = end
         growing = []

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import llmkit
-from llmkit.engine.backend import Backend
+from llmkit.engine.backend import Backend, StepBatch
 from llmkit.errors import LLMKitError, UsageError
 from llmkit.llm.api import LLM
 from llmkit.llm.folder import read_folder
@@ -191,7 +191,7 @@ def _logits(backends: Sequence[Backend], adapters: Sequence[str | None], ids: np
             blocks = -(-len(ids) // backend.block_size)
             tables = [np.arange(blocks, dtype=np.int32)[None] for _ in backend.cache_windows]
             context = np.asarray([len(ids)], np.int32)
-            found.append(backend.step(tokens, positions, np.zeros_like(order), tables, context, [adapter], order))
+            found.append(backend.step(StepBatch(tokens, positions, np.zeros_like(order), tables, context, [adapter], order)))
         yield ids[positions + 1], found
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmkit.config import ModelConfig
-from llmkit.engine.backend import Backend
+from llmkit.engine.backend import Backend, StepBatch
 from llmkit.errors import LLMKitError, UsageError
 
 if TYPE_CHECKING:
@@ -137,15 +137,8 @@ def steps(backend: Backend, prompts: list[list[int]], sizes: list[int], adapters
         tokens = np.asarray([prompt[i] for prompt, span in zip(prompts, spans, strict=True) for i in span], dtype=np.int32)
         positions = np.asarray([i for span in spans for i in span], dtype=np.int32)
         owners = np.repeat(np.arange(len(prompts), dtype=np.int32), [len(span) for span in spans])
-        logits = backend.step(
-            tokens,
-            positions,
-            owners,
-            [table for _ in backend.cache_windows],
-            contexts,
-            adapters or [None] * len(prompts),
-            np.arange(len(tokens), dtype=np.int32),
-        )
+        tables, every = [table for _ in backend.cache_windows], np.arange(len(tokens), dtype=np.int32)
+        logits = backend.step(StepBatch(tokens, positions, owners, tables, contexts, adapters or [None] * len(prompts), every))
         for row, owner in enumerate(owners):
             pieces[owner].append(logits[row])
         start += size

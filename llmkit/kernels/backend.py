@@ -21,6 +21,7 @@ from llmkit.kernels.format import QuantizedMatrix, Weight
 from llmkit.rope import inverse_frequencies
 
 if TYPE_CHECKING:
+    from llmkit.engine.backend import StepBatch
     from llmkit.kernels.cpu._native import Plan
 
 # The numbers of plan.h.
@@ -119,28 +120,18 @@ class NativeBackend:
         except ValueError as error:
             raise UsageError(f"adapter {name!r} does not fit this model: {error}. Was it trained on another one?") from error
 
-    def step(
-        self,
-        tokens: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        sequences: NDArray[np.int32],
-        block_tables: list[NDArray[np.int32]],
-        contexts: NDArray[np.int32],
-        adapters: Sequence[str | None],
-        rows: NDArray[np.int32],
-        hidden: bool = False,
-    ) -> NDArray[np.float32]:
-        """Stores the tokens' keys and values; float32 logits (or final hidden states) `[len(rows), vocab]`."""
-        out = np.empty((len(rows), self.config.hidden_size if hidden else self.config.vocab_size), np.float32)
+    def step(self, batch: StepBatch, hidden: bool = False) -> NDArray[np.float32]:
+        """Store the tokens' keys and values; return float32 logits (or final hidden states) `[R, vocab]`."""
+        out = np.empty((len(batch.logits_indices), self.config.hidden_size if hidden else self.config.vocab_size), np.float32)
         try:
             self.plan.step(
-                _integers(tokens),
-                _integers(positions),
-                _integers(sequences),
-                [(_integers(table), len(table)) for table in block_tables],
-                self._rotary(contexts),
-                self._adapter_ids(adapters),
-                _integers(rows),
+                _integers(batch.tokens),
+                _integers(batch.positions),
+                _integers(batch.sequences),
+                [(_integers(table), len(table)) for table in batch.block_tables],
+                self._rotary(batch.contexts),
+                self._adapter_ids(batch.adapters),
+                _integers(batch.logits_indices),
                 hidden,
                 out,
             )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from llmkit.config import ModelConfig
-from llmkit.engine.backend import Backend
+from llmkit.engine.backend import Backend, StepBatch
 from llmkit.engine.batch import Engine, tokens_within
 from llmkit.engine.sampling import SamplingParams
 from llmkit.engine.speculative import Drafter, ModelDrafter, NgramDrafter, Speculation
@@ -294,7 +294,7 @@ class LLM:
             tokens = np.asarray(ids[start : start + PREFILL_CHUNK], dtype=np.int32)
             rows = np.arange(len(tokens), dtype=np.int32)
             context = np.asarray([len(ids)], dtype=np.int32)
-            yield backend.step(tokens, rows + np.int32(start), np.zeros_like(rows), tables, context, [adapter], rows)
+            yield backend.step(StepBatch(tokens, rows + np.int32(start), np.zeros_like(rows), tables, context, [adapter], rows))
 
     # --- inside ---------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from llmkit.config import ModelConfig
+from llmkit.engine.backend import StepBatch
 from llmkit.errors import UsageError
 from llmkit.model.cache import CachedAttention, KVCache
 from llmkit.model.decode import Capture, StaticDecode, capturable, cuda_graphs
@@ -72,67 +73,57 @@ class TorchBackend:
         return self.cache.block_bytes(group)
 
     @torch.inference_mode()
-    def step(
-        self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        sequences: np.ndarray,
-        block_tables: list[np.ndarray],
-        contexts: np.ndarray,
-        adapters: Sequence[str | None],
-        rows: np.ndarray,
-        hidden: bool = False,
-    ) -> np.ndarray:
-        """Stores the tokens' keys and values; float32 logits (or final hidden states) `[len(rows), vocab]`."""
-        chosen = set(adapters)
+    def step(self, batch: StepBatch, hidden: bool = False) -> np.ndarray:
+        """Store the tokens' keys and values; return float32 logits (or final hidden states) `[R, vocab]`."""
+        chosen = set(batch.adapters)
         if unknown := [name for name in chosen if name is not None and name not in self.adapters]:
             raise UsageError(f"adapter {unknown[0]!r} is not loaded; loaded are {', '.join(self.adapters) or 'none'}.")
         if chosen <= {None}:
-            return self._step(self.model, tokens, positions, sequences, block_tables, contexts, rows, hidden)
-        out = np.empty((len(rows), self.config.hidden_size if hidden else self.config.vocab_size), np.float32)
-        row_sequences = sequences[rows]
+            return self._step(self.model, batch, hidden)
+        out = np.empty((len(batch.logits_indices), self.config.hidden_size if hidden else self.config.vocab_size), np.float32)
+        owners = batch.sequences[batch.logits_indices]
         for name in chosen:
-            own = np.array([adapter == name for adapter in adapters])  # which sequences
-            numbers = np.cumsum(own, dtype=np.int32) - 1  # theirs among themselves
-            picked, wanted = own[sequences], own[row_sequences]
-            out[wanted] = self._step(
-                self.model if name is None else self.adapters[name],
-                tokens[picked],
-                positions[picked],
-                numbers[sequences[picked]],
-                [table[own] for table in block_tables],
-                contexts[own],
-                (np.cumsum(picked) - 1)[rows[wanted]],
-                hidden,
-            )
+            own = np.array([adapter == name for adapter in batch.adapters])  # [S]
+            out[own[owners]] = self._step(self.model if name is None else self.adapters[name], _only(batch, own), hidden)
         return out
 
-    def _step(
-        self,
-        model: Transformer,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        sequences: np.ndarray,
-        block_tables: list[np.ndarray],
-        contexts: np.ndarray,
-        rows: np.ndarray,
-        hidden: bool,
-    ) -> np.ndarray:
-        one_each = model is self.model and len(tokens) == len(contexts)  # every sequence has at least one
+    def _step(self, model: Transformer, batch: StepBatch, hidden: bool) -> np.ndarray:
+        tokens, positions, sequences = batch.tokens, batch.positions, batch.sequences
+        one_each = model is self.model and len(tokens) == len(batch.contexts)  # every sequence has at least one
         if self.decode is not None and one_each and not hidden and self.decode.fits(len(tokens), int(positions.max()) + 1):
-            logits = self.decode(tokens, positions, [table[sequences] for table in block_tables])
-            return logits[torch.from_numpy(rows).to(self.device, torch.int64)].float().cpu().numpy()
-        lengths = contexts[sequences].tolist() if self.config.rope_depends_on_length else (0,)
-        attend = CachedAttention(self.cache, positions, sequences, block_tables)
+            logits = self.decode(tokens, positions, [table[sequences] for table in batch.block_tables])
+            return logits[self._int64(batch.logits_indices)].float().cpu().numpy()
+        lengths = batch.contexts[sequences].tolist() if self.config.rope_depends_on_length else (0,)
+        attend = CachedAttention(self.cache, positions, sequences, batch.block_tables)
         out = model(
-            torch.from_numpy(tokens).to(self.device, torch.int64).unsqueeze(0),
-            torch.from_numpy(positions).to(self.device, torch.int64).unsqueeze(0),
+            self._int64(tokens).unsqueeze(0),
+            self._int64(positions).unsqueeze(0),
             lengths=lengths,
             attend=attend,
-            rows=torch.from_numpy(rows).to(self.device, torch.int64),
+            rows=self._int64(batch.logits_indices),
             hidden=hidden,
         )
         return out.float().cpu().numpy()
+
+    def _int64(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, torch.int64)
+
+
+def _only(batch: StepBatch, own: np.ndarray) -> StepBatch:
+    """Return the part of a step that concerns some sequences: own bool `[S]`."""
+    numbers = np.cumsum(own, dtype=np.int32) - 1  # their rows among themselves
+    picked, wanted = own[batch.sequences], own[batch.sequences[batch.logits_indices]]
+    return StepBatch(
+        tokens=batch.tokens[picked],
+        positions=batch.positions[picked],
+        sequences=numbers[batch.sequences[picked]],
+        block_tables=[table[own] for table in batch.block_tables],
+        contexts=batch.contexts[own],
+        adapters=[name for name, one in zip(batch.adapters, own, strict=True) if one],
+        logits_indices=(np.cumsum(picked, dtype=np.int32) - 1)[batch.logits_indices[wanted]],
+        state_in=None if batch.state_in is None else batch.state_in[own],
+        state_out=None if batch.state_out is None else batch.state_out[picked],
+    )
 
 
 def keep_freed_memory(largest: int = 32 << 20) -> None:

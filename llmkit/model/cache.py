@@ -12,6 +12,7 @@ A run of consecutive ids is read in place as one view; anything else is gathered
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,7 @@ class KVCache:
 class CachedAttention:
     """`Attend` for one step: stores the step's keys and values, then lets each sequence see all of its own."""
 
-    def __init__(self, cache: KVCache, positions: np.ndarray, sequences: np.ndarray, tables: list[np.ndarray]) -> None:
+    def __init__(self, cache: KVCache, positions: np.ndarray, sequences: np.ndarray, tables: Sequence[np.ndarray]) -> None:
         """positions, sequences `[tokens]`, grouped by sequence and ascending within it; tables per group `[sequences, blocks]`."""
         self.cache = cache
         bounds = [0, *(np.flatnonzero(np.diff(sequences)) + 1).tolist(), len(sequences)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.engine.backend import Backend
+from llmkit.engine.backend import Backend, StepBatch
 
 BATCH_TOKENS = 4096  # of one forward pass, padding included
 
@@ -48,16 +48,9 @@ def pooled_states(backend: Backend, ids: Sequence[Sequence[int]], *, last: bool,
             taken = np.zeros(1, np.float32)
         else:
             taken = np.ones(len(rows), np.float32)
-        out = backend.step(
-            tokens[part],
-            at,
-            own.astype(np.int32),
-            [one[here] for one in tables],
-            lengths[here].astype(np.int32),
-            [None] * len(here),
-            rows.astype(np.int32),
-            hidden,
-        )
+        contexts, block_tables = lengths[here].astype(np.int32), [one[here] for one in tables]
+        batch = StepBatch(tokens[part], at, own.astype(np.int32), block_tables, contexts, [None] * len(here), rows.astype(np.int32))
+        out = backend.step(batch, hidden)
         if sums is None:
             sums = np.zeros((len(ids), out.shape[1]), np.float32)
         np.add.at(sums, here[own[rows]], out * taken[:, None])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.config import LayerConfig, ModelConfig, RopeConfig
+from llmkit.engine.backend import StepBatch
 from llmkit.engine.sampling import SamplingParams, sample
 
 DIM = 8
@@ -66,18 +67,10 @@ class FakeBackend:
     def key_value(self, x: NDArray[np.float64], group: int) -> NDArray[np.float64]:
         return np.stack([self.weights[group, 1] @ x, self.weights[group, 2] @ x])
 
-    def step(
-        self,
-        tokens: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        sequences: NDArray[np.int32],
-        block_tables: list[NDArray[np.int32]],
-        contexts: NDArray[np.int32],
-        adapters: list[str | None],
-        rows: NDArray[np.int32],
-        hidden: bool = False,
-    ) -> NDArray[np.float32]:
-        self._check(tokens, positions, sequences, block_tables, contexts, adapters, rows)
+    def step(self, batch: StepBatch, hidden: bool = False) -> NDArray[np.float32]:
+        self._check(batch)
+        tokens, positions, sequences, block_tables = batch.tokens, batch.positions, batch.sequences, batch.block_tables
+        contexts, adapters, rows = batch.contexts, batch.adapters, batch.logits_indices
         self.tables = [table.copy() for table in block_tables]
         self.steps += 1
         self.computed += len(tokens)
@@ -104,8 +97,10 @@ class FakeBackend:
             self.storage[group] = np.concatenate([self.storage[group], more])
         self.storage[group][block, offset] = key_value
 
-    def _check(self, tokens, positions, sequences, block_tables, contexts, adapters, rows) -> None:  # type: ignore[no-untyped-def]
+    def _check(self, batch: StepBatch) -> None:
         """The contract of `Backend.step`."""
+        tokens, positions, sequences, block_tables = batch.tokens, batch.positions, batch.sequences, batch.block_tables
+        contexts, adapters, rows = batch.contexts, batch.adapters, batch.logits_indices
         count = len(contexts)
         assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in (tokens, positions, sequences, contexts, rows))
         assert all(table.dtype == np.int32 and table.flags.c_contiguous and len(table) == count for table in block_tables)

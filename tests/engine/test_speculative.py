@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.engine import Engine, SamplingParams, Sequence, generate, speculative
+from llmkit.engine import Engine, SamplingParams, Sequence, StepBatch, generate, speculative
 from llmkit.engine.sampling import process
 from llmkit.engine.speculative import (
     MAX_GUESSES,
@@ -46,9 +46,9 @@ class TimedBackend(FakeBackend):
     clock: Clock
     seconds: Callable[[int], float]
 
-    def step(self, tokens, *rest, **options):  # type: ignore[no-untyped-def]
-        self.clock.now += self.seconds(len(tokens))
-        return super().step(tokens, *rest, **options)
+    def step(self, batch: StepBatch, hidden: bool = False) -> np.ndarray:
+        self.clock.now += self.seconds(len(batch.tokens))
+        return super().step(batch, hidden)
 
 
 class ScriptDrafter:
@@ -403,8 +403,8 @@ def test_the_distribution_is_the_models_own(make: Callable[[], Drafter]) -> None
 
         step = backend.step
 
-        def capture(*arguments, **options):  # type: ignore[no-untyped-def]
-            captured.append(step(*arguments, **options)[0])
+        def capture(batch: StepBatch) -> None:
+            captured.append(step(batch)[0])
             raise Stop
 
         backend.step = capture  # type: ignore[method-assign]
@@ -543,9 +543,9 @@ def test_a_step_has_no_more_rows_than_pay() -> None:
     rows = []
     step = backend.step
 
-    def count(tokens, *rest, **options):  # type: ignore[no-untyped-def]
-        rows.append(len(tokens))
-        return step(tokens, *rest, **options)
+    def count(batch: StepBatch) -> np.ndarray:
+        rows.append(len(batch.tokens))
+        return step(batch)
 
     backend.step = count  # type: ignore[method-assign]
     params = SamplingParams(temperature=0, max_tokens=50)

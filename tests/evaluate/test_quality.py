@@ -23,7 +23,7 @@ from llmkit.checkpoint.load import empty_model, load_model
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.save import save_model
 from llmkit.config import ModelConfig
-from llmkit.engine.backend import Backend
+from llmkit.engine.backend import Backend, StepBatch
 from llmkit.engine.batch import Engine
 from llmkit.engine.sampling import SamplingParams
 from llmkit.evaluate.perplexity import Evaluation, evaluate, load_pair
@@ -157,7 +157,7 @@ def hidden(backend: Backend, ids: np.ndarray) -> np.ndarray:
     table = np.arange(-(-len(ids) // backend.block_size), dtype=np.int32)[None]
     tables = [table for _ in backend.cache_windows]
     context = np.array([len(ids)], np.int32)
-    return backend.step(ids.astype(np.int32), place, np.zeros_like(place), tables, context, [None], place, hidden=True)
+    return backend.step(StepBatch(ids.astype(np.int32), place, np.zeros_like(place), tables, context, [None], place), hidden=True)
 
 
 def documents(model: Path, stories: list[str], tokens: int) -> list[np.ndarray]:

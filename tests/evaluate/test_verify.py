@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import llmkit
 from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.quantize import quantize_folder
+from llmkit.engine.backend import StepBatch
 from llmkit.errors import UsageError
 from llmkit.evaluate.verify import default_length, relative, steps, verify
 from llmkit.kernels import NativeBackend, native_problem
@@ -75,9 +76,9 @@ def test_a_step_that_rounds_is_found(tiny_model_dir: Path, runs_in: type, monkey
     """Only single-token steps are spoiled: the rows that never take one stay right."""
     right = runs_in.step  # type: ignore[attr-defined]
 
-    def rounded(self: object, tokens: np.ndarray, *rest: object, **named: object) -> np.ndarray:
-        logits = right(self, tokens, *rest, **named)
-        return logits.round(2) if len(tokens) == 1 else logits
+    def rounded(self: object, batch: StepBatch, hidden: bool = False) -> np.ndarray:
+        logits = right(self, batch, hidden)
+        return logits.round(2) if len(batch.tokens) == 1 else logits
 
     monkeypatch.setattr(runs_in, "step", rounded)
     checks = {check.name: check for check in verify(tiny_model_dir, length=40, device="cpu")}

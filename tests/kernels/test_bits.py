@@ -17,6 +17,7 @@ import pytest
 
 from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.config import ModelConfig
+from llmkit.engine.backend import StepBatch
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.kernels.format import Weight, pack
 from llmkit.quant.schemes import choose
@@ -58,7 +59,7 @@ def logits_hash(variant: str, scheme: str) -> str:
     for start, stop in [(0, PREFILL), *((at, at + 1) for at in range(PREFILL, TOKENS))]:
         positions = np.arange(start, stop, dtype=np.int32)
         rows = np.arange(stop - start, dtype=np.int32)
-        logits = backend.step(ids[start:stop], positions, np.zeros_like(rows), tables, context, [None], rows)
+        logits = backend.step(StepBatch(ids[start:stop], positions, np.zeros_like(rows), tables, context, [None], rows))
         assert np.isfinite(logits).all()
         digest.update(np.ascontiguousarray(logits, "<f4").tobytes())
     return digest.hexdigest()

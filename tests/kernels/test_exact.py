@@ -19,6 +19,7 @@ from llmkit.checkpoint.formats.llmkit import read_quantized
 from llmkit.checkpoint.load import load_model
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.config import ModelConfig
+from llmkit.engine.backend import StepBatch
 from llmkit.kernels import NativeBackend, native_problem, reference
 from llmkit.kernels import backend as native
 from llmkit.kernels.format import Weight, pack
@@ -202,7 +203,7 @@ def test_every_layer_of_a_trained_model(stories: Path) -> None:
         positions = np.arange(len(ids), dtype=np.int32)
         table, length = np.arange(len(ids) // NativeBackend.block_size + 1, dtype=np.int32)[None], np.array([len(ids)], np.int32)
         found = NativeBackend(cut, weights).step(
-            ids.astype(np.int32), positions, 0 * positions, [table], length, [None], positions, hidden=True
+            StepBatch(ids.astype(np.int32), positions, 0 * positions, [table], length, [None], positions), hidden=True
         )
         expected = Exact(cut, weights).hidden(ids)
         assert float(np.abs(found - expected.numpy()).max()) < 1e-4 * float(expected.abs().max())

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmkit.checkpoint.load import load_model
-from llmkit.engine.backend import Backend
+from llmkit.engine.backend import Backend, StepBatch
 from llmkit.engine.batch import Engine
 from llmkit.engine.sampling import SamplingParams
 from llmkit.errors import LLMKitError, UsageError
@@ -80,7 +80,7 @@ def step(
     """The next `counts[i]` tokens of each row in one step; logits of all of them per row, or in one piece of those that are asked for."""
     used = [(row, count) for row, count in zip(rows, counts, strict=True) if count]
     width = -(-max(len(row.ids) for row in rows) // BLOCK)
-    out = backend.step(
+    batch = StepBatch(
         np.concatenate([row.ids[row.done : row.done + count] for row, count in used]).astype(np.int32),
         np.concatenate([np.arange(row.done, row.done + count) for row, count in used]).astype(np.int32),
         np.repeat(np.arange(len(used)), [count for _, count in used]).astype(np.int32),
@@ -89,6 +89,7 @@ def step(
         [None] * len(used) if adapters is None else [a for a, count in zip(adapters, counts, strict=True) if count],
         np.arange(sum(count for _, count in used), dtype=np.int32) if asked is None else asked.astype(np.int32),
     )
+    out = backend.step(batch)
     if asked is not None:
         return [out]
     cut = np.cumsum([count for _, count in used])[:-1]
@@ -340,19 +341,18 @@ def test_what_does_not_fit_is_refused(llama: Transformer) -> None:
         ({"positions": [-1, 0]}, "position -1"),
         ({"positions": [15, 16]}, "beyond its block table"),
         ({"sequences": [0, 1]}, "sequence 1"),
-        ({"rows": [2]}, "row 2"),
+        ({"logits_indices": [2]}, "row 2"),
         ({"tables": [[-1]]}, "is not there"),
         ({"tables": [[2**30]]}, "is not there"),
     ],
 )
 def test_a_step_checks_every_number(llama: Transformer, change: dict[str, list], message: str) -> None:
-    given = {"tokens": [1, 2], "positions": [0, 1], "sequences": [0, 0], "tables": [[0]], "rows": [1], **change}
+    given = {"tokens": [1, 2], "positions": [0, 1], "sequences": [0, 0], "tables": [[0]], "logits_indices": [1], **change}
     arrays = {name: np.array(value, np.int32) for name, value in given.items()}
+    table = arrays.pop("tables")
     backend = NativeBackend(llama.config, weights_of(llama))
     with pytest.raises(ValueError, match=message):
-        backend.step(
-            arrays["tokens"], arrays["positions"], arrays["sequences"], [arrays["tables"]], np.array([2], np.int32), [None], arrays["rows"]
-        )  # fmt: skip
+        backend.step(StepBatch(**arrays, block_tables=[table], contexts=np.array([2], np.int32), adapters=[None]))
 
 
 def _in_child(backend: NativeBackend, ids: np.ndarray, queue: multiprocessing.Queue) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmkit.checkpoint.load import load_model
+from llmkit.engine.backend import StepBatch
 from llmkit.model.backend import TorchBackend
 from llmkit.model.decode import MAX_BATCH, MAX_KEYS, StaticDecode, capturable
 from llmkit.model.transformer import Transformer
@@ -65,13 +66,15 @@ def run(backend: TorchBackend, texts: list[np.ndarray], table: list[np.ndarray],
     out = []
     for row, (text, length) in enumerate(zip(texts, prompts, strict=True)):
         at = np.arange(length, dtype=np.int32)
-        out.append(backend.step(text[:length], at, at * 0, [t[[row]] for t in groups], np.array([length], np.int32), [None], at[-1:]))
+        out.append(
+            backend.step(StepBatch(text[:length], at, at * 0, [t[[row]] for t in groups], np.array([length], np.int32), [None], at[-1:]))
+        )
     for done in range(max(len(text) - length for text, length in zip(texts, prompts, strict=True))):
         alive = np.array([row for row, text in enumerate(texts) if prompts[row] + done < len(text)])
         at = np.array([prompts[row] + done for row in alive], np.int32)
         rows = np.arange(len(alive), dtype=np.int32)
         tokens = np.array([texts[row][position] for row, position in zip(alive, at, strict=True)], np.int32)
-        out.append(backend.step(tokens, at, rows, [t[alive] for t in groups], at + 1, [None] * len(alive), rows))
+        out.append(backend.step(StepBatch(tokens, at, rows, [t[alive] for t in groups], at + 1, [None] * len(alive), rows)))
     return out
 
 
@@ -109,7 +112,7 @@ def test_a_step_is_captured_anew_when_the_cache_has_moved(tmp_path: Path) -> Non
     backend = TorchBackend(model, captured)
     one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
     for block in (0, 0, 1, 200, 3):
-        backend.step(one, zero, zero, [np.full((1, 1), block, np.int32)], one, [None], zero)
+        backend.step(StepBatch(one, zero, zero, [np.full((1, 1), block, np.int32)], one, [None], zero))
     assert (captured.captures, captured.replays) == (2, 5)
 
 
@@ -126,8 +129,8 @@ def test_what_is_not_captured(tmp_path: Path) -> None:
     backend = TorchBackend(model, captured)
     two, zero = np.arange(2, dtype=np.int32), np.zeros(2, np.int32)
     table = [np.zeros((1, 1), np.int32)]
-    backend.step(two, two, zero, table, np.array([2], np.int32), [None], two)  # two tokens of one sequence
-    backend.step(two[:1], two[:1], zero[:1], table, np.array([1], np.int32), [None], zero[:1], hidden=True)
+    backend.step(StepBatch(two, two, zero, table, np.array([2], np.int32), [None], two))  # two tokens of one sequence
+    backend.step(StepBatch(two[:1], two[:1], zero[:1], table, np.array([1], np.int32), [None], zero[:1]), hidden=True)
     assert captured.replays == 0
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmkit.checkpoint.load import load_model
+from llmkit.engine.backend import StepBatch
 from llmkit.engine.batch import Engine
 from llmkit.engine.generate import generate
 from llmkit.engine.sampling import SamplingParams
@@ -93,7 +94,7 @@ def cached_logits(model: Transformer, tokens: list[int], chunks: list[int]) -> T
         positions = np.arange(start, start + size, dtype=np.int32)
         sequence, rows = np.zeros(size, dtype=np.int32), np.arange(size, dtype=np.int32)
         ids = np.array(tokens[start : start + size], dtype=np.int32)
-        out.append(torch.from_numpy(backend.step(ids, positions, sequence, tables, contexts, [None], rows)))
+        out.append(torch.from_numpy(backend.step(StepBatch(ids, positions, sequence, tables, contexts, [None], rows))))
         start += size
     assert start == len(tokens)
     return torch.cat(out)
