@@ -7,8 +7,10 @@ Hugging Face where it has one. What differs from layer to layer stands in `layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 
@@ -42,6 +44,27 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class State:
+    """What one sequence keeps in one layer between two steps.
+
+    kind: "kv" is kept for every position, in blocks of the KV cache: `shape` is that of one position, `[2, kv_heads, head_dim]`.
+        "recurrent" (a linear attention's matrices, `[heads, key_dim, value_dim]`) and "conv" (the last inputs of a causal
+        convolution, `[kernel - 1, channels]`) are of one size whatever the length, float32, and live in slots
+        (`StepBatch.state_in`): they are overwritten, so going on from a prefix needs a copy of them.
+    window: of "kv" only the last so many positions are looked at (sliding window); None: all.
+    """
+
+    kind: Literal["kv", "recurrent", "conv"]
+    shape: tuple[int, ...]
+    window: int | None = None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it is: of one position ("kv"), of a whole sequence (the others)."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     """A mixture-of-experts MLP: softmax router, top-k experts, gated MLP each (Mixtral, Qwen3-MoE)."""
 
@@ -59,6 +82,10 @@ class LayerConfig:
     sliding_window: int | None = None  # a key is visible while query position - key position < sliding_window
     moe: MoEConfig | None = None  # None: a dense MLP
     attention_scale: float | None = None  # None: head_dim ** -0.5
+
+    def state(self, config: ModelConfig) -> tuple[State, ...]:
+        """What one sequence keeps in this layer."""
+        return (State("kv", (2, config.num_key_value_heads, config.head_dim), self.sliding_window),)
 
 
 # The norms of a layer: before attention, after it, before the MLP, after it. The names are those of the checkpoints,
@@ -112,6 +139,11 @@ class ModelConfig:
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def states(self) -> tuple[tuple[State, ...], ...]:
+        """What one sequence keeps, per layer."""
+        return tuple(layer.state(self) for layer in self.layers)
 
     @property
     def cache_windows(self) -> tuple[int | None, ...]:
