@@ -31,11 +31,12 @@ from llmkit.llm.drafting import check_speculation
 from llmkit.llm.folder import ModelFolder, read_folder
 from llmkit.llm.outputs import Chunk, Completion, Score
 from llmkit.llm.reply import Reply
-from llmkit.text.chat import ChatTemplate
 from llmkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from llmkit.text.chat import ChatTemplate
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.checkpoint.files import load_config, read_json
 from llmkit.checkpoint.hub import resolve
 from llmkit.config import ModelConfig
 from llmkit.engine.sampling import SamplingParams
 from llmkit.errors import CheckpointError, TemplateError, UsageError
-from llmkit.text.chat import ChatTemplate
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from llmkit.text.chat import ChatTemplate
 
 # What generation_config.json may say about sampling, by our names.
 SAMPLING = {
@@ -36,10 +38,15 @@ class ModelFolder:
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer | None  # None: ids go in and out, text does not
-    chat_template: ChatTemplate | None
+    given_template: ChatTemplate | None  # in place of the tokenizer's
     defaults: Mapping[str, Any]  # sampling arguments by the names of SamplingParams
     eos_ids: tuple[int, ...]
     bos_id: int | None
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template that was given, else the tokenizer's own, which is built when it is first asked for."""
+        return self.given_template or (None if self.tokenizer is None else self.tokenizer.chat_template)
 
 
 def read_folder(model: str, *, revision: str | None = None, chat_template: str | Path | None = None) -> ModelFolder:
@@ -49,7 +56,6 @@ def read_folder(model: str, *, revision: str | None = None, chat_template: str |
     tokenizer = _tokenizer(path)
     generation = path / "generation_config.json"
     said = read_json(generation) if os.path.lexists(generation) else {}
-    template = None if tokenizer is None else tokenizer.chat_template
     try:
         eos_ids, bos_id = special_ids(tokenizer, config, said)
         defaults = sampling_defaults(said)
@@ -59,7 +65,7 @@ def read_folder(model: str, *, revision: str | None = None, chat_template: str |
         path=path,
         config=config,
         tokenizer=tokenizer,
-        chat_template=template if chat_template is None else read_template(chat_template, tokenizer),
+        given_template=None if chat_template is None else read_template(chat_template, tokenizer),
         defaults=defaults,
         eos_ids=eos_ids,
         bos_id=bos_id,
@@ -80,6 +86,8 @@ def read_template(template: str | Path, tokenizer: Tokenizer | None) -> ChatTemp
         except (OSError, UnicodeDecodeError) as error:
             names = f" or one of {', '.join(named)}" if named else ""
             raise TemplateError(f"chat template {source} cannot be read ({error}). Give a file with a Jinja template{names}.") from error
+    from llmkit.text.chat import ChatTemplate
+
     return ChatTemplate(source, tokenizer.special_tokens)
 
 

@@ -12,7 +12,7 @@ from collections import deque
 from llmkit.engine.batch import Engine
 from llmkit.engine.sequence import Sequence
 from llmkit.llm.outputs import Chunk, Completion, FinishReason, Timings, TokenLogprob, Usage
-from llmkit.text.stop import StopScanner
+from llmkit.text.stream import StopScanner
 from llmkit.text.tokenizer import Tokenizer
 
 PRIMER = 64  # last tokens of the prompt, enough to tell the decoder whether a text has begun

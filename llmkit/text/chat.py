@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.errors import TemplateError, UsageError
 
 if TYPE_CHECKING:
-    from llmkit.text.codec import Span
+    from llmkit.text.codec import CharSpan
     from llmkit.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -62,7 +62,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         **kwargs: Any,
-    ) -> tuple[str, list[Span]]:
+    ) -> tuple[str, list[CharSpan]]:
         """As `render`, and the `[start, end)` characters inside of `{% generation %}` blocks."""
         source = self.source(template, tools)
         plain = _plain_messages(messages)
@@ -87,7 +87,7 @@ class ChatTemplate:
             raise
         return self._run(source, {**variables, "messages": _with_arguments(plain, as_text=True)[0]})
 
-    def _run(self, source: str, variables: Mapping[str, Any]) -> tuple[str, list[Span]]:
+    def _run(self, source: str, variables: Mapping[str, Any]) -> tuple[str, list[CharSpan]]:
         """The text that a template makes of its variables, and where its `{% generation %}` blocks lie."""
         from llmkit.text.sandbox import Sandbox
 

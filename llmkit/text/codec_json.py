@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from tempfile import TemporaryFile
 from typing import Any
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import Span, library_errors, panics_unreported
-from llmkit.text.settings import TokenizerSettings
+from llmkit.text.codec import CharSpan, TokenizerSettings, library_errors
 
 PieceMap = Callable[[str, bool], str]  # (token, whether it is the text's first) -> its text
 
@@ -58,14 +60,14 @@ class JsonCodec:
     def encode(self, text: str, special: bool) -> list[int]:
         return list(self._encode(text, special).ids)
 
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+    def encode_spans(self, text: str) -> tuple[list[int], list[CharSpan]]:
         encoding = self._encode(text, True)
         return list(encoding.ids), list(encoding.offsets)
 
     def encode_batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         return [list(encoding.ids) for encoding in self._encode_batch(texts, special)]
 
-    def encode_spans_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+    def encode_spans_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[CharSpan]]]:
         return [(list(encoding.ids), list(encoding.offsets)) for encoding in self._encode_batch(texts, True)]
 
     def piece(self, token_id: int, first: bool) -> bytes | None:
@@ -197,3 +199,26 @@ def byte_level_alphabet() -> dict[str, int]:
     others = (byte for byte in range(256) if byte not in set(printable))
     alphabet.update((chr(0x100 + n), byte) for n, byte in enumerate(others))
     return alphabet
+
+
+@contextmanager
+def panics_unreported() -> Iterator[None]:
+    """Keeps a Rust panic's report off the terminal: the library writes it to file descriptor 2 before Python hears of it.
+
+    What anybody else writes there meanwhile comes out at the end, unless this ends with an error.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed: nothing can be seen there
+        yield
+        return
+    with TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        held.seek(0)
+        for line in held:
+            os.write(2, line)

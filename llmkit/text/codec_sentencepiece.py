@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import OneByOne, Span, Splitter, library_errors
-from llmkit.text.settings import AddedToken, TokenizerSettings
+from llmkit.text.codec import AddedToken, CharSpan, TokenizerSettings, library_errors
+from llmkit.text.splitter import OneByOne, Splitter
 
 SPACE = "▁"
 # Appended to a serialized ModelProto this sets normalizer_spec.add_dummy_prefix to false: protobuf merges a message
@@ -66,9 +66,9 @@ class SentencePieceCodec(OneByOne):
                 ids += self._model_at(start).encode_as_ids(piece)
         return ids
 
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+    def encode_spans(self, text: str) -> tuple[list[int], list[CharSpan]]:
         ids: list[int] = []
-        spans: list[Span] = []
+        spans: list[CharSpan] = []
         for piece, (start, end), is_token in self._all.split(text):
             if is_token:
                 ids.append(self._ids[piece])

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import OneByOne, Span, library_errors
-from llmkit.text.settings import TokenizerSettings
+from llmkit.text.codec import CharSpan, TokenizerSettings, library_errors
+from llmkit.text.splitter import OneByOne
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class TiktokenCodec(OneByOne):
         with library_errors("The tokenizer cannot encode this text", "split it."):
             return list(self._encoding.encode(text, allowed_special=allowed, disallowed_special=()))
 
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+    def encode_spans(self, text: str) -> tuple[list[int], list[CharSpan]]:
         ids = self.encode(text, special=True)
-        spans: list[Span] = []
+        spans: list[CharSpan] = []
         end = 0  # characters begun so far
         for token_id in ids:
             piece = self._bytes[token_id]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import TokenizerError
+from llmkit.text.codec import TokenizerSettings, read_object, read_text
 from llmkit.text.codec_tiktoken import QWEN
-from llmkit.text.settings import TokenizerSettings, read_object, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 

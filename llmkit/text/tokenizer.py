@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmkit.errors import TokenizerError
-from llmkit.text.chat import ChatTemplate
-from llmkit.text.codec import Codec, Span
-from llmkit.text.codec_json import JsonCodec
-from llmkit.text.codec_sentencepiece import SentencePieceCodec
-from llmkit.text.codec_tiktoken import TiktokenCodec
-from llmkit.text.merges import merges_as_json
-from llmkit.text.settings import TokenizerSettings, read_settings
+from llmkit.text.codec import CharSpan, Codec, TokenizerSettings, read_settings
 from llmkit.text.stream import StreamDecoder
+
+if TYPE_CHECKING:
+    from llmkit.text.chat import ChatTemplate
 
 MERGES = "merges.txt"
 # Tokens that end a text in checkpoints whose files name no role (GPT-2's tokenizer_config.json has only a length).
@@ -58,7 +57,14 @@ class Tokenizer:
         if settings.add_eos_token is not None:
             self._suffix = list(self.eos_ids) if settings.add_eos_token else []
         self.special_tokens = {**{role: self.token(i) for role, i in ids.items()}, **settings.roles}
-        self.chat_template = ChatTemplate(settings.templates, self.special_tokens) if settings.templates else None
+        self._templates = settings.templates
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template of the tokenizer's files; None where there is none. Plain text in and out never imports it."""
+        from llmkit.text.chat import ChatTemplate
+
+        return ChatTemplate(self._templates, self.special_tokens) if self._templates else None
 
     def __repr__(self) -> str:
         kind = type(self._codec).__name__.removesuffix("Codec").lower()
@@ -85,11 +91,11 @@ class Tokenizer:
         ids = self._codec.encode("\n" + _checked(text), special)
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._codec.encode(text, special)
 
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+    def encode_spans(self, text: str) -> tuple[list[int], list[CharSpan]]:
         """As `encode(text, bos=False, special=True)`, and the characters `[start, end)` each id stands for."""
         return self._codec.encode_spans(_checked(text))
 
-    def encode_spans_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+    def encode_spans_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[CharSpan]]]:
         """`encode_spans` of each text; with a tokenizer.json on all cores."""
         return self._codec.encode_spans_batch([_checked(text) for text in texts])
 
@@ -138,7 +144,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     file = path if path.is_file() else _vocabulary_file(path)
     settings = read_settings(file.parent)
     try:
-        data = merges_as_json(file, settings) if file.name == MERGES else file.read_bytes()
+        if file.name == MERGES:
+            from llmkit.text.merges import merges_as_json
+
+            data = merges_as_json(file, settings)
+        else:
+            data = file.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{file} cannot be read ({error.strerror}); check the file and its permissions.") from error
     return Tokenizer(_codec(data, settings, file), settings)
@@ -163,11 +174,18 @@ def _vocabulary_file(folder: Path) -> Path:
 
 
 def _codec(data: bytes, settings: TokenizerSettings, file: Path) -> Codec:
+    # Each kind is imported where it is met: a folder has one of them, and each brings a library of its own.
     if data.lstrip()[:1] == b"{":
+        from llmkit.text.codec_json import JsonCodec
+
         return JsonCodec(data, settings, str(file))
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", data):
+        from llmkit.text.codec_tiktoken import TiktokenCodec
+
         return TiktokenCodec(data, settings, str(file))
     if data[:1] == b"\n":  # a ModelProto begins with its pieces: field 1, length-delimited
+        from llmkit.text.codec_sentencepiece import SentencePieceCodec
+
         return SentencePieceCodec(data, settings, str(file))
     if data.startswith(b"version https://git-lfs"):
         raise TokenizerError(f"{file} is only a Git LFS pointer; fetch the file itself with `git lfs pull`.")

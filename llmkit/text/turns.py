@@ -12,11 +12,11 @@ from llmkit.text.chat import ChatTemplate, Message, encode_prompt, template_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from llmkit.text.codec import Span
+    from llmkit.text.codec import CharSpan
     from llmkit.text.tokenizer import Tokenizer
 
 Example = tuple[list[int], list[bool]]  # ids, and for each whether it is learned
-Encoding = tuple[list[int], "list[Span]"]  # ids, and the characters each stands for
+Encoding = tuple[list[int], "list[CharSpan]"]  # ids, and the characters each stands for
 
 # Tags around a thought, and what stands between them and its text where a template leaves that to the model (DeepSeek R1).
 _THOUGHTS = (("<think>", "</think>", "\n", "\n\n"), ("<|START_THINKING|>", "<|END_THINKING|>", "", ""))
@@ -27,8 +27,8 @@ class _Rendering:
     """A conversation as text. A turn is the characters `[start, end)`: `text[:start]` is the prompt as it is served."""
 
     text: str
-    turns: tuple[Span, ...]
-    blocks: tuple[Span, ...] = ()  # `{% generation %}`: what of the turns is learned; none: all
+    turns: tuple[CharSpan, ...]
+    blocks: tuple[CharSpan, ...] = ()  # `{% generation %}`: what of the turns is learned; none: all
 
 
 @dataclass(frozen=True)

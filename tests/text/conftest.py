@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.text import Tokenizer, load_tokenizer
+from llmkit.text.codec import TokenizerSettings
 from llmkit.text.codec_tiktoken import RanksFamily, TiktokenCodec, _pattern
-from llmkit.text.settings import TokenizerSettings
+from llmkit.text.tokenizer import Tokenizer, load_tokenizer
 
 CORPUS = [
     "the cat sat on the mat, and the dog's ball rolled away.",

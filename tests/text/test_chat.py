@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LLMKitError, TemplateError, UsageError
-from llmkit.text import ChatTemplate, Tokenizer, encode_chat, encode_prompt, load_tokenizer
-from llmkit.text.settings import read_settings
+from llmkit.text.chat import ChatTemplate, encode_prompt
+from llmkit.text.codec import read_settings
+from llmkit.text.tokenizer import Tokenizer, load_tokenizer
+from llmkit.text.turns import encode_chat
 
 from .conftest import byte_level_folder
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
-from llmkit.text import StopScanner
+from llmkit.text.stream import StopScanner
 
 letters = st.text("ab", max_size=12)
 

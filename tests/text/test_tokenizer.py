@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import TokenizerError
-from llmkit.text import Tokenizer, load_tokenizer
+from llmkit.text.tokenizer import Tokenizer, load_tokenizer
 
 from .conftest import KINDS, byte_level_folder, ranks, sentencepiece_folder, sentencepiece_model
 
@@ -364,5 +364,5 @@ def test_odd_configurations_only_raise_our_errors(tmp_path_factory: pytest.TempP
 
 def test_import_is_light() -> None:
     heavy = ["torch", "transformers", "tokenizers", "sentencepiece", "tiktoken", "jinja2", "numpy"]
-    code = f"import sys, llmkit.text; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, llmkit.text.tokenizer, llmkit.text.turns; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import TemplateError
-from llmkit.text import ChatTemplate, Tokenizer, encode_prompt, encode_turns, load_tokenizer
-from llmkit.text.settings import read_settings
-from llmkit.text.turns import Example
+from llmkit.text.chat import ChatTemplate, encode_prompt
+from llmkit.text.codec import read_settings
+from llmkit.text.tokenizer import Tokenizer, load_tokenizer
+from llmkit.text.turns import Example, encode_turns
 
 from .conftest import byte_level_folder
 from .test_chat import CHATML, GENERATION

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from llmkit.errors import UsageError
-from llmkit.text import ChatTemplate, Tokenizer, encode_prompt, load_tokenizer
+from llmkit.text.chat import ChatTemplate, encode_prompt
+from llmkit.text.tokenizer import Tokenizer, load_tokenizer
 from llmkit.training.data import sources as corpus_module
 from llmkit.training.data.formats import read_row
 from llmkit.training.data.sources import Corpus, SourceReport, load_corpora

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import TokenizerError
+from llmkit.text.codec import TokenizerSettings, read_settings
 from llmkit.text.codec_json import byte_level_alphabet
 from llmkit.text.codec_tiktoken import LLAMA3, QWEN
 from llmkit.text.merges import merges_as_json
-from llmkit.text.settings import TokenizerSettings, read_settings
 from llmkit.text.tokenizer import MERGES, Tokenizer, load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types, as in llama.h

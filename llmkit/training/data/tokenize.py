@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmkit.errors import TemplateError, UsageError
-from llmkit.text.codec import Span
+from llmkit.text.codec import CharSpan
 from llmkit.text.tokenizer import Tokenizer
 from llmkit.text.turns import Encoding, Example, draft_turns
 from llmkit.training.data.formats import Document, Message
@@ -104,7 +104,7 @@ def _refused(document: Document, messages: Sequence[Message], error: TemplateErr
     return UsageError(f"{document.place} (roles: {shown}): {error}")
 
 
-def _all_of(tokenizer: Tokenizer, text: str, ids: list[int], places: list[Span]) -> Example:
+def _all_of(tokenizer: Tokenizer, text: str, ids: list[int], places: list[CharSpan]) -> Example:
     """A chat that is learned whole, with an end token where the template writes none."""
     ends = {*tokenizer.eos_ids, *tokenizer.special_ids}
     last = max((n for n, token in enumerate(ids) if token in ends), default=None)
