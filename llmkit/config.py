@@ -148,7 +148,8 @@ class ModelConfig:
     @property
     def cache_windows(self) -> tuple[int | None, ...]:
         """The distinct sliding windows, full attention (None) first: one group of KV-cache blocks each."""
-        return tuple(sorted({layer.sliding_window for layer in self.layers}, key=lambda w: (w is not None, w or 0)))
+        windows = {state.window for states in self.states for state in states if state.kind == "kv"}
+        return tuple(sorted(windows, key=lambda w: (w is not None, w or 0)))
 
     @property
     def rope_depends_on_length(self) -> bool:

@@ -14,17 +14,40 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.config import ModelConfig
+from llmkit.errors import UsageError
 from llmkit.model.layers import Linear, Products, make_norm
 
-# How a layer's queries meet keys and values: (layer, q [b, t, heads, d], k [b, t, kv_heads, d], v) -> [b, t, heads, d].
-# `SelfAttention` below looks at the given tokens alone; `cache.CachedAttention` at everything before them too.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# One layer's recurrence over consecutive tokens of a sequence: (inputs [batch, tokens, ...], states, each [batch, *State.shape])
+# -> (outputs [batch, tokens, ...], the states after the last token). It makes new tensors and leaves those it is given as they are.
+Recurrence = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+
+
+class LayerCaches(Protocol):
+    """What the tokens of one forward know of those before them. A mixer asks it with the number of its own layer.
+
+    `NoCache` below knows the given tokens alone; `cache.StepCaches` everything before them too.
+    """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep keys and values, and attend to all a query can see: q `[b, t, heads, d]`, k, v `[b, t, kv_heads, d]` -> q's shape."""
+        ...
+
+    def recur(self, layer: int, inputs: Tensor, recurrence: Recurrence) -> Tensor:
+        """Run a recurrence along every sequence from the state it has, and keep the state it ends with.
+
+        inputs `[b, t, ...]`: all tokens of the forward; returns the outputs of all, in the same order. `recurrence` is called with
+        runs of consecutive tokens of one sequence (or with one token of several), and with states as `config.states` describes them,
+        those of kind "kv" left out: float32, zeros before the first token.
+        """
+        ...
+
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -101,12 +124,12 @@ class Documents:
         return k if self.places is None else k.index_select(0, self.places)
 
 
-# `Attend` within documents: (q, k, v, documents, window, scale) -> [b, t, heads, d].
+# Attention within documents: (q, k, v, documents, window, scale) -> [b, t, heads, d].
 DocumentAttention = Callable[[Tensor, Tensor, Tensor, Documents, int | None, float], Tensor]
 
 
-class SelfAttention:
-    """`Attend` without a cache: the tokens of one forward see each other, as in training and in scoring a whole text.
+class NoCache:
+    """`LayerCaches` that keep nothing: the tokens of one forward see each other, as in training and in scoring a whole text.
 
     Packed rows are cut into their documents, and each attends alone: the work of a row then grows with the squares of
     the documents' lengths, not with the square of the row's, and no mask is built where causal order says it all.
@@ -131,6 +154,7 @@ class SelfAttention:
         if segments is not None:
             starts |= segments[:, 1:] != segments[:, :-1]
         self.scattered = False
+        self.parents: list[int | None] = []  # of each document, the index of the one that it goes on from
         self.documents: Documents | None = None  # None: every row is one document
         self.masks: dict[int | None, Tensor | None] = dict.fromkeys(config.cache_windows)
         if not starts.any() and not follows:
@@ -147,8 +171,12 @@ class SelfAttention:
         starts = torch.cat((torch.ones_like(starts[:, :1]), starts), 1).flatten()  # a row begins a document, too
         bounds = [*starts.nonzero().flatten().tolist(), len(starts)]
         self.documents = _documents(bounds, segments, follows or {})
+        self.parents = [None] * (len(bounds) - 1)
+        if follows and segments is not None:
+            names = segments.flatten()[torch.tensor(bounds[:-1], device=segments.device)].tolist()
+            self.parents = [names.index(follows[name]) if name in follows else None for name in names]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = self.config.layers[layer].sliding_window
         scale, softcap = attention_scale(self.config, layer), self.config.attn_logit_softcapping
         if self.of_documents is not None and softcap is None and not self.scattered and not torch.compiler.is_compiling():
@@ -166,6 +194,24 @@ class SelfAttention:
                 mask = visible(index[-len(qd) :], index, window).unsqueeze(0)
             parts.append(attention(qd.unsqueeze(0), kd.unsqueeze(0), vd.unsqueeze(0), mask, mask is None, scale, softcap))
         return torch.cat(parts, 1).view_as(q)
+
+    def recur(self, layer: int, inputs: Tensor, recurrence: Recurrence) -> Tensor:
+        if self.scattered:
+            raise UsageError("the positions jump within a text, which a layer with a recurrent state cannot follow. Number them in order.")
+        shapes = [state.shape for state in self.config.states[layer] if state.kind != "kv"]
+
+        def zeros(batch: int) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(batch, *shape, device=inputs.device) for shape in shapes)
+
+        if self.documents is None:
+            return recurrence(inputs, zeros(len(inputs)))[0]
+        outputs: list[Tensor] = []
+        ends: list[tuple[Tensor, ...]] = []  # the state after each document, for those that go on from it
+        for part, parent in zip(inputs.flatten(0, 1).split(list(self.documents.lengths)), self.parents, strict=True):
+            output, end = recurrence(part.unsqueeze(0), zeros(1) if parent is None else ends[parent])
+            outputs.append(output)
+            ends.append(end)
+        return torch.cat(outputs, 1).unflatten(1, inputs.shape[:2]).squeeze(0)
 
 
 def _documents(bounds: Sequence[int], segments: Tensor | None, follows: Mapping[int, int]) -> Documents:
@@ -203,7 +249,7 @@ class Attention(nn.Module):
             self.q_norm = make_norm(config, q_size if config.qk_norm == "full" else config.head_dim)
             self.k_norm = make_norm(config, kv_size if config.qk_norm == "full" else config.head_dim)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, caches: LayerCaches, rows: Tensor | None = None) -> Tensor:
         """x `[batch, seq, hidden]`; rotary None: this layer does not rotate. rows: of the flattened batch, those that are returned."""
         q, k, v = self.products.project(x, (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None and self.norm_before_heads:
@@ -213,5 +259,5 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = self.products.rotate(q, rotary), self.products.rotate(k, rotary)
-        attended = attend(self.layer, q, k, v).flatten(-2)
+        attended = caches.attend(self.layer, q, k, v).flatten(-2)
         return self.o_proj(attended if rows is None else attended.flatten(0, 1).index_select(0, rows))

@@ -12,7 +12,7 @@ import torch
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import StepBatch
 from llmkit.errors import UsageError
-from llmkit.model.cache import CachedAttention, KVCache
+from llmkit.model.cache import CacheStorage, StepCaches
 from llmkit.model.decode import Capture, StaticDecode, capturable, cuda_graphs
 from llmkit.model.transformer import Transformer
 
@@ -41,7 +41,7 @@ class TorchBackend:
             keep_freed_memory()
         # On a CPU all arithmetic is float32, whatever the weights are stored in.
         self.dtype = torch.float32 if self.device.type == "cpu" else weight.dtype
-        self.cache = KVCache(model.config, self.block_size, self.dtype, self.device)
+        self.cache = CacheStorage(model.config, self.block_size, self.dtype, self.device)
         if capture is None and self.device.type == "cuda":
             capture = cuda_graphs(self.device)
         self.decode = StaticDecode(model, self.cache, capture) if capture is not None and capturable(model.config) else None
@@ -72,6 +72,10 @@ class TorchBackend:
     def block_bytes(self, group: int) -> int:
         return self.cache.block_bytes(group)
 
+    @property
+    def state_bytes(self) -> int:
+        return self.cache.state_bytes
+
     @torch.inference_mode()
     def step(self, batch: StepBatch, hidden: bool = False) -> np.ndarray:
         """Store the tokens' keys and values; return float32 logits (or final hidden states) `[R, vocab]`."""
@@ -94,12 +98,11 @@ class TorchBackend:
             logits = self.decode(tokens, positions, [table[sequences] for table in batch.block_tables])
             return logits[self._int64(batch.logits_indices)].float().cpu().numpy()
         lengths = batch.contexts[sequences].tolist() if self.config.rope_depends_on_length else (0,)
-        attend = CachedAttention(self.cache, positions, sequences, batch.block_tables)
         out = model(
             self._int64(tokens).unsqueeze(0),
             self._int64(positions).unsqueeze(0),
             lengths=lengths,
-            attend=attend,
+            caches=StepCaches(self.cache, batch),
             rows=self._int64(batch.logits_indices),
             hidden=hidden,
         )

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from llmkit.config import ModelConfig
-from llmkit.model.attention import attention, attention_scale
-from llmkit.model.cache import KVCache
+from llmkit.model.attention import Recurrence, attention, attention_scale
+from llmkit.model.cache import CacheStorage, state_shapes
 from llmkit.model.transformer import Transformer
 
 MAX_BATCH = 32
@@ -31,8 +31,12 @@ Capture = Callable[[Run], Run]  # makes a function that repeats another on the s
 
 
 def capturable(config: ModelConfig) -> bool:
-    """Whether the kernels of a step depend on nothing but shapes: not so for routed experts and for frequencies chosen by length."""
-    return not config.rope_depends_on_length and all(layer.moe is None for layer in config.layers)
+    """Return whether the kernels of a step depend on nothing but shapes.
+
+    Not so for routed experts and for frequencies chosen by length. Recurrent states are left out too: their slots change from step
+    to step, and nothing here copies them into fixed memory yet.
+    """
+    return not config.rope_depends_on_length and not state_shapes(config) and all(layer.moe is None for layer in config.layers)
 
 
 def cuda_graphs(device: torch.device) -> Capture:
@@ -60,10 +64,10 @@ def cuda_graphs(device: torch.device) -> Capture:
     return capture
 
 
-class DecodeAttention:
-    """`Attend` for one token of each sequence, with shapes that do not depend on how long the sequences are."""
+class StaticCaches:
+    """`LayerCaches` for one token of each sequence, with shapes that do not depend on how long the sequences are."""
 
-    def __init__(self, cache: KVCache, positions: Tensor, tables: list[Tensor]) -> None:
+    def __init__(self, cache: CacheStorage, positions: Tensor, tables: list[Tensor]) -> None:
         """positions int64 `[batch]`; tables per group int64 `[batch, blocks]`, for at least the blocks up to the positions."""
         self.cache = cache
         size = cache.block_size
@@ -83,7 +87,7 @@ class DecodeAttention:
             self.read.append(rows)
             self.mask.append(visible.unsqueeze(1))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
         group = cache.group_of[layer]
         keys, values = cache.keys[layer], cache.values[layer]
@@ -94,11 +98,14 @@ class DecodeAttention:
         out = attention(q.transpose(0, 1), keys[read], values[read], self.mask[group], scale=scale, softcap=softcap)
         return out.transpose(0, 1)
 
+    def recur(self, layer: int, inputs: Tensor, recurrence: Recurrence) -> Tensor:
+        raise NotImplementedError("steps with recurrent states are not captured: see `capturable`")
+
 
 class StaticDecode:
     """Steps of one token for each sequence, captured once for each size of batch and context."""
 
-    def __init__(self, model: Transformer, cache: KVCache, capture: Capture) -> None:
+    def __init__(self, model: Transformer, cache: CacheStorage, capture: Capture) -> None:
         self.model, self.cache, self.capture = model, cache, capture
         self._steps: dict[tuple[int, int], _Step] = {}
         self._storage = list(cache.blocks)
@@ -129,7 +136,7 @@ class StaticDecode:
 class _Step:
     """A step of one size, and the memory that it reads its inputs from."""
 
-    def __init__(self, model: Transformer, cache: KVCache, batch: int, blocks: int) -> None:
+    def __init__(self, model: Transformer, cache: CacheStorage, batch: int, blocks: int) -> None:
         self.model, self.cache, self.blocks = model, cache, blocks
         # token, position, tables: one copy to the device
         self.staging = np.zeros((batch, 2 + len(cache.config.cache_windows) * blocks), np.int64)
@@ -148,8 +155,8 @@ class _Step:
 
     def run(self) -> Tensor:
         tokens, positions = self.inputs[:, 0], self.inputs[:, 1]
-        attend = DecodeAttention(self.cache, positions, list(self.inputs[:, 2:].split(self.blocks, 1)))
-        logits: Tensor = self.model(tokens.unsqueeze(0), positions.unsqueeze(0), lengths=(0,), attend=attend)[0]
+        caches = StaticCaches(self.cache, positions, list(self.inputs[:, 2:].split(self.blocks, 1)))
+        logits: Tensor = self.model(tokens.unsqueeze(0), positions.unsqueeze(0), lengths=(0,), caches=caches)[0]
         return logits
 
 

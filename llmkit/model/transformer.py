@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llmkit.config import NORM_NAMES, ModelConfig, RopeConfig
-from llmkit.model.attention import Attend, Attention, DocumentAttention, Rotary, SelfAttention
+from llmkit.model.attention import Attention, DocumentAttention, LayerCaches, NoCache, Rotary
 from llmkit.model.layers import MLP, Embedding, Linear, MixtureOfExperts, make_norm
 from llmkit.model.rope import rotary_tables
 
@@ -34,9 +34,9 @@ class Block(nn.Module):
         name = self.norm_names[slot]
         return x if name is None else self._modules[name](x)  # type: ignore[misc]
 
-    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, caches: LayerCaches, rows: Tensor | None = None) -> Tensor:
         """x `[batch, seq, hidden]`; rows: return `[len(rows), hidden]`, these of the flattened batch alone."""
-        attended = self._norm(1, self.self_attn(self._norm(0, x), rotary, attend, rows))
+        attended = self._norm(1, self.self_attn(self._norm(0, x), rotary, caches, rows))
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)
         x = torch.add(x, attended, alpha=self.residual_multiplier)
@@ -44,12 +44,12 @@ class Block(nn.Module):
         return torch.add(x, fed, alpha=self.residual_multiplier)
 
 
-# How a block is run: (block, x, rotary, attend, rows) -> x. Training may put activation checkpointing in its place.
-RunBlock = Callable[[Block, Tensor, Rotary | None, Attend, Tensor | None], Tensor]
+# How a block is run: (block, x, rotary, caches, rows) -> x. Training may put activation checkpointing in its place.
+RunBlock = Callable[[Block, Tensor, Rotary | None, LayerCaches, Tensor | None], Tensor]
 
 
-def run_block(block: Block, x: Tensor, rotary: Rotary | None, attend: Attend, rows: Tensor | None) -> Tensor:
-    out: Tensor = block(x, rotary, attend, rows)
+def run_block(block: Block, x: Tensor, rotary: Rotary | None, caches: LayerCaches, rows: Tensor | None) -> Tensor:
+    out: Tensor = block(x, rotary, caches, rows)
     return out
 
 
@@ -63,12 +63,12 @@ _KEPT = (
 )
 
 
-def run_checkpointed(block: Block, x: Tensor, rotary: Rotary | None, attend: Attend, rows: Tensor | None) -> Tensor:
+def run_checkpointed(block: Block, x: Tensor, rotary: Rotary | None, caches: LayerCaches, rows: Tensor | None) -> Tensor:
     """Keeps a block's input and what PyTorch's fused attention gave; the rest is computed again on the way back."""
     if not torch.is_grad_enabled():
-        return run_block(block, x, rotary, attend, rows)
+        return run_block(block, x, rotary, caches, rows)
     kept = partial(create_selective_checkpoint_contexts, list(_KEPT))
-    out: Tensor = checkpoint(block, x, rotary, attend, rows, use_reentrant=False, context_fn=kept)
+    out: Tensor = checkpoint(block, x, rotary, caches, rows, use_reentrant=False, context_fn=kept)
     return out
 
 
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
         self.norm = make_norm(config, config.hidden_size)
         self.run: RunBlock = run_block
 
-    def forward(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int], attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int], caches: LayerCaches, rows: Tensor | None = None) -> Tensor:
         """rows: those that leave the last block; nothing looks at the others once they gave it their keys and values."""
         config, last = self.config, self.layers[-1]
         x = self.embed_tokens(tokens)
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
                 cos, sin = rotary_tables(layer.rope, config.head_dim, positions, lengths)
                 tables[layer.rope] = cos.to(x.dtype), sin.to(x.dtype)
         for block, layer in zip(self.layers, config.layers, strict=True):
-            x = self.run(block, x, tables[layer.rope], attend, rows if block is last else None)  # type: ignore[arg-type]
+            x = self.run(block, x, tables[layer.rope], caches, rows if block is last else None)  # type: ignore[arg-type]
         return self.norm(x)
 
 
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         follows: Mapping[int, int] | None = None,
         lengths: Sequence[int] | None = None,
-        attend: Attend | None = None,
+        caches: LayerCaches | None = None,
         rows: Tensor | None = None,
         hidden: bool = False,
     ) -> Tensor:
@@ -134,16 +134,16 @@ class Transformer(nn.Module):
         follows: segments that go on from another one and so see it: it stands before them, and their positions go on from its last.
         lengths: the sequence length the rotary frequencies are chosen for, one for all or one per token (dynamic and
             longrope only); by default the largest position plus one.
-        attend: where keys and values live; by default the tokens of this call see each other and nothing else.
+        caches: where keys, values and states live; by default the tokens of this call see each other and nothing else.
         hidden: return the final normed hidden states instead of logits.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if attend is None:
-            attend = SelfAttention(self.config, positions, segments, self.of_documents, follows)
+        if caches is None:
+            caches = NoCache(self.config, positions, segments, self.of_documents, follows)
         if lengths is None:
             lengths = (int(positions.max()) + 1,) if self.config.rope_depends_on_length else (0,)
-        x = self.model(tokens, positions, lengths, attend, rows)
+        x = self.model(tokens, positions, lengths, caches, rows)
         return x if hidden else self.logits(x)
 
     @property
