@@ -44,7 +44,7 @@ bench: $(INSTALLED)  ## measure a model: speed, memory, time to first token (MOD
 	@$(BIN)/llmkit bench $(MODEL)
 
 bench-gpu: $(INSTALLED)  ## measure 4 bits and QLoRA on a CUDA GPU against bitsandbytes (MODEL=folder-or-hub-id; without: an 8B shape)
-	@$(BIN)/llmkit bench-gpu $(MODEL)
+	@$(BIN)/python -m benchmarks.bench_gpu $(MODEL)
 
 DATA ?= ../shared/data
 stories-data: $(INSTALLED)  ## write the training text of the embedded model (needs the DATA folder)

@@ -1,29 +1,26 @@
-"""How fast an adapter is trained on this machine, in how much memory, and how that compares with transformers and PEFT.
+"""How fast an adapter is trained on this machine, and in how much memory.
 
-As in `bench`, each side runs in a process of its own and the sides take turns, step by step; on a GPU, whose memory may hold but one of
-them, they run one after the other. They learn from the same token ids in the same order and begin with the same adapter, so their losses
-are compared, too.
+As in `bench`, every program runs in a process of its own and they take turns, step by step; on a GPU, whose memory may hold but one of
+them, they run one after the other. They learn from the same token ids in the same order and begin with the same adapter, so that their
+losses can be compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llmkit.bench.process import Worker
+from llmkit.bench.process import Settings, Worker
 from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.formats.llmkit import is_bitsandbytes
 from llmkit.config import ModelConfig
 from llmkit.errors import DoesNotFit, UsageError
-from llmkit.planning.memory import available_bytes, shown
+from llmkit.planning.memory import shown
 
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # that the rival tries
 _TOKENS = 1 << 31  # of a step: as many as the kernels count
-_SLOWER = 1.2  # than the fastest so far: longer padding will not make the next one faster
 LOWEST_VOCABULARY = 8
 
 
@@ -32,12 +29,11 @@ class TrainBenchPlan:
     """What is measured: steps of LoRA (r=16, alpha=32, every linear of the blocks) with AdamW; products are in float32 on a CPU, in
     bfloat16 on CUDA.
 
-    device: cpu (the default) or cuda. memory: bytes of the GPU that each side may take; None: all of it.
+    device: cpu (the default) or cuda. memory: bytes of the GPU that each program may take; None: all of it.
     rows, length: of a step on random tokens; chats are packed into such rows, too. steps: on random tokens, the first of which is
     not timed; every loss is compared. repeat: timed steps on chats. data: rows as for `llmkit finetune`; without it no chats.
-    quantize: measure llmkit a second time with a frozen base in so few bits. checkpointing, rival_checkpointing: ours computes
-    activations again on the way back; transformers is measured a second time with gradient checkpointing. Of a folder in bitsandbytes'
-    4 bits transformers always has it, as PEFT prepares such a model (QLoRA).
+    quantize: measure llmkit a second time with a frozen base in so few bits. checkpointing: activations are computed again in the
+    backward pass.
     """
 
     folder: Path
@@ -53,8 +49,6 @@ class TrainBenchPlan:
     chats: int = 32  # in a step
     quantize: str | None = None
     checkpointing: bool = False
-    against: str | None = None
-    rival_checkpointing: bool = False
 
     @property
     def on_cuda(self) -> bool:
@@ -62,23 +56,23 @@ class TrainBenchPlan:
 
 
 @dataclass
-class Side:
-    """One program under measurement; `prefix` is that of its keys in the result."""
+class TrainingProgram:
+    """A program under measurement; `prefix` is that of its keys in the result."""
 
     name: str
     prefix: str
-    settings: dict[str, Any]
+    settings: Settings  # of its worker
+    module: str = "llmkit.bench.training_worker"  # that runs it
     worker: Worker | None = None  # None: not loaded
     fits: bool = True  # memory has not run out
-    micro_batch: int = 1
-    tried: tuple[int, ...] = ()  # micro-batches
+    micro_batch: int = 1  # chats in one forward pass, of a program that does not pack them
     peak_bytes: int = 0
     full: list[dict[str, Any]] = field(default_factory=list)  # the answers, step by step; the first is not timed
     chats: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def ready(self) -> dict[str, Any]:
-        """What its worker said when it was loaded."""
+        """What its worker reported when it was loaded."""
         assert self.worker is not None
         return self.worker.ready
 
@@ -86,16 +80,23 @@ class Side:
         assert self.worker is not None
         return self.worker.ask(**request)
 
+    def check(self, first: TrainingProgram) -> None:
+        """Raise UsageError where this program, just loaded, does not train what `first` does."""
+
+    def begin_chats(self, chats: int, progress: Callable[[str], None]) -> bool:
+        """Prepare for steps of so many chats; whether it takes part in them at all."""
+        return True
+
     @contextmanager
     def fitting(self) -> Iterator[None]:
-        """Where memory runs out, that is a result: it ends this side, not the benchmark."""
+        """Where memory runs out, that is a result: it ends this program, not the benchmark."""
         try:
             yield
         except DoesNotFit:
             self.fits = False
 
     def result(self) -> dict[str, Any]:
-        """Medians over the timed steps."""
+        """Return medians over the timed steps."""
         found = {"full_tok_s": _rate(self.full, "slots"), "full_peak_bytes": self.peak_bytes, "flags": self.ready["flags"]}
         if self.chats:
             slots = sum(step["slots"] for step in self.chats[1:]) // (len(self.chats) - 1)
@@ -107,88 +108,76 @@ def _rate(steps: list[dict[str, Any]], what: str) -> float:
     return median(step[what] / step["seconds"] for step in steps[1:])
 
 
-def _difference(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
-    return max(abs(a["loss"] - b["loss"]) for a, b in zip(mine, theirs, strict=True))
-
-
 def bench_train(plan: TrainBenchPlan, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Measure, and return one flat dictionary: our figures, those of the other sides under their prefixes, and `*_ratio`.
+    """Measure, and return one flat dictionary.
 
     `full_*` are rows of random tokens without padding: tokens per second, and the peak memory of these steps. `chats_*` are
-    whole conversations: per second the targets, and all slots that were computed, padding included; transformers runs at the
-    micro-batch that is fastest. A ratio above 1 is in our favour (speed ours / theirs, memory theirs / ours).
-    `*_loss_difference` is the largest between our loss and transformers' at the same step. `base_share` is the memory of the
-    frozen weights, embeddings and head included, as a share of what they take in bfloat16. `fits` says of each side whether its memory
-    was enough; where it was not, it has no figures.
+    whole conversations: per second the supervised tokens, and all slots that were computed, padding included. `base_share` is the
+    memory of the frozen weights, embeddings and head included, as a share of what they take in bfloat16. `fits` says of each program
+    whether its memory was enough; where it was not, it has no figures.
 
-    Raises UsageError for what cannot be measured, DoesNotFit where memory was enough for no side.
+    Raises UsageError for what cannot be measured, DoesNotFit where memory was enough for no program.
     """
+    return summary(plan, measure(plan, progress))
+
+
+def measure(plan: TrainBenchPlan, progress: Callable[[str], None], rivals: Sequence[TrainingProgram] = ()) -> list[TrainingProgram]:
+    """Run llmkit, and the rivals with it, and return all programs with what they answered."""
     config = load_config(plan.folder)
     check_train_plan(plan, config)
-    sides = [Side(*about) for about in side_settings(plan, config)]
-    for together in [[side] for side in sides] if plan.on_cuda else [sides]:
+    programs = [*own_programs(plan, config), *rivals]
+    for together in [[program] for program in programs] if plan.on_cuda else [programs]:
         with ExitStack() as cleanup:
-            for side in together:
-                progress(f"loading {side.name}")
-                with side.fitting():
-                    side.worker = Worker(side.name, side.settings, "llmkit.bench.training_worker")
-                    cleanup.callback(side.worker.close)
-            _check_adapters([side for side in sides if side.worker is not None])
+            for program in together:
+                progress(f"loading {program.name}")
+                with program.fitting():
+                    program.worker = Worker(program.name, program.settings, program.module)
+                    cleanup.callback(program.worker.close)
+            loaded = [program for program in together if program.worker is not None]
+            for program in loaded[1:]:
+                program.check(loaded[0])
             _rows(plan, together, progress)
             if plan.data is not None:
-                _chats(plan, [side for side in together if side.prefix != "transformers_checkpointing_"], progress)
-    return summary(plan, sides)
+                _chats(plan, together, progress)
+    return programs
 
 
-def _turns(sides: list[Side], step: int) -> list[Side]:
-    """Those that memory is enough for, in the order of this step."""
-    left = [side for side in sides if side.fits]
+def _turns(programs: Sequence[TrainingProgram], step: int) -> list[TrainingProgram]:
+    """Return those that memory is enough for, in the order of this step."""
+    left = [program for program in programs if program.fits]
     return left if step % 2 else left[::-1]
 
 
-def _rows(plan: TrainBenchPlan, sides: list[Side], progress: Callable[[str], None]) -> None:
-    """Steps on random tokens, and the memory that they took."""
+def _rows(plan: TrainBenchPlan, programs: Sequence[TrainingProgram], progress: Callable[[str], None]) -> None:
+    """Take steps on random tokens, and ask for the memory that they took."""
     for step in range(plan.steps):
-        for side in _turns(sides, step):
-            progress(f"rows of {plan.length} tokens: step {step + 1}/{plan.steps} of {side.name}")
-            with side.fitting():
-                side.full.append(side.ask(do="full", step=step))
-    for side in _turns(sides, 1):
-        side.peak_bytes = side.ask(do="peak")["peak_bytes"]
+        for program in _turns(programs, step):
+            progress(f"rows of {plan.length} tokens: step {step + 1}/{plan.steps} of {program.name}")
+            with program.fitting():
+                program.full.append(program.ask(do="full", step=step))
+    for program in _turns(programs, 1):
+        program.peak_bytes = program.ask(do="peak")["peak_bytes"]
 
 
-def _chats(plan: TrainBenchPlan, sides: list[Side], progress: Callable[[str], None]) -> None:
-    """Steps on chats, all sides beginning anew, the rival at the micro-batch that is fastest on the first of them."""
-    for side in _turns(sides, 1):
-        with side.fitting():
-            if side.prefix == "transformers_":
-                seconds = _micro_batches(side, plan.chats, progress)
-                side.micro_batch, side.tried = min(seconds, key=seconds.__getitem__), tuple(seconds)
-            side.ask(do="renew")
+def _chats(plan: TrainBenchPlan, programs: Sequence[TrainingProgram], progress: Callable[[str], None]) -> None:
+    """Take steps on chats, from new adapters."""
+    taking_part = []
+    for program in _turns(programs, 1):
+        with program.fitting():
+            if program.begin_chats(plan.chats, progress):
+                program.ask(do="renew")
+                taking_part.append(program)
     for step in range(plan.repeat + 1):
-        for side in _turns(sides, step):
-            progress(
-                f"{plan.chats} chats: step {step}/{plan.repeat} of {side.name}" if step else f"{plan.chats} chats: warm-up of {side.name}"
-            )
-            with side.fitting():
-                side.chats.append(side.ask(do="chats", step=step, micro_batch=side.micro_batch))
+        for program in _turns(taking_part, step):
+            what = f"step {step}/{plan.repeat}" if step else "warm-up"
+            progress(f"{plan.chats} chats: {what} of {program.name}")
+            with program.fitting():
+                program.chats.append(program.ask(do="chats", step=step, micro_batch=program.micro_batch))
 
 
-def _micro_batches(side: Side, chats: int, progress: Callable[[str], None]) -> dict[int, float]:
-    """Seconds of a step by micro-batch, smallest first, until one is clearly slower than the fastest before it or memory might end."""
-    seconds: dict[int, float] = {}
-    for size in [size for size in MICRO_BATCHES if size < chats] + [chats]:
-        progress(f"{chats} chats: {side.name} in micro-batches of {size}")
-        seconds[size] = side.ask(do="chats", step=0, micro_batch=size)["seconds"]
-        # The next size takes at most as much again as this side has ever taken.
-        if seconds[size] > _SLOWER * min(seconds.values()) or side.ask(do="peak")["peak_bytes"] > available_bytes():
-            break
-    return seconds
-
-
-def side_settings(plan: TrainBenchPlan, config: ModelConfig) -> list[tuple[str, str, dict[str, Any]]]:
-    """Name, prefix and settings of every side; ours is the first."""
-    common = {
+def common_settings(plan: TrainBenchPlan, config: ModelConfig) -> Settings:
+    """Return what every program is started with."""
+    return {
         "folder": str(plan.folder),
         "device": plan.device or "cpu",
         "memory": plan.memory,
@@ -199,32 +188,25 @@ def side_settings(plan: TrainBenchPlan, config: ModelConfig) -> list[tuple[str, 
         "data": None if plan.data is None else str(plan.data),
         "chats": plan.chats,
     }
-    ours = {**common, "side": "llmkit", "dtype": plan.dtype, "quantize": None, "checkpointing": plan.checkpointing}
-    sides = [("llmkit", "", ours)]
+
+
+def own_programs(plan: TrainBenchPlan, config: ModelConfig) -> list[TrainingProgram]:
+    """Return llmkit, and llmkit with a quantized base."""
+    common = {**common_settings(plan, config), "dtype": plan.dtype, "checkpointing": plan.checkpointing}
+    programs = [TrainingProgram("llmkit", "", {**common, "quantize": None})]
     if plan.quantize is not None:
-        sides.append((f"llmkit {plan.quantize}", f"{plan.quantize}_", {**ours, "quantize": plan.quantize}))
-    if plan.against is not None:
-        rival = {**common, "side": "transformers", "checkpointing": is_bitsandbytes(config)}
-        sides.append(("transformers", "transformers_", rival))
-        if plan.rival_checkpointing:
-            sides.append(("transformers, checkpointing", "transformers_checkpointing_", {**rival, "checkpointing": True}))
-    return sides
+        programs.append(TrainingProgram(f"llmkit {plan.quantize}", f"{plan.quantize}_", {**common, "quantize": plan.quantize}))
+    return programs
 
 
 def check_train_plan(plan: TrainBenchPlan, config: ModelConfig) -> None:
-    """UsageError for what cannot be measured, before anything is loaded."""
+    """Raise UsageError for what cannot be measured, before anything is loaded."""
     if plan.device not in (None, "cpu") and not plan.on_cuda:
         raise UsageError(f"training is measured on cpu and on cuda, not on {plan.device}. Leave out --device for the CPU.")
     if plan.memory is not None and not plan.on_cuda:
         raise UsageError("--memory limits a GPU and has no effect on a CPU. Add --device cuda, or leave it out.")
     if plan.data is not None and plan.on_cuda:
         raise UsageError("chats are measured on the CPU alone. Leave out --data, or --device.")
-    if plan.against not in (None, "transformers"):
-        raise UsageError(f"{plan.against} is not compared in training. Use --against transformers.")
-    if plan.rival_checkpointing and plan.against is None:
-        raise UsageError("--rival-checkpointing has no effect without --against transformers. Add that, or leave it out.")
-    if plan.rival_checkpointing and is_bitsandbytes(config):
-        raise UsageError("--rival-checkpointing has no effect on a folder in nf4: transformers is measured with it anyway. Leave it out.")
     if plan.steps < 2:
         raise UsageError(f"steps is {plan.steps}, and the first one is not timed. Give --steps 2 or more.")
     if plan.rows * plan.length > _TOKENS:
@@ -236,65 +218,32 @@ def check_train_plan(plan: TrainBenchPlan, config: ModelConfig) -> None:
         )
     if config.vocab_size < LOWEST_VOCABULARY:
         raise UsageError(f"a vocabulary of {config.vocab_size} is too small for random tokens. Give a larger model.")
-    quantized = bool(config.hf.get("quantization_config"))
-    if quantized and plan.against is not None and not is_bitsandbytes(config):
-        raise UsageError(
-            f"{plan.folder} is quantized, and losses are compared with full weights or bitsandbytes' 4 bits. "
-            "Give the checkpoint it was made from."
-        )
-    if quantized and plan.quantize is not None:
+    if plan.quantize is not None and config.hf.get("quantization_config"):
         raise UsageError(f"--quantize has no effect: {plan.folder} is quantized already. Leave it out.")
 
 
-def _check_adapters(sides: list[Side]) -> None:
-    """The sides train the same factors, or their losses would have nothing to do with each other."""
-    for side in sides[1:]:
-        ours, theirs = sides[0].ready["adapter"], side.ready["adapter"]
-        other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if other:
-            raise UsageError(
-                f"{side.name} puts its adapter onto other linears than llmkit does ({other[0].rpartition('.')[0]}), because it fuses them. "
-                "Leave out --against, or take a model of another family."
-            )
-
-
-def summary(plan: TrainBenchPlan, sides: list[Side]) -> dict[str, Any]:
-    """The flat result."""
-    fitting = [side for side in sides if side.fits]
+def summary(plan: TrainBenchPlan, programs: Sequence[TrainingProgram]) -> dict[str, Any]:
+    """Return the flat result."""
+    fitting = [program for program in programs if program.fits]
     if not fitting:
-        room = "memory" if plan.memory is None else shown(plan.memory)
+        memory = "memory" if plan.memory is None else shown(plan.memory)
         raise DoesNotFit(
-            f"{' and '.join(side.name for side in sides)}: training does not fit in {room}. Take a smaller model, or shorter rows."
+            f"{' and '.join(program.name for program in programs)}: training does not fit in {memory}. "
+            "Take a smaller model, or shorter rows."
         )
-    facts = fitting[0].ready
-    result: dict[str, Any] = {"model": str(plan.folder), "device": facts["device"], "threads": facts["threads"], "against": plan.against}
+    report = fitting[0].ready
+    result: dict[str, Any] = {"model": str(plan.folder), "device": report["device"], "threads": report["threads"]}
     result |= {"rows": plan.rows, "row_length": plan.length, "steps": plan.steps}
     if plan.memory is not None:
         result["memory_bytes"] = plan.memory
     if plan.data is not None:
         targets = sum(step["targets"] for step in fitting[0].chats[1:]) // plan.repeat
         result |= {"data": str(plan.data), "chats": plan.chats, "repeat": plan.repeat, "chats_targets": targets}
-    ours = [side for side in fitting if "base_bytes" in side.ready]
-    rivals = [side for side in fitting if side not in ours]
-    for side in sides:
-        result |= {f"{side.prefix}fits": side.fits}
-    for side in fitting:
-        result |= {side.prefix + key: value for key, value in side.result().items()}
-    for side in ours:
-        base, full = side.ready["base_bytes"], side.ready["bf16_base_bytes"]
-        result |= {"bf16_base_bytes": full, f"{side.prefix}base_bytes": base, f"{side.prefix}base_share": base / full}
-    for rival in rivals:
-        end = rival.prefix.removeprefix("transformers").rstrip("_")  # "", "_checkpointing"
-        for side in ours:
-            mine, theirs = side.result(), rival.result()
-            result[f"{side.prefix}full_ratio{end}"] = mine["full_tok_s"] / theirs["full_tok_s"]
-            result[f"{side.prefix}full_peak_ratio{end}"] = theirs["full_peak_bytes"] / mine["full_peak_bytes"]
-            result[f"{side.prefix}full_loss_difference{end}"] = _difference(side.full, rival.full)
-            if rival.chats:
-                result[f"{side.prefix}chats_ratio"] = mine["chats_target_tok_s"] / theirs["chats_target_tok_s"]
-                result[f"{side.prefix}chats_loss_difference"] = _difference(side.chats, rival.chats)
-        if rival.chats:
-            result["transformers_chats_micro_batch"] = rival.micro_batch
-            result["transformers_chats_micro_batches_tried"] = ", ".join(map(str, rival.tried))
-        result |= {key: value for key, value in rival.ready.items() if key.endswith("_version")}
+    for program in programs:
+        result[f"{program.prefix}fits"] = program.fits
+    for program in fitting:
+        result |= {program.prefix + key: value for key, value in program.result().items()}
+        if "base_bytes" in program.ready:
+            base, full = program.ready["base_bytes"], program.ready["bf16_base_bytes"]
+            result |= {"bf16_base_bytes": full, f"{program.prefix}base_bytes": base, f"{program.prefix}base_share": base / full}
     return result

@@ -1,12 +1,11 @@
-"""The other end of `bench_train`: one side that takes optimizer steps when it is asked to.
+"""The other end of `bench_train`: a program that takes optimizer steps when it is asked to.
 
-The sides read the same settings and derive everything else from them, so that nothing but the program differs: the token ids of
+All programs read the same settings and derive everything else from them, so that nothing but the program differs: the token ids of
 every step, the chats of every step, and the first values of the adapter.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import sys
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmkit.bench.worker import main
+from llmkit.bench.process import Answer, Settings, main
 from llmkit.errors import UsageError
 from llmkit.planning.memory import check_gpu, check_limit, limit_gpu, peak_bytes
 from llmkit.training.data.packing import IGNORE, Batch
@@ -31,30 +30,30 @@ BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # torch's own
 LOWEST, HIGHEST = 3, 7000  # of random token ids: none of the special ones, and embeddings that a cache could hold
 
 Ids = NDArray[np.int64]
-Chat = tuple[Ids, NDArray[np.bool_]]  # token ids, and which of them are learned
+Chat = tuple[Ids, NDArray[np.bool_]]  # token ids, and which of them are supervised
 
 
-class Side(Protocol):
-    """A model with a fresh adapter and its optimizer. A step returns its loss, the mean over its targets."""
+class TrainingModel(Protocol):
+    """A model with a fresh adapter and its optimizer. A step returns its loss, the mean over its supervised tokens."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
     def full(self, ids: Ids) -> float:
-        """One step on rows `[batch, length]`, in which every token but the first is a target."""
+        """Take one step on rows `[batch, length]`, in which every token but the first is a target."""
 
     def chats(self, chats: Sequence[Chat], micro_batch: int) -> tuple[float, int]:
-        """One step on chats: its loss, and how many slots the model computed, padding included."""
+        """Take one step on chats and return its loss, and how many slots the model computed, padding included."""
 
     def renew_optimizer(self) -> None:
-        """As at the start."""
+        """Make the optimizer again, as at the start."""
 
-    def facts(self) -> dict[str, Any]:
-        """What only this side knows."""
+    def report(self) -> dict[str, Any]:
+        """Return what only this program knows of itself, JSON-ready."""
 
 
-class OurSide:
-    """llmkit's own way: what `llmkit finetune` does in a step on this device, but for clipping."""
+class OwnTraining:
+    """llmkit: what `llmkit finetune` does in a step on this device, but for clipping."""
 
     def __init__(
         self, folder: str, device: str, dtype: str | None, quantize: str | None, checkpointing: bool, rows: int, length: int
@@ -96,7 +95,7 @@ class OurSide:
         return self._step([Batch(tokens, labels, positions, torch.zeros_like(tokens), ())])
 
     def chats(self, chats: Sequence[Chat], micro_batch: int) -> tuple[float, int]:
-        """Packed into rows of `length` slots, `rows` of them at a time; micro_batch is the rival's affair."""
+        """Packed into rows of `length` slots, `rows` of them at a time; micro_batch is a rival's affair."""
         from llmkit.training.data.packing import make_batch, rows_of
         from llmkit.training.data.sources import Corpus
 
@@ -125,96 +124,12 @@ class OurSide:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def facts(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         return {"base_bytes": self._base, "bf16_base_bytes": self._bfloat16, "flags": self.path}
 
 
-class RivalSide:
-    """transformers and PEFT as their documentation shows them: right padding, labels of -100; in float32 on a CPU, on a GPU in bfloat16.
-
-    A folder in bitsandbytes' 4 bits stays in them. What `peft.prepare_model_for_kbit_training` would widen to float32 (embedding, head,
-    norms) stays as it is, which takes gigabytes less.
-    """
-
-    def __init__(self, folder: str, device: str, checkpointing: bool) -> None:
-        import transformers
-        from peft import LoraConfig, get_peft_model
-
-        from llmkit.training.loop import product_dtype
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        self.device = torch.device(device)
-        self.dtype = product_dtype("auto", self.device)
-        config, dtype = transformers.AutoConfig.from_pretrained(folder), self.dtype or torch.float32
-        four_bit = getattr(config, "quantization_config", None)
-        if four_bit is not None:  # its products are in the dtype of the original, which need not be the device's
-            config.quantization_config = {**four_bit, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map={"": device})
-        if four_bit is not None:
-            for parameter in model.parameters():  # what is not in 4 bits is loaded as it is stored, whatever dtype says
-                parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
-        model.config.use_cache = False
-        attention = model.config._attn_implementation
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
-        products = str(dtype).removeprefix("torch.")
-        self._flags = f"{products}, {attention} attention{', gradient checkpointing' if checkpointing else ''}"
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.model: nn.Module = get_peft_model(model, lora).train()
-        self.renew_optimizer()
-
-    def renew_optimizer(self) -> None:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        fused = self.device.type == "cuda" or None  # as its Trainer has it
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=fused
-        )
-
-    def full(self, ids: Ids) -> float:
-        tokens = torch.from_numpy(ids).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
-            loss = self.model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        self._update()
-        return float(loss.item())
-
-    def chats(self, chats: Sequence[Chat], micro_batch: int) -> tuple[float, int]:
-        targets = torch.tensor(sum(int(learned[1:].sum()) for _, learned in chats))
-        total, slots = 0.0, 0
-        for start in range(0, len(chats), micro_batch):
-            tokens, mask, labels = padded(chats[start : start + micro_batch])
-            loss = self.model(input_ids=tokens, attention_mask=mask, labels=labels, num_items_in_batch=targets).loss
-            loss.backward()
-            total += float(loss.item())
-            slots += tokens.numel()
-        self._update()
-        return total, slots
-
-    def _update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def facts(self) -> dict[str, Any]:
-        versions = {f"{name}_version": importlib.metadata.version(name) for name in ("transformers", "peft")}
-        if getattr(self.model, "is_loaded_in_4bit", False):
-            versions["bitsandbytes_version"] = importlib.metadata.version("bitsandbytes")
-        return {"flags": f"{self._flags}, torch {torch.__version__}, {torch.get_num_threads()} threads", **versions}
-
-
-def padded(chats: Sequence[Chat]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and labels `[chats, longest]`, int64, padded on the right."""
-    shape = (len(chats), max(len(ids) for ids, _ in chats))
-    tokens, mask, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-    for row, (ids, learned) in enumerate(chats):
-        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
-        labels[row, : len(ids)] = np.where(learned, ids, IGNORE)
-    return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(labels)
-
-
 def random_rows(rows: int, length: int, vocab_size: int, step: int) -> Ids:
-    """The token ids of a step, the same on every side."""
+    """The token ids of a step, the same on every model."""
     return np.random.default_rng([1, step]).integers(LOWEST, min(vocab_size, HIGHEST), (rows, length))
 
 
@@ -260,15 +175,13 @@ def start_adapter(model: nn.Module) -> None:
             factor.zero_()
 
 
-def load_side(settings: dict[str, Any]) -> Side:
-    """The model of a side with its adapter, loaded."""
-    if settings["side"] == "transformers":
-        return RivalSide(settings["folder"], settings["device"], settings["checkpointing"])
-    return OurSide(**{name: settings[name] for name in ("folder", "device", "dtype", "quantize", "checkpointing", "rows", "length")})
+def load_model(settings: Settings) -> TrainingModel:
+    """Load llmkit's model with its adapter."""
+    return OwnTraining(**{name: settings[name] for name in ("folder", "device", "dtype", "quantize", "checkpointing", "rows", "length")})
 
 
-def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
-    """Steps, until standard input ends."""
+def serve(settings: Settings, answer: Answer, load: Callable[[Settings], TrainingModel] = load_model) -> None:
+    """Take optimizer steps as they are asked for, until standard input ends."""
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
     check_gpu(settings["device"], "Leave out --device.")
@@ -277,23 +190,23 @@ def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) ->
         check_limit(settings["device"], settings["memory"])
         limit_gpu(settings["device"], settings["memory"])
     chats = Chats(settings["folder"], settings["data"], settings["length"], settings["chats"]) if settings["data"] else None
-    side = load_side(settings)
-    start_adapter(side.model)
-    adapter = {name: list(factor.shape) for name, factor in sorted(factors(side.model).items())}
+    model = load(settings)
+    start_adapter(model.model)
+    adapter = {name: list(factor.shape) for name, factor in sorted(factors(model.model).items())}
     device = torch.cuda.get_device_name(settings["device"]) if on_cuda else settings["device"]
-    answer({"adapter": adapter, "threads": torch.get_num_threads(), "device": device, **side.facts()})
+    answer({"adapter": adapter, "threads": torch.get_num_threads(), "device": device, **model.report()})
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "peak":
             answer({"peak_bytes": torch.cuda.max_memory_allocated(settings["device"]) if on_cuda else peak_bytes()})
         elif request["do"] == "renew":
-            start_adapter(side.model)
-            side.renew_optimizer()
+            start_adapter(model.model)
+            model.renew_optimizer()
             answer({})
         elif request["do"] == "full":
             ids = random_rows(settings["rows"], settings["length"], settings["vocab_size"], request["step"])
             start = time.perf_counter()
-            loss = side.full(ids)
+            loss = model.full(ids)
             if on_cuda:
                 torch.cuda.synchronize(settings["device"])  # the optimizer's part
             answer({"seconds": time.perf_counter() - start, "loss": loss, "slots": ids.size, "targets": ids.size - len(ids)})
@@ -301,7 +214,7 @@ def serve(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) ->
             assert chats is not None
             documents = chats.of_step(request["step"])
             start = time.perf_counter()
-            loss, slots = side.chats(documents, request["micro_batch"])
+            loss, slots = model.chats(documents, request["micro_batch"])
             seconds = time.perf_counter() - start
             answer({"seconds": seconds, "loss": loss, "slots": slots, "targets": sum(int(learned[1:].sum()) for _, learned in documents)})
 

@@ -26,7 +26,6 @@ COMMANDS = {
     "merge": ("llmkit.cli.merge:merge", "Write a model with an adapter in its weights."),
     "eval": ("llmkit.cli.eval:evaluate", "Measure how well a model predicts a text, also against its original."),
     "bench": ("llmkit.cli.bench:bench", "Measure speed, start-up time and memory, also against transformers."),
-    "bench-gpu": ("llmkit.cli.bench_gpu:bench_gpu", "Measure 4 bits on a GPU against bfloat16 and bitsandbytes' NF4, and QLoRA."),
     "convert": ("llmkit.cli.convert:convert", "Write a model as a GGUF file for llama.cpp."),
     "plan": ("llmkit.cli.plan:plan", "Say whether a model or a training run fits into memory, and what it costs."),
     "finetune": ("llmkit.cli.train:train", "Train or fine-tune a model from a recipe; also called train."),
@@ -90,11 +89,11 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None, command: click.Command = app, name: str = "llmkit") -> int:
     """Run one command line (default: sys.argv) and return its exit code; errors a person can cause go to stderr as one line."""
     _reopen_closed_streams()
     try:
-        result = app.main(args=None if arguments is None else list(arguments), prog_name="llmkit", standalone_mode=False)
+        result = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
         return 2

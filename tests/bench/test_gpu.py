@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from llmkit.bench import gpu as module
-from llmkit.bench.gpu import GpuBenchPlan, bench_gpu
-from llmkit.bench.random_model import LLAMA_8B, write_random_nf4
+from benchmarks import gpu as module
+from benchmarks.bench_gpu import bench_gpu as command
+from benchmarks.bench_gpu import table
+from benchmarks.gpu import GpuBenchPlan, bench_gpu
+from benchmarks.random_model import LLAMA_8B, write_random_nf4
 from llmkit.bench.training import TrainBenchPlan
 from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.load import load_model
 from llmkit.checkpoint.quantize import quantize_folder
-from llmkit.cli.bench_gpu import table
 from llmkit.cli.main import run
 from llmkit.errors import DoesNotFit, UsageError
 from llmkit.families import read_config
@@ -27,7 +28,7 @@ from tests.families.tiny import tiny_folder
 
 def test_without_a_gpu_it_says_so(tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(["bench-gpu", str(tiny_model_dir)]) == 2
+    assert run([str(tiny_model_dir)], command) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert "no CUDA GPU" in said.err
@@ -103,23 +104,27 @@ class Gpu:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, ours: float, theirs: float, total: float = 80.0) -> None:
         self.needs, self.plans = {"": ours * 1e9, "transformers_": theirs * 1e9}, list[TrainBenchPlan]()
+        self.against: list[str | None] = []
         self.total = int(total * 1e9)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=self.total))
-        monkeypatch.setattr(module, "bench_train", self)
+        for name in ("bench_train", "compare_training"):
+            monkeypatch.setattr(module, name, self)
 
-    def __call__(self, plan: TrainBenchPlan, progress: Any) -> dict[str, Any]:
-        progress("loading")
+    def __call__(self, plan: TrainBenchPlan, *against: Any, progress: Any = None) -> dict[str, Any]:
+        rival, told = (None, against[0]) if progress is None else (against[0], progress)
+        told("loading")
         self.plans.append(plan)
+        self.against.append(rival)
         memory = self.total if plan.memory is None else plan.memory
-        needs = {name: need for name, need in self.needs.items() if plan.against or not name}
+        needs = {name: need for name, need in self.needs.items() if rival or not name}
         fits = {name: need <= memory for name, need in needs.items()}
         if not any(fits.values()):
             raise DoesNotFit("nothing fits")
         result: dict[str, Any] = {"model": str(plan.folder), "device": "a GPU", "threads": 1, "rows": 1, "row_length": plan.length}
-        result |= {"steps": plan.steps, "against": plan.against} | ({} if plan.memory is None else {"memory_bytes": plan.memory})
+        result |= {"steps": plan.steps, "against": rival} | ({} if plan.memory is None else {"memory_bytes": plan.memory})
         for name, fit in fits.items():
             result[f"{name}fits"] = fit
             if fit:
@@ -165,7 +170,14 @@ def test_the_smallest_memory_that_is_enough(
     assert (found["fits"], found["transformers_fits"]) == (ours <= total, theirs <= total)
     assert found.get("memory_bytes") == gpu.plans[-1].memory or not found["fits"]
     plan = gpu.plans[0]
-    assert (plan.device, plan.rows, plan.length, plan.steps, plan.checkpointing, plan.against) == ("cuda", 1, 2048, 6, True, "transformers")
+    assert (plan.device, plan.rows, plan.length, plan.steps, plan.checkpointing, gpu.against[0]) == (
+        "cuda",
+        1,
+        2048,
+        6,
+        True,
+        "transformers",
+    )
     assert said[0] == ("QLoRA: loading" if tried[0] is None else "QLoRA in 8.00 GB: loading")
 
 
@@ -183,7 +195,8 @@ def test_memory_that_was_given_is_the_only_one(four_bits: Path, monkeypatch: pyt
 def test_a_family_that_transformers_fuses_is_measured_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(monkeypatch, 7, 14)
     found = module.bench_qlora(tiny_folder(tmp_path, "phi3"), GpuBenchPlan(None), lambda _: None)
-    assert [(plan.memory, plan.against, plan.length) for plan in gpu.plans] == [(8 * 10**9, None, 512)]
+    assert [(plan.memory, plan.length) for plan in gpu.plans] == [(8 * 10**9, 512)]
+    assert gpu.against == [None]
     assert "transformers_fits" not in found
 
 
@@ -191,7 +204,7 @@ def test_without_a_model_qlora_alone(monkeypatch: pytest.MonkeyPatch, capsys: py
     gpu = Gpu(monkeypatch, 7.5, 14)
     monkeypatch.setattr(module, "LLAMA_8B", SMALL)
     monkeypatch.setenv("COLUMNS", "160")
-    assert run(["bench-gpu", "--repeat", "2"]) == 0
+    assert run(["--repeat", "2"], command) == 0
     said = capsys.readouterr()
     out = " ".join(said.out.split())
     for text in (
@@ -208,7 +221,7 @@ def test_without_a_model_qlora_alone(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_where_nothing_fits_it_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Gpu(monkeypatch, 90, 90)
     monkeypatch.setattr(module, "LLAMA_8B", SMALL)
-    assert run(["bench-gpu"]) == 4
+    assert run([], command) == 4
     assert "Take a smaller model" in capsys.readouterr().err
 
 
@@ -218,7 +231,7 @@ def test_decoding_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(module, "Ours", full)
+    monkeypatch.setattr(module, "OwnModel", full)
     found = bench_gpu(GpuBenchPlan(tiny_folder(tmp_path)))
     assert (found["decode_fits"], found["qlora_fits"], found["qlora_transformers_fits"]) == (False, True, False)
     assert not any(isinstance(value, dict | list) for value in found.values())
@@ -240,7 +253,7 @@ def test_decoding_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_options_without_effect(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench-gpu", *arguments]) == 2
+    assert run(arguments, command) == 2
     assert message in capsys.readouterr().err
 
 

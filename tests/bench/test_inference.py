@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import llmkit
+from benchmarks.inference import check_rival, compare, ratios, rival_types
 from llmkit.bench import bandwidth
-from llmkit.bench.inference import BenchPlan, Side, bench, check_plan, figures, rival_types, summary, warm_up
-from llmkit.bench.worker import OurSide
+from llmkit.bench.inference import BenchPlan, DecodingProgram, bench, figures, summary, warm_up
+from llmkit.bench.worker import OwnDecoding
 from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.cli.main import run
@@ -71,16 +72,11 @@ def test_no_torch_on_the_native_path(tiny_model_dir: Path) -> None:
     settings = {
         "side": "llmkit",
         "folder": str(tiny_model_dir),
-        "dtype": None,
-        "device": "cpu",
-        "threads": 1,
-        "kv_bits": None,
-        "context": 64,
-        "cache_tokens": 256,
+        "load": {"device": "cpu", "threads": 1, "ctx_size": 64, "cache_tokens": 256},
     }
     program = (
         f"import sys, json\nfrom llmkit.bench.worker import load_side\nside = load_side({settings!r})\n"
-        "side.facts(); side.decode([[5, 6], [7, 8]], 3, 6, ''); print(json.dumps('torch' in sys.modules))"
+        "side.report(); side.decode([[5, 6], [7, 8]], 3, 6, ''); print(json.dumps('torch' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "false", done.stderr
@@ -88,7 +84,7 @@ def test_no_torch_on_the_native_path(tiny_model_dir: Path) -> None:
 
 def test_runs_write_where_others_wrote(tiny_model_dir: Path) -> None:
     """Our cache is as large as llama.cpp's: what a run needs is taken from those before, and no new memory is touched."""
-    side = OurSide(str(tiny_model_dir), None, "cpu", 1, None, context=40, cache_tokens=256)
+    side = OwnDecoding(str(tiny_model_dir), {"device": "cpu", "threads": 1, "ctx_size": 40, "cache_tokens": 256})
     assert side.llm._engine.cache.pools[0].num_blocks == 256 // 16 + 1
 
 
@@ -117,25 +113,50 @@ def test_what_is_asked_for() -> None:
         ({"decode": 0, "depths": (5,)}, "decode is 0"),
         ({"decode": 0, "prefill": 0}, "both 0"),
         ({"depths": (5000,)}, "context of 5005 tokens and the model has 4096"),
-        ({"rival_files": Path("x")}, "--rival-files has no effect"),
-        ({"against": "llama.cpp", "device": "cuda"}, "on the CPU, not on cuda"),
     ],
 )
-def test_refused(change: dict[str, Any], message: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+def test_refused(change: dict[str, Any], message: str, tiny_model_dir: Path) -> None:
     with pytest.raises(UsageError, match=message):
         bench(BenchPlan(tiny_model_dir, **{**SHORT, **change}))
+
+
+def test_comparisons_that_are_refused(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UsageError, match="--rival-files has no effect"):
+        compare(BenchPlan(tiny_model_dir, **SHORT), "transformers", Path("x"))
+    with pytest.raises(UsageError, match="on the CPU, not on cuda"):
+        compare(BenchPlan(tiny_model_dir, device="cuda", **SHORT), "llama.cpp")
+
+
+def test_files_of_no_rival(tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", str(tiny_model_dir), "--rival-files", "x"]) == 2
+    assert "--rival-files has no effect" in capsys.readouterr().err
+
+
+def test_a_wheel_has_no_comparisons(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """As where llmkit is installed: its package alone, and no benchmarks/ next to it."""
+    (tmp_path / "llmkit").symlink_to(Path(llmkit.__file__).parent)
+    program = (
+        "import sys; from pathlib import Path; import llmkit.bench; llmkit.bench.CHECKOUT = Path('.')\n"
+        "from llmkit.cli.main import run; sys.exit(run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "bench", str(tiny_model_dir), "--against", "transformers"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: comparisons with other programs need llmkit's source checkout. Clone the repository, or leave out --against.\n"
+    )
 
 
 def test_a_missing_llama_cpp_is_said_with_its_remedy(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"not installed.*GGML_NATIVE=ON.*llmkit\[llama-cpp\]"):
-        bench(BenchPlan(tiny_model_dir, against="llama.cpp"))
+        compare(BenchPlan(tiny_model_dir), "llama.cpp")
 
 
 def test_transformers_cannot_read_a_quantized_folder(quantized: Path) -> None:
     with pytest.raises(UsageError, match="which llmkit quantized"):
-        check_plan(BenchPlan(quantized, against="transformers"), load_config(quantized))
+        check_rival(BenchPlan(quantized), "transformers", None, load_config(quantized))
 
 
 @pytest.mark.parametrize("counts", ["0", "-1", "8,", "x", "1.5"])
@@ -175,7 +196,7 @@ class Answers:
 
 def test_the_faster_variant_counts_and_memory_is_that_of_one() -> None:
     phase = figures(BenchPlan(Path("m"), prefill=0, decode=10))[0]
-    side = Side("a", "a_", {}, Answers({"on": 2.0, "off": 1.0}), {"variants": ["on", "off"]})  # type: ignore[arg-type]
+    side = DecodingProgram("a", "a_", {}, "", Answers({"on": 2.0, "off": 1.0}), {"variants": ["on", "off"]})  # type: ignore[arg-type]
     warm_up(side, phase, first=True)
     assert side.best == {"decode_tok_s": "off"}
     assert side.peak_bytes == 200
@@ -185,17 +206,18 @@ def test_the_faster_variant_counts_and_memory_is_that_of_one() -> None:
 
 
 def test_ratios_are_to_the_best_rival() -> None:
-    plan = BenchPlan(Path("m"), prefill=8, decode=4, depths=(100,), against="llama.cpp")
+    plan = BenchPlan(Path("m"), prefill=8, decode=4, depths=(100,))
     facts = {"parameters": 10, "dtype": "q4", "device": "cpu", "threads": 2, "path": "native", "bits_per_weight": 4.5, "variants": [""]}
     facts |= {"bytes_per_token": 1000, "cache": [[2.0, None], [1.0, 50]], "version": "1", "flags": "AVX"}
 
-    def side(prefix: str, prefill: float, decode: float, seconds: float, peak: int) -> Side:
+    def side(prefix: str, prefill: float, decode: float, seconds: float, peak: int) -> DecodingProgram:
         times = {"load_s": [seconds], "first_token_s": [9.0, seconds, 0.0]}
         speeds = {"prefill_tok_s": [prefill], "decode_tok_s": [decode], "decode_tok_s_depth_100": [decode / 2]}
-        return Side(prefix, prefix, {}, None, facts, times | speeds, peak_bytes=peak)
+        return DecodingProgram(prefix, prefix, {}, "", None, facts, times | speeds, peak_bytes=peak)
 
     ours, rivals = side("", 100, 10, 1.0, 50), [side("llama_cpp_q4_0_", 50, 4, 3.0, 60), side("llama_cpp_q4_k_m_", 20, 5, 2.0, 90)]
-    result = summary(plan, ours, rivals, 100_000)
+    result = summary(plan, ours, 100_000)
+    result |= ratios(result, "llama.cpp", rivals)
     assert (result["prefill_ratio"], result["decode_ratio"], result["decode_ratio_depth_100"]) == (2.0, 2.0, 2.0)
     assert (result["load_ratio"], result["first_token_ratio"], result["peak_ratio"]) == (2.0, 2.0, 1.2)
     assert (result["llama_cpp_q4_0_prefill_tok_s"], result["llama_cpp_q4_k_m_decode_tok_s"]) == (50, 5)

@@ -28,9 +28,9 @@ def divergence(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def their_logits(file: Path, ids: list[int]) -> np.ndarray:
-    from llmkit.bench.llama_cpp import LlamaSide
+    from benchmarks.llama_cpp import LlamaCppDecoding
 
-    return LlamaSide(file, threads=2).logits(ids)
+    return LlamaCppDecoding(file, threads=2).logits(ids)
 
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine with her dog."
@@ -67,11 +67,11 @@ def test_a_quantized_folder_is_dequantized_for_llama_cpp(tmp_path: Path) -> None
 
 def test_decoding_resumes_where_the_context_is_there(tmp_path: Path) -> None:
     """A second run at depth starts from the first one's context and says the same; so does the other kind of attention."""
-    from llmkit.bench.llama_cpp import LlamaSide
+    from benchmarks.llama_cpp import LlamaCppDecoding
 
     folder = write_model(tmp_path / "model")
     write_gguf(folder, tmp_path / "m.gguf")
-    side = LlamaSide(tmp_path / "m.gguf", threads=1)
+    side = LlamaCppDecoding(tmp_path / "m.gguf", threads=1)
     prompts = [list(range(5, 45)), list(range(15, 55))]
     said = []
     for variant in ("on", "on", "off"):

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import training as comparison
+from benchmarks.training import check_rival, compare_training, rival_programs
+from benchmarks.training_worker import load_rival, padded
 from llmkit.bench import training as module
-from llmkit.bench import training_worker as bench_train_worker
 from llmkit.bench.process import Worker
-from llmkit.bench.training import TrainBenchPlan, bench_train, check_train_plan, side_settings
-from llmkit.bench.training_worker import Chats, Side, factors, load_side, padded, random_rows, start_adapter
+from llmkit.bench.training import TrainBenchPlan, bench_train, check_train_plan, own_programs
+from llmkit.bench.training_worker import Chats, TrainingModel, factors, random_rows, serve, start_adapter
+from llmkit.bench.training_worker import load_model as load_own
 from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.load import load_model
 from llmkit.checkpoint.quantize import quantize_folder
@@ -52,11 +55,11 @@ def data(folder: Path) -> Path:
     return file
 
 
-def started(folder: Path, name: str, **changes: Any) -> Side:
-    """A side as the worker loads it."""
-    plan = replace(PLAN, folder=folder, quantize="q4", against="transformers", rival_checkpointing=True)
-    settings = {label: settings for label, _, settings in side_settings(plan, load_config(folder))}[name]
-    side = load_side({**settings, **changes})
+def started(folder: Path, name: str, **changes: Any) -> TrainingModel:
+    """A program's model as its worker loads it."""
+    plan, config = replace(PLAN, folder=folder, quantize="q4"), load_config(folder)
+    settings = {program.name: program.settings for program in [*own_programs(plan, config), *rival_programs(plan, True, config)]}[name]
+    side = (load_rival if name.startswith("transformers") else load_own)({**settings, **changes})
     start_adapter(side.model)
     return side
 
@@ -105,10 +108,10 @@ def test_both_programs_train_beside_the_same_four_bits(nf4: Path) -> None:
     losses = [(ours.full(ids), theirs.full(ids)) for ids in (random_rows(2, 24, 40, step) for step in range(3))]
     assert all(abs(a - b) < 1e-5 for a, b in losses), losses
     assert all((mine[name] - others[name]).abs().max() < 1e-4 for name in mine)
-    assert "nf4" in ours.facts()["flags"]
-    assert ours.facts()["base_bytes"] < 0.5 * ours.facts()["bf16_base_bytes"]
-    assert "float32, sdpa attention, gradient checkpointing" in theirs.facts()["flags"]
-    assert theirs.facts()["bitsandbytes_version"]
+    assert "nf4" in ours.report()["flags"]
+    assert ours.report()["base_bytes"] < 0.5 * ours.report()["bf16_base_bytes"]
+    assert "float32, sdpa attention, gradient checkpointing" in theirs.report()["flags"]
+    assert theirs.report()["bitsandbytes_version"]
 
 
 def test_of_a_bfloat16_checkpoint_on_a_cpu_both_compute_in_float32(bf16_nf4: Path) -> None:
@@ -122,7 +125,8 @@ def test_of_a_bfloat16_checkpoint_on_a_cpu_both_compute_in_float32(bf16_nf4: Pat
 
 def test_both_programs_in_bfloat16_as_on_a_gpu(bf16_nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = started(bf16_nf4, "llmkit")
-    monkeypatch.setattr("llmkit.training.loop.product_dtype", lambda wanted, device: torch.bfloat16)
+    for place in ("llmkit.training.loop", "benchmarks.training_worker"):
+        monkeypatch.setattr(f"{place}.product_dtype", lambda wanted, device: torch.bfloat16)
     ours, theirs = started(bf16_nf4, "llmkit", checkpointing=True), started(bf16_nf4, "transformers")
     for step in range(3):
         ids = random_rows(2, 24, 40, step)
@@ -130,8 +134,8 @@ def test_both_programs_in_bfloat16_as_on_a_gpu(bf16_nf4: Path, monkeypatch: pyte
         assert mine != exact
         assert mine == pytest.approx(exact, abs=0.02)
         assert other == pytest.approx(exact, abs=0.02)
-    assert "bfloat16 forward, checkpointing" in ours.facts()["flags"]
-    assert "bfloat16, sdpa attention" in theirs.facts()["flags"]
+    assert "bfloat16 forward, checkpointing" in ours.report()["flags"]
+    assert "bfloat16, sdpa attention" in theirs.report()["flags"]
     assert {factor.dtype for side in (ours, theirs) for factor in factors(side.model).values()} == {torch.float32}
 
 
@@ -147,9 +151,9 @@ def test_a_step_begins_anew(folder: Path) -> None:
 @pytest.mark.skipif(native_problem() is not None, reason="no native kernels")
 def test_a_quantized_base_computes_with_integers_in_less_memory(folder: Path) -> None:
     side, plain = started(folder, "llmkit q4"), started(folder, "llmkit")
-    assert "q4, integer forward" in side.facts()["flags"]
-    assert plain.facts()["base_bytes"] == 2 * side.facts()["bf16_base_bytes"]  # stored in float32
-    assert side.facts()["base_bytes"] < 0.33 * side.facts()["bf16_base_bytes"]
+    assert "q4, integer forward" in side.report()["flags"]
+    assert plain.report()["base_bytes"] == 2 * side.report()["bf16_base_bytes"]  # stored in float32
+    assert side.report()["base_bytes"] < 0.33 * side.report()["bf16_base_bytes"]
     ids = random_rows(2, 24, 40, 0)
     assert side.full(ids) == pytest.approx(plain.full(ids), rel=0.1)
 
@@ -221,9 +225,9 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
 
 
 def test_figures_belong_together(workers: type[FakeWorker], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = replace(PLAN, folder=folder, quantize="q4", against="transformers", rival_checkpointing=True, data=Path("d"), chats=32)
+    plan = replace(PLAN, folder=folder, quantize="q4", data=Path("d"), chats=32)
     said: list[str] = []
-    found = bench_train(plan, said.append)
+    found = compare_training(plan, "transformers", True, said.append)
     assert not any(isinstance(value, dict | list) for value in found.values())
     assert (found["full_tok_s"], found["q4_full_tok_s"], found["transformers_full_tok_s"]) == (48, 96, 24)
     assert (found["full_ratio"], found["q4_full_ratio"], found["full_ratio_checkpointing"]) == (2, 4, 4)
@@ -245,8 +249,8 @@ def test_figures_belong_together(workers: type[FakeWorker], folder: Path, capsys
 
 
 def test_no_larger_micro_batch_where_memory_might_end(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "available_bytes", lambda: 399)  # and the rival has taken 400
-    found = bench_train(replace(PLAN, folder=folder, against="transformers", data=Path("d")))
+    monkeypatch.setattr(comparison, "available_bytes", lambda: 399)  # and the rival has taken 400
+    found = compare_training(replace(PLAN, folder=folder, data=Path("d")), "transformers")
     assert found["transformers_chats_micro_batches_tried"] == "1"
     assert found["transformers_chats_micro_batch"] == 1
 
@@ -275,8 +279,8 @@ def test_a_side_that_does_not_fit_is_a_result(
     monkeypatch.setattr(module, "Worker", Short)
     monkeypatch.setattr(Short, "ends", {"llmkit": True, "transformers": 1})
     monkeypatch.setenv("COLUMNS", "160")
-    plan = replace(PLAN, folder=folder, quantize="q4", against="transformers", rival_checkpointing=True, device="cuda", memory=8 * 10**9)
-    found = bench_train(plan)
+    plan = replace(PLAN, folder=folder, quantize="q4", device="cuda", memory=8 * 10**9)
+    found = compare_training(plan, "transformers", True)
     assert [found[f"{side}fits"] for side in ("", "q4_", "transformers_", "transformers_checkpointing_")] == [False, True, False, True]
     assert not any(isinstance(value, dict | list) for value in found.values())
     assert "full_tok_s" not in found
@@ -294,27 +298,27 @@ def test_where_nothing_fits_it_is_an_error(workers: type[FakeWorker], folder: Pa
     monkeypatch.setattr(module, "Worker", Short)
     monkeypatch.setattr(Short, "ends", {"llmkit": 2, "transformers": True})
     with pytest.raises(DoesNotFit, match=r"llmkit and transformers: training does not fit in 12\.00 GB\. Take a smaller model"):
-        bench_train(replace(PLAN, folder=folder, against="transformers", device="cuda", memory=12 * 10**9))
+        compare_training(replace(PLAN, folder=folder, device="cuda", memory=12 * 10**9), "transformers")
 
 
 def test_memory_that_runs_out_on_chats(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Worker", Short)
     monkeypatch.setattr(Short, "ends", {"transformers": PLAN.steps + 2})  # the steps, their peak, the first micro-batch
-    found = bench_train(replace(PLAN, folder=folder, against="transformers", data=Path("d")))
+    found = compare_training(replace(PLAN, folder=folder, data=Path("d")), "transformers")
     assert (found["fits"], found["transformers_fits"]) == (True, False)
     assert found["chats_target_tok_s"] == 12
     assert not any("ratio" in key for key in found)
 
 
 def test_on_a_gpu_one_side_is_loaded_at_a_time(workers: type[FakeWorker], folder: Path) -> None:
-    found = bench_train(replace(PLAN, folder=folder, against="transformers", device="cuda:1"))
+    found = compare_training(replace(PLAN, folder=folder, device="cuda:1"), "transformers")
     assert [name for name, _, _ in workers.asked] == ["llmkit"] * (PLAN.steps + 2) + ["transformers"] * (PLAN.steps + 2)
     assert (found["device"], found["full_ratio"], found["full_loss_difference"]) == ("cuda:1", 2, 0)
 
 
 OUT_OF_MEMORY = """
 import sys, torch
-from llmkit.bench.worker import main
+from llmkit.bench.process import main
 
 def serve(settings, answer):
     answer({})
@@ -355,9 +359,9 @@ def test_what_a_worker_does_on_a_gpu(nf4: Path, monkeypatch: pytest.MonkeyPatch)
     def note(name: str, result: Any = None) -> Callable[..., Any]:
         return lambda *arguments: done.append(name) or result
 
-    def loaded(settings: dict[str, Any]) -> Side:
+    def loaded(settings: dict[str, Any]) -> TrainingModel:
         done.append("load")
-        side = load_side({**settings, "device": "cpu"})
+        side = load_own({**settings, "device": "cpu"})
         monkeypatch.setattr(side, "full", note("step", 1.5))
         return side
 
@@ -366,12 +370,11 @@ def test_what_a_worker_does_on_a_gpu(nf4: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=20 * 10**9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: done.append(f"limit {share} of {index}"))
     monkeypatch.setattr(torch.cuda, "synchronize", note("synchronize"))
-    monkeypatch.setattr(bench_train_worker, "load_side", loaded)
     monkeypatch.setattr("sys.stdin", io.StringIO('{"do": "full", "step": 0}\n{"do": "peak"}\n'))
     plan = replace(PLAN, folder=nf4, device="cuda", memory=8 * 10**9, threads=None)
-    _, _, settings = side_settings(plan, load_config(nf4))[0]
+    settings = own_programs(plan, load_config(nf4))[0].settings
     answers: list[dict[str, Any]] = []
-    bench_train_worker.serve(settings, answers.append)
+    serve(settings, answers.append, loaded)
     assert [name for name in done if name not in ("is_available", "device_count")] == [
         *("limit 0.4 of 0", "load", "get_device_name", "step", "synchronize", "max_memory_allocated")
     ]
@@ -379,7 +382,7 @@ def test_what_a_worker_does_on_a_gpu(nf4: Path, monkeypatch: pytest.MonkeyPatch)
     assert ready["device"] == "a GPU"
     assert (step["loss"], step["slots"], peak) == (1.5, 48, {"peak_bytes": 123})
     with pytest.raises(UsageError, match="cuda has 20"):
-        bench_train_worker.serve({**settings, "memory": 21 * 10**9}, answers.append)
+        serve({**settings, "memory": 21 * 10**9}, answers.append)
 
 
 def test_the_limit_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,8 +414,6 @@ def test_without_a_rival_there_are_no_ratios(workers: type[FakeWorker], folder: 
 
 
 def test_other_adapters_are_not_compared(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = replace(PLAN, folder=folder, against="transformers")
-
     class Fused(FakeWorker):
         def __init__(self, name: str, settings: dict[str, Any], worker: str) -> None:
             super().__init__(name, settings, worker)
@@ -421,7 +422,7 @@ def test_other_adapters_are_not_compared(workers: type[FakeWorker], folder: Path
 
     monkeypatch.setattr(module, "Worker", Fused)
     with pytest.raises(UsageError, match=r"transformers puts its adapter onto other linears .*\(q_proj\).*fuses"):
-        bench_train(plan)
+        compare_training(replace(PLAN, folder=folder), "transformers")
 
 
 @pytest.mark.parametrize(
@@ -430,8 +431,6 @@ def test_other_adapters_are_not_compared(workers: type[FakeWorker], folder: Path
         ({"device": "mps"}, "on cpu and on cuda, not on mps"),
         ({"memory": 8 * 10**9}, "--memory limits a GPU"),
         ({"device": "cuda", "data": Path("d")}, "chats are measured on the CPU"),
-        ({"against": "llama.cpp"}, "not compared in training"),
-        ({"rival_checkpointing": True}, "--rival-checkpointing has no effect"),
         ({"steps": 1}, "first one is not timed"),
         ({"rows": 10**20}, "100000000000000000000 rows of 24 tokens are too many"),
         ({"length": 5000}, "the model has 4096 positions"),
@@ -442,16 +441,21 @@ def test_refused(change: dict[str, Any], message: str, tiny_model_dir: Path) -> 
         bench_train(replace(PLAN, folder=tiny_model_dir, **change))
 
 
+def test_llama_cpp_is_not_compared(tiny_model_dir: Path) -> None:
+    with pytest.raises(UsageError, match="not compared in training"):
+        compare_training(replace(PLAN, folder=tiny_model_dir), "llama.cpp")
+
+
 def test_a_quantized_folder_is_measured_alone(folder: Path, tmp_path: Path) -> None:
     quantized = quantize_folder(folder, tmp_path / "q4", "q4").folder
     config = load_config(quantized)
     check_train_plan(replace(PLAN, folder=quantized), config)
     with pytest.raises(UsageError, match="compared with full weights"):
-        check_train_plan(replace(PLAN, folder=quantized, against="transformers"), config)
+        check_rival(replace(PLAN, folder=quantized), "transformers", False, config)
     with pytest.raises(UsageError, match="--quantize has no effect"):
         check_train_plan(replace(PLAN, folder=quantized, quantize="q4"), config)
     side = started(quantized, "llmkit")
-    assert side.facts()["base_bytes"] < 0.33 * side.facts()["bf16_base_bytes"]
+    assert side.report()["base_bytes"] < 0.33 * side.report()["bf16_base_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -463,6 +467,7 @@ def test_a_quantized_folder_is_measured_alone(folder: Path, tmp_path: Path) -> N
         (("--quantize", "q4"), "--quantize has no effect without --train"),
         (("--train", "--steps", "1"), "--steps"),
         (("--memory", "8GB"), "--memory has no effect without --train"),
+        (("--train", "--rival-checkpointing"), "--rival-checkpointing has no effect"),
         (("--train", "--memory", "8GB"), "--memory limits a GPU"),
         (("--train", "--device", "cuda", "--memory", "much"), "no amount of memory"),
         (("--train", "--memory", ""), "no amount of memory"),
@@ -476,7 +481,7 @@ def test_options_without_effect(arguments: tuple[str, ...], message: str, tiny_m
 
 def test_a_rival_of_four_bits_has_checkpointing_anyway(nf4: Path) -> None:
     with pytest.raises(UsageError, match="--rival-checkpointing has no effect on a folder in nf4"):
-        bench_train(replace(PLAN, folder=nf4, against="transformers", rival_checkpointing=True))
+        compare_training(replace(PLAN, folder=nf4), "transformers", True)
 
 
 @pytest.mark.parametrize(("device", "memory"), [(None, None), ("cuda", 6_500_000_000)])
@@ -515,8 +520,7 @@ def test_the_command_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.slow
 def test_everything_in_processes_of_its_own(folder: Path, data: Path) -> None:
-    plan = replace(PLAN, folder=folder, quantize="q4", against="transformers", rival_checkpointing=True, data=data)
-    found = bench_train(plan)
+    found = compare_training(replace(PLAN, folder=folder, quantize="q4", data=data), "transformers", True)
     assert found["full_loss_difference"] < 1e-5
     assert found["full_loss_difference_checkpointing"] < 1e-5
     assert found["chats_loss_difference"] < 1e-5
@@ -528,4 +532,4 @@ def test_everything_in_processes_of_its_own(folder: Path, data: Path) -> None:
 def test_a_family_that_transformers_fuses(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "phi3", "phi3")
     with pytest.raises(UsageError, match="because it fuses them"):
-        bench_train(replace(PLAN, folder=folder, against="transformers"))
+        compare_training(replace(PLAN, folder=folder), "transformers")

@@ -1,4 +1,4 @@
-"""transformers as a side of a benchmark: a forward pass for the prompt, `generate` for decoding."""
+"""transformers in a benchmark of decoding: a forward pass for the prompt, `generate` for decoding."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import transformers
 
 
-class TransformersSide:
-    """See `llmkit.bench.worker.Side`."""
+class TransformersDecoding:
+    """See `llmkit.bench.worker.DecodingModel`."""
 
     def __init__(self, folder: str, dtype: str | None, device: str | None, threads: int | None) -> None:
         transformers.utils.logging.set_verbosity_error()
@@ -45,7 +45,7 @@ class TransformersSide:
         assert len(times) == count + 1
         return times[-1] - times[0]
 
-    def facts(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         dtype = str(self.model.dtype).removeprefix("torch.")
         flags = f"{dtype} on {self.device}, torch {torch.__version__}, {torch.get_num_threads()} threads"
         return {"variants": [""], "version": transformers.__version__, "dtype": dtype, "flags": flags}

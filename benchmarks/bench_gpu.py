@@ -1,13 +1,15 @@
-"""`llmkit bench-gpu`: 4 bits on a GPU beside bfloat16 and bitsandbytes' NF4, in generating and in training."""
+"""`make bench-gpu`: 4 bits on a GPU next to bfloat16 and bitsandbytes' NF4, in generating and in training (QLoRA)."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
 from llmkit.cli.bench import show
 from llmkit.cli.bench_train import train_table
+from llmkit.cli.main import run
 from llmkit.cli.options import AtLeast, from_command_line, model_name, option
 from llmkit.errors import UsageError
 
@@ -38,8 +40,8 @@ def bench_gpu(
     PEFT and bitsandbytes on the same weights. Without MODEL that alone, on random numbers in the shape of Llama 3.1 8B: 6 GB that are
     written to the folder for temporary files, for some minutes.
     """
-    from llmkit.bench.gpu import GpuBenchPlan
-    from llmkit.bench.gpu import bench_gpu as measure
+    from benchmarks.gpu import GpuBenchPlan
+    from benchmarks.gpu import bench_gpu as measure
     from llmkit.checkpoint.hub import resolve
     from llmkit.planning.memory import parse_size
 
@@ -98,3 +100,7 @@ def _decode_table(result: dict[str, Any]) -> None:
     shares = [f"{result[f'{side}_bandwidth_share']:.0%}" for side in ("q4", "bf16")]
     out.add_row(f"share of {result['bandwidth_bytes_s'] / 1e9:.0f} GB/s in decode", *shares, "", "", "")
     Console().print(out)
+
+
+if __name__ == "__main__":
+    sys.exit(run(command=bench_gpu, name="bench-gpu"))

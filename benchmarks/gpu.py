@@ -1,7 +1,7 @@
-"""How fast a model decodes on a GPU in 4 bits, beside itself in bfloat16 and beside bitsandbytes' NF4 in transformers; and how fast, in
-how little memory, an adapter is trained beside it (QLoRA).
+"""How fast a model decodes on a GPU in 4 bits, next to itself in bfloat16 and to bitsandbytes' NF4 in transformers; and how fast, in
+how little memory, an adapter is trained on it (QLoRA).
 
-The checkpoint is quantized for the run. In decoding all sides are loaded at once and take turns; every figure is a median.
+The checkpoint is quantized for the run. In decoding all models are loaded at once and take turns; every figure is a median.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 
 import llmkit
-from llmkit.bench.random_model import LLAMA_8B, write_random_nf4
+from benchmarks.random_model import LLAMA_8B, write_random_nf4
+from benchmarks.training import compare_training
 from llmkit.bench.training import TrainBenchPlan, bench_train
 from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.quantize import quantize_folder
@@ -39,8 +41,8 @@ _READ = 1 << 30  # bytes, far more than a GPU's cache
 class GpuBenchPlan:
     """What is measured. Token counts; `repeat` runs of each figure, of which the median is taken.
 
-    folder: None: QLoRA alone, on a model of random numbers in the shape of Llama 3.1 8B. memory: bytes of the GPU that a side may take in
-    QLoRA; None: the smallest of `SIZES` that is enough for both sides. row: tokens of a training step.
+    folder: None: QLoRA alone, on a model of random numbers in the shape of Llama 3.1 8B. memory: bytes of the GPU that one may take in
+    QLoRA; None: the smallest of `SIZES` that is enough for both programs. row: tokens of a training step.
     """
 
     folder: Path | None
@@ -53,17 +55,17 @@ class GpuBenchPlan:
     row: int = ROW
 
 
-class Side(Protocol):
+class TimedModel(Protocol):
     """A loaded model."""
 
     def prefill(self, ids: list[int]) -> float:
-        """Seconds until the first token after `ids`."""
+        """Return the seconds until the first token after `ids`."""
 
     def decode(self, ids: list[int], count: int) -> float:
-        """Seconds for `count` tokens, greedy, after the first one that follows `ids`."""
+        """Return the seconds for `count` tokens, greedy, after the first one that follows `ids`."""
 
 
-class Ours:
+class OwnModel:
     """llmkit, through its public API."""
 
     def __init__(self, folder: Path, plan: GpuBenchPlan) -> None:
@@ -80,7 +82,7 @@ class Ours:
         return count / rate
 
     def bytes_per_token(self) -> int:
-        """What one token reads of a dense model's weights: all but an embedding that is no head."""
+        """Return the bytes that one token reads of a dense model's weights: all but an embedding that is no head."""
         assert isinstance(self.llm.backend, TorchBackend)
         model = self.llm.backend.model
         skipped = ("model.embed_positions",) if model.lm_head is None else ("model.embed_positions", "model.embed_tokens")
@@ -88,7 +90,7 @@ class Ours:
         return sum(tensor.nbytes for name, tensor in named if not name.startswith(skipped))
 
 
-class Nf4:
+class TransformersNf4:
     """The same checkpoint in transformers with bitsandbytes' NF4, computing in bfloat16."""
 
     def __init__(self, folder: Path, device: str) -> None:
@@ -167,10 +169,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def bench_qlora(folder: Path, plan: GpuBenchPlan, progress: Callable[[str], None]) -> dict[str, Any]:
-    """QLoRA (r=16) on one row of tokens, both sides computing activations again on the way back, beside transformers, PEFT and
+    """QLoRA (r=16) on one row of tokens, both programs computing activations again in the backward pass, next to transformers, PEFT and
     bitsandbytes on the same NF4 folder; of a family whose linears transformers fuses, whose adapter is another one, llmkit alone.
 
-    Returns what `bench_train` does, in the smallest memory that was enough for both sides, and `smallest_bytes` for each of them: the
+    Returns what `bench_train` does, in the smallest memory that was enough for both programs, and `smallest_bytes` for each of them: the
     smallest that was enough for it. A side for which none was has `fits` False.
     """
     config = load_config(folder)
@@ -188,10 +190,10 @@ def bench_qlora(folder: Path, plan: GpuBenchPlan, progress: Callable[[str], None
             length=min(plan.row, config.max_position_embeddings),
             steps=plan.repeat + 1,
             checkpointing=True,
-            against=None if fuses else "transformers",
         )
+        told = partial(_tell, progress, f"QLoRA{where}: ")
         try:
-            result = bench_train(train, lambda what, where=where: progress(f"QLoRA{where}: {what}"))  # type: ignore[misc]
+            result = bench_train(train, told) if fuses else compare_training(train, "transformers", progress=told)
         except DoesNotFit:
             continue
         fitting = [prefix for prefix in prefixes if result[f"{prefix}fits"]]
@@ -204,6 +206,10 @@ def bench_qlora(folder: Path, plan: GpuBenchPlan, progress: Callable[[str], None
     return {**{key: value for key, value in result.items() if key != "model"}, **smallest, **published}
 
 
+def _tell(progress: Callable[[str], None], where: str, what: str) -> None:
+    progress(where + what)
+
+
 def _sizes(plan: GpuBenchPlan) -> tuple[int | None, ...]:
     """The memory to try, smallest first; None: all there is."""
     if plan.memory is not None or not plan.device.startswith("cuda"):
@@ -212,15 +218,15 @@ def _sizes(plan: GpuBenchPlan) -> tuple[int | None, ...]:
 
 
 def _bench_decode(folder: Path, target: Path, plan: GpuBenchPlan, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Decoding of the checkpoint quantized to `target`; of sides that do not fit together `decode_fits` False, and no figures."""
+    """Decoding of the checkpoint quantized to `target`; of models that do not fit together `decode_fits` False, and no figures."""
     progress("quantizing")
     report = quantize_folder(folder, target)
     progress("loading")
     try:
-        ours, plain = Ours(report.folder, plan), Ours(folder, plan)
-        sides: dict[str, Side] = {"q4": ours, "bf16": plain, "nf4": Nf4(folder, plan.device)}
+        ours, plain = OwnModel(report.folder, plan), OwnModel(folder, plan)
+        models: dict[str, TimedModel] = {"q4": ours, "bf16": plain, "nf4": TransformersNf4(folder, plan.device)}
         bandwidth = read_bandwidth(plan.device)
-        rates = measure(sides, plan, load_config(folder).vocab_size, progress)
+        rates = measure(models, plan, load_config(folder).vocab_size, progress)
     except (DoesNotFit, MemoryError, RuntimeError) as error:
         if not (isinstance(error, DoesNotFit) or out_of_memory(error)):
             raise
@@ -233,25 +239,25 @@ def _bench_decode(folder: Path, target: Path, plan: GpuBenchPlan, progress: Call
         "bandwidth_bytes_s": bandwidth,
         **rates,
     }
-    for name, side in (("q4", ours), ("bf16", plain)):
-        result[f"{name}_bytes_per_token"] = side.bytes_per_token()
-        result[f"{name}_bandwidth_share"] = result[f"{name}_decode_tok_s"] * side.bytes_per_token() / bandwidth
+    for name, model in (("q4", ours), ("bf16", plain)):
+        result[f"{name}_bytes_per_token"] = model.bytes_per_token()
+        result[f"{name}_bandwidth_share"] = result[f"{name}_decode_tok_s"] * model.bytes_per_token() / bandwidth
     for figure in ("prefill", "decode"):
         for rival in ("bf16", "nf4"):
             result[f"{figure}_ratio_{rival}"] = result[f"q4_{figure}_tok_s"] / result[f"{rival}_{figure}_tok_s"]
     return result
 
 
-def measure(sides: dict[str, Side], plan: GpuBenchPlan, vocab_size: int, progress: Callable[[str], None]) -> dict[str, float]:
+def measure(models: dict[str, TimedModel], plan: GpuBenchPlan, vocab_size: int, progress: Callable[[str], None]) -> dict[str, float]:
     """`SIDE_prefill_tok_s` and `SIDE_decode_tok_s`, medians of interleaved runs; the first round warms up and is not counted."""
-    rates: dict[str, list[float]] = {f"{name}_{figure}_tok_s": [] for name in sides for figure in ("prefill", "decode")}
+    rates: dict[str, list[float]] = {f"{name}_{figure}_tok_s": [] for name in models for figure in ("prefill", "decode")}
     draws = np.random.default_rng(0)
     for run in range(plan.repeat + 1):
-        for name, side in sides.items() if run % 2 else reversed(sides.items()):
+        for name, model in models.items() if run % 2 else reversed(models.items()):
             progress(f"run {run}/{plan.repeat} of {name}")
             # New ids every time: no run finds another's prefix in a cache.
-            read = plan.prefill / side.prefill(draws.integers(0, vocab_size, plan.prefill).tolist())
-            wrote = plan.decode / side.decode(draws.integers(0, vocab_size, PROMPT).tolist(), plan.decode)
+            read = plan.prefill / model.prefill(draws.integers(0, vocab_size, plan.prefill).tolist())
+            wrote = plan.decode / model.decode(draws.integers(0, vocab_size, PROMPT).tolist(), plan.decode)
             if run:
                 rates[f"{name}_prefill_tok_s"].append(read)
                 rates[f"{name}_decode_tok_s"].append(wrote)

@@ -48,7 +48,7 @@ _DEVIATION = 0.02  # as most models begin
 
 
 def write_random_nf4(folder: Path, hf: Mapping[str, Any], progress: Callable[[int, int], None] | None = None) -> Path:
-    """Writes a folder that llmkit and transformers open: matrices are normal, vectors ones, as a model without biases begins.
+    """Write a folder that llmkit and transformers open: matrices are normal, vectors ones, as a model without biases begins.
 
     hf: a config.json. progress: is told the weights done and all there are. Takes the memory of the largest matrix in 16 bits.
     Raises CheckpointError where writing fails (nothing is left behind).

@@ -1,4 +1,4 @@
-"""llama.cpp as a side of a benchmark: the C functions that llama-cpp-python binds, on a GGUF file written from the same weights."""
+"""llama.cpp in a benchmark: the C functions that llama-cpp-python binds, on a GGUF file written from the same weights."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _print_errors(level: int, text: bytes, _: Any) -> None:
 _log = llama_cpp.llama_log_callback(_print_errors)  # kept: C holds no reference to it
 
 
-class LlamaSide:
-    """See `llmkit.bench.worker.Side`. Variants: flash attention "on" and "off". The KV cache is float16."""
+class LlamaCppDecoding:
+    """See `llmkit.bench.worker.DecodingModel`. Variants: flash attention "on" and "off". The KV cache is float16."""
 
     def __init__(self, file: str | Path, threads: int) -> None:
         llama_cpp.llama_log_set(_log, None)
@@ -46,7 +46,7 @@ class LlamaSide:
         self.model = model
         self.threads = threads
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        self._batch = Batch(BATCH)
+        self._batch = TokenBatch(BATCH)
         self._contexts: dict[str, Context] = {}  # by variant, of one size
 
     def prefill(self, ids: list[int], room: int, variant: str) -> float:
@@ -64,7 +64,7 @@ class LlamaSide:
             tokens = context.step(tokens, position)
         return time.perf_counter() - start
 
-    def facts(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         name = ctypes.create_string_buffer(200)
         llama_cpp.llama_model_desc(self.model, name, len(name))
         info = llama_cpp.llama_print_system_info().decode().split("|")
@@ -98,17 +98,17 @@ class LlamaSide:
 class Context:
     """A KV cache of `shape` (sequences, tokens of each), and what is in it."""
 
-    def __init__(self, side: LlamaSide, shape: tuple[int, int], variant: str) -> None:
+    def __init__(self, model: LlamaCppDecoding, shape: tuple[int, int], variant: str) -> None:
         self.shape = shape
-        self._vocab_size, self._batch = side.vocab_size, side._batch
+        self._vocab_size, self._batch = model.vocab_size, model._batch
         sequences, room = shape
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = sequences * -(-room // 256) * 256  # each sequence has a multiple of 256 in any case
         parameters.n_seq_max = sequences
         parameters.n_batch = parameters.n_ubatch = BATCH
-        parameters.n_threads = parameters.n_threads_batch = side.threads
+        parameters.n_threads = parameters.n_threads_batch = model.threads
         parameters.flash_attn_type = FLASH_ATTENTION[variant]
-        self.handle = llama_cpp.llama_init_from_model(side.model, parameters)
+        self.handle = llama_cpp.llama_init_from_model(model.model, parameters)
         if not self.handle:
             raise LLMKitError(f"llama.cpp cannot make a context of {parameters.n_ctx} tokens. Take a smaller --depth or --batch.")
         self._memory = llama_cpp.llama_get_memory(self.handle)
@@ -163,7 +163,7 @@ class Context:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.handle), (rows, self._vocab_size))
 
 
-class Batch:
+class TokenBatch:
     """A llama_batch over arrays: token, position, sequence and whether its logits are wanted, of up to `size` tokens."""
 
     def __init__(self, size: int) -> None:
