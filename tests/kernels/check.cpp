@@ -233,16 +233,16 @@ class Checker {
     learning(random, 130, 40, {{530, 37}});
   }
 
-  void documents() {
+  void sequences() {
     Random random{8};
-    documents(random, {1, 1, 8, 0}, {{1, 0}});
-    documents(random, {4, 2, 20, 0}, {{1, 0}, {1, 1}, {2, 0}, {61, 5}});
-    documents(random, {2, 1, 33, 7}, {{100, 0}, {3, 90}});
-    documents(random, {6, 2, 64, 0}, {{230, 0}, {1, 192}, {50, 200}});
-    documents(random, {2, 1, 256, 0}, {{49, 0}, {13, 40}});
-    documents(random, {1, 1, 200, 60}, {{250, 0}, {1, 300}, {5, 57}});
-    documents(random, {3, 3, 100, 1}, {{60, 3}});
-    documents(random, {2, 2, 8, 400}, {{420, 0}, {30, 390}});
+    sequences(random, {1, 1, 8, 0}, {{1, 0}});
+    sequences(random, {4, 2, 20, 0}, {{1, 0}, {1, 1}, {2, 0}, {61, 5}});
+    sequences(random, {2, 1, 33, 7}, {{100, 0}, {3, 90}});
+    sequences(random, {6, 2, 64, 0}, {{230, 0}, {1, 192}, {50, 200}});
+    sequences(random, {2, 1, 256, 0}, {{49, 0}, {13, 40}});
+    sequences(random, {1, 1, 200, 60}, {{250, 0}, {1, 300}, {5, 57}});
+    sequences(random, {3, 3, 100, 1}, {{60, 3}});
+    sequences(random, {2, 2, 8, 400}, {{420, 0}, {30, 390}});
   }
 
  private:
@@ -381,7 +381,7 @@ class Checker {
       std::vector<float*> db;
       for (const std::vector<double>& numbers : exact) found.push_back(unwritten(int64_t(numbers.size())));
       for (size_t p = 0; p < sizes.size(); ++p) db.push_back(found[p + 1].data());
-      learn(kernels, threads, {int(sizes.size()), factors.data(), tokens, x.data(), xa.data(), gradients.data(), found[0].data(), db.data()});
+      adapter_gradients(kernels, threads, {int(sizes.size()), factors.data(), tokens, x.data(), xa.data(), gradients.data(), found[0].data(), db.data()});
       return found;
     };
     const std::vector<std::vector<float>> expected = run(*portable_kernels(), 1), found = run(kernels_, 1), threaded = run(kernels_, 3);
@@ -394,8 +394,8 @@ class Checker {
   }
 
   // Documents of so many queries after so many other keys.
-  void documents(Random& random, DocumentAttention a, const std::vector<std::pair<int64_t, int64_t>>& lengths) {
-    std::vector<Document> all;
+  void sequences(Random& random, PackedAttention a, const std::vector<std::pair<int64_t, int64_t>>& lengths) {
+    std::vector<PackedSequence> all;
     int64_t tokens = 0, keys = 0;
     for (const auto& [length, earlier] : lengths) {
       all.push_back({tokens, length, keys, earlier + length});
@@ -410,11 +410,11 @@ class Checker {
     std::vector<double> exact[5];
     for (int i = 0; i < 5; ++i) exact[i].resize(size_t(sizes[i]));
     auto dot = [&](const float* x, const float* y) { return std::inner_product(x, x + a.dim, y, 0.0, std::plus<>(), [](float s, float t) { return double(s) * double(t); }); };
-    for (const Document& document : all)
-      for (int64_t t = document.begin; t < document.begin + document.length; ++t)
+    for (const PackedSequence& sequence : all)
+      for (int64_t t = sequence.begin; t < sequence.begin + sequence.length; ++t)
         for (int64_t head = 0; head < a.heads; ++head) {
-          const int64_t last = document.key_begin + document.key_length - document.length + t - document.begin;
-          const int64_t first = a.window ? std::max(document.key_begin, last + 1 - a.window) : document.key_begin, own = t * ldq + head * a.dim;
+          const int64_t last = sequence.key_begin + sequence.key_length - sequence.length + t - sequence.begin;
+          const int64_t first = a.window ? std::max(sequence.key_begin, last + 1 - a.window) : sequence.key_begin, own = t * ldq + head * a.dim;
           auto key = [&](int64_t at) { return at * ldk + head / (a.heads / a.kv_heads) * a.dim; };
           std::vector<double> p;
           double sum = 0, delta = 0;
@@ -437,21 +437,21 @@ class Checker {
     auto run = [&](const Kernels& kernels, int threads) {
       std::vector<std::vector<float>> found;
       for (int64_t size : sizes) found.push_back(unwritten(size));
-      DocumentAttention job = a;
+      PackedAttention job = a;
       job.out = found[0].data(), job.lse = found[1].data(), job.dq = found[2].data(), job.dk = found[3].data(), job.dv = found[4].data();
       for (bool back : {false, true}) {
-        if (threads) attend_documents(kernels, threads, job, all, back);
-        for (const Document& document : all)
+        if (threads) attend_packed(kernels, threads, job, all, back);
+        for (const PackedSequence& sequence : all)
           for (int64_t head = 0; head < a.kv_heads && !threads; ++head) {
-            std::vector<float> scratch = unwritten(kernels.document_scratch(job, document.key_length));
-            (back ? kernels.attend_document_back : kernels.attend_document)(job, document, head, scratch.data());
+            std::vector<float> scratch = unwritten(kernels.packed_attention_scratch(job, sequence.key_length));
+            (back ? kernels.attend_sequence_back : kernels.attend_sequence)(job, sequence, head, scratch.data());
           }
       }
       return found;
     };
     const std::vector<std::vector<float>> expected = run(*portable_kernels(), 0), found = run(kernels_, 0), threaded = run(kernels_, 3);
     for (size_t i = 0; i < 5; ++i) {  // the logarithm is the standard library's: not the same everywhere
-      const std::string what = "documents, dim " + std::to_string(a.dim) + ", window " + std::to_string(a.window) + ": " + names[i];
+      const std::string what = "sequences, dim " + std::to_string(a.dim) + ", window " + std::to_string(a.window) + ": " + names[i];
       same(what, expected[i].data(), found[i].data(), found[i].size() * 4, i == 0);
       same(what + ", three threads", found[i].data(), threaded[i].data(), found[i].size() * 4, false);
       near(what, exact[i], found[i].data(), 1);
@@ -636,7 +636,7 @@ bool check(const Kernels& kernels) {
   checker.attention();
   checker.training_products();
   checker.learning();
-  checker.documents();
+  checker.sequences();
   for (Kind cache : {Kind::F32, Kind::F16, Kind::Q8}) {
     for (Kind kind : {Kind::F32, Kind::F16, Kind::BF16, Kind::Q4, Kind::Q8}) steps(checker, kernels, kind, 32, cache, 41);
     steps(checker, kernels, Kind::Q4, 16, cache, SPLIT + 30);

@@ -1,7 +1,7 @@
 // The cache and attention over it.
 
 // One head of one position as the cache keeps it: float32, float16 or int8 with the scale that is returned.
-static float narrow(Kind kind, const float* x, int64_t n, void* out) {
+static float encode_head(Kind kind, const float* x, int64_t n, void* out) {
   if (kind == Kind::F32) {
     memcpy(out, x, size_t(n) * 4);
     return 1;
@@ -32,9 +32,9 @@ template <class T>
 static void store_head(const KVStorage& c, int64_t head, int64_t block, int64_t slot, const float* k, const float* v) {
   T one[kMaxHeadDim];
   T* keys = c.keys_of<T>(head, block) + slot;
-  const float key_scale = narrow(c.kind, k, c.dim, one);
+  const float key_scale = encode_head(c.kind, k, c.dim, one);
   for (int64_t d = 0; d < c.dim; ++d) keys[d * BLOCK] = one[d];
-  const float value_scale = narrow(c.kind, v, c.dim, c.values_of<T>(head, block) + slot * c.dim_padded);
+  const float value_scale = encode_head(c.kind, v, c.dim, c.values_of<T>(head, block) + slot * c.dim_padded);
   if (c.kind == Kind::Q8) c.key_scales_of(head, block)[slot] = key_scale, c.value_scales_of(head, block)[slot] = value_scale;
 }
 static void store_kv(const KVStorage& c, int64_t head, int64_t block, int64_t slot, const float* k, const float* v) {

@@ -1,17 +1,17 @@
-// Attention in training (FlashAttention-2, arXiv:2307.08691), float32: documents (kernels.h) one after the other, causal, no cache. Scores exist for
-// kQueries x kPositions pairs at a time, as rows of the products of matmul.inl; on the way back they are made again from q, k and the
+// Attention in training (FlashAttention-2, arXiv:2307.08691), float32: packed sequences (kernels.h) one after the other, causal, no cache. Scores exist for
+// kQueries x kPositions pairs at a time, as rows of the products of matmul.inl; the backward pass computes them again from q, k and the
 // logarithm of each row's sum of exponentials:
 //
 //   P = exp(scale q k^T - lse)     dV = P^T dO     dP = dO V^T     dS = P (dP - rowsum(dO O))     dQ = scale dS K     dK = scale dS^T Q
 //
-// One thread does a kv head of a document with all its query heads, so sums have one order, whatever the threads.
+// One thread does one kv head of one sequence with all its query heads, so sums have one order, whatever the threads.
 
 constexpr int64_t kQueries = 48, kPositions = 192;  // whose scores exist at a time
 constexpr int64_t kScoreStride = kPositions + 16;
 static_assert(kPositions % kMatColumns == 0, "a stretch of positions is whole panels");
 
 struct AttentionScratch {
-  float *keys, *values;              // turned, for products with rows of dim numbers: [panel of positions][dim][columns]
+  float *keys, *values;              // transposed, for products with rows of dim numbers: [panel of positions][dim][columns]
   float *key_rows, *value_rows;      // [stretch of positions][panel of dim][kPositions][columns]
   float *dk, *dv;                    // [positions, dim_padded]
   float *q, *dout;                   // [stretch of dim][kQueries][kScoreStride]
@@ -22,13 +22,13 @@ struct AttentionScratch {
 
 static inline int64_t mat_padded(int64_t n) { return (n + kMatColumns - 1) / kMatColumns * kMatColumns; }
 
-static int64_t document_scratch(const DocumentAttention& a, int64_t length) {
+static int64_t packed_attention_scratch(const PackedAttention& a, int64_t length) {
   const int64_t dim = mat_padded(a.dim), positions = (length + kPositions - 1) / kPositions * kPositions;
   const int64_t stretches = (a.dim + kPositions - 1) / kPositions;
   return 6 * (positions + kMatColumns) * dim + (2 * stretches + 2) * kQueries * kScoreStride + 3 * kQueries * dim;
 }
 
-static AttentionScratch divide(const DocumentAttention& a, int64_t length, float* at) {
+static AttentionScratch lay_out_scratch(const PackedAttention& a, int64_t length, float* at) {
   const int64_t dim = mat_padded(a.dim), positions = (length + kPositions - 1) / kPositions * kPositions;
   const int64_t stretches = (a.dim + kPositions - 1) / kPositions;
   auto take = [&](int64_t n) { float* begin = at; at += n; return begin; };
@@ -40,8 +40,8 @@ static AttentionScratch divide(const DocumentAttention& a, int64_t length, float
   return s;
 }
 
-// Rows x [length, ldx] of dim numbers as panels of positions, turned: [panel][dim][columns]; positions beyond the end are 0.
-static void pack_turned(const float* x, int64_t ldx, int64_t length, int64_t dim, float* panels) {
+// Rows x [length, ldx] of dim numbers as panels of positions, transposed: [panel][dim][columns]; positions beyond the end are 0.
+static void pack_transposed(const float* x, int64_t ldx, int64_t length, int64_t dim, float* panels) {
   for (int64_t t = 0; t < length; t += kMatColumns, panels += dim * kMatColumns) {
     const int64_t own = length - t < kMatColumns ? length - t : kMatColumns;
     if (own < kMatColumns) memset(panels, 0, size_t(dim) * kMatColumns * 4);
@@ -73,30 +73,30 @@ static void copy_rows(const float* x, int64_t ldx, int64_t rows, int64_t dim, fl
 }
 
 // scores[row][position] = rows . positions, for `count` positions that begin at a panel.
-static void mat_scores(const float* rows, int64_t queries, const float* turned, int64_t dim, int64_t count, float* scores) {
-  for (int64_t i = 0; i < count; i += kMatColumns, turned += dim * kMatColumns)
+static void mat_scores(const float* rows, int64_t queries, const float* transposed, int64_t dim, int64_t count, float* scores) {
+  for (int64_t i = 0; i < count; i += kMatColumns, transposed += dim * kMatColumns)
     for (int64_t d = 0; d < dim; d += kPositions)
-      mat_rows<kScoreStride>(turned + d * kMatColumns, dim - d < kPositions ? dim - d : kPositions, rows + d / kPositions * kQueries * kScoreStride, queries,
+      mat_rows<kScoreStride>(transposed + d * kMatColumns, dim - d < kPositions ? dim - d : kPositions, rows + d / kPositions * kQueries * kScoreStride, queries,
                scores + i, kScoreStride, kMatColumns, nullptr, d == 0);
 }
 
-struct Seen { int64_t first, last; };  // of a stretch of positions that begins at `start`, what the query at a position sees
-static inline Seen seen(const DocumentAttention& a, int64_t position, int64_t start, int64_t count) {
+struct VisibleKeys { int64_t first, last; };  // of a stretch of positions that begins at `start`, what the query at a position sees
+static inline VisibleKeys visible_keys(const PackedAttention& a, int64_t position, int64_t start, int64_t count) {
   const int64_t last = position + 1 - start < count ? position + 1 - start : count;
   const int64_t first = a.window && position + 1 - a.window > start ? position + 1 - a.window - start : 0;
   return {first < last ? first : last, last < 0 ? 0 : last};
 }
-static inline int64_t first_stretch(const DocumentAttention& a, int64_t position) {
+static inline int64_t first_stretch(const PackedAttention& a, int64_t position) {
   return a.window && position + 1 > a.window ? (position + 1 - a.window) / kPositions * kPositions : 0;
 }
 static inline int within(int64_t i) { return i < 0 ? 0 : i > 16 ? 16 : int(i); }
 
-static void attend_document(const DocumentAttention& a, const Document& document, int64_t kv_head, float* scratch) {
-  const auto [begin, length, key_begin, key_length] = document;
+static void attend_sequence(const PackedAttention& a, const PackedSequence& sequence, int64_t kv_head, float* scratch) {
+  const auto [begin, length, key_begin, key_length] = sequence;
   const int64_t earlier = key_length - length;  // positions before the first query
-  const AttentionScratch s = divide(a, key_length, scratch);
+  const AttentionScratch s = lay_out_scratch(a, key_length, scratch);
   const int64_t dim = mat_padded(a.dim), group = a.heads / a.kv_heads, ldq = a.heads * a.dim, ldk = a.kv_heads * a.dim;
-  pack_turned(a.k + key_begin * ldk + kv_head * a.dim, ldk, key_length, a.dim, s.keys);
+  pack_transposed(a.k + key_begin * ldk + kv_head * a.dim, ldk, key_length, a.dim, s.keys);
   pack_rows(a.v + key_begin * ldk + kv_head * a.dim, ldk, key_length, a.dim, kPositions, 1, s.value_rows);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (int64_t query = 0; query < length; query += kQueries) {
@@ -111,7 +111,7 @@ static void attend_document(const DocumentAttention& a, const Document& document
         const int64_t count = end - start < kPositions ? end - start : kPositions;
         mat_scores(s.q, queries, s.keys + start * a.dim, a.dim, count, s.scores);
         for (int64_t r = 0; r < queries; ++r) {
-          const Seen own = seen(a, position + r, start, count);
+          const VisibleKeys own = visible_keys(a, position + r, start, count);
           float* row = s.scores + r * kScoreStride;
           F most = set1(-INFINITY);
           for (int64_t i = 0; i < count; i += 16) most = max(most, keep(load(row + i), within(own.first - i), within(own.last - i), -INFINITY));
@@ -147,14 +147,14 @@ static void attend_document(const DocumentAttention& a, const Document& document
   }
 }
 
-static void attend_document_back(const DocumentAttention& a, const Document& document, int64_t kv_head, float* scratch) {
-  const auto [begin, length, key_begin, key_length] = document;
+static void attend_sequence_back(const PackedAttention& a, const PackedSequence& sequence, int64_t kv_head, float* scratch) {
+  const auto [begin, length, key_begin, key_length] = sequence;
   const int64_t earlier = key_length - length;
-  const AttentionScratch s = divide(a, key_length, scratch);
+  const AttentionScratch s = lay_out_scratch(a, key_length, scratch);
   const int64_t dim = mat_padded(a.dim), group = a.heads / a.kv_heads, ldq = a.heads * a.dim, ldk = a.kv_heads * a.dim;
   const int64_t own_kv = key_begin * ldk + kv_head * a.dim;
-  pack_turned(a.k + own_kv, ldk, key_length, a.dim, s.keys);
-  pack_turned(a.v + own_kv, ldk, key_length, a.dim, s.values);
+  pack_transposed(a.k + own_kv, ldk, key_length, a.dim, s.keys);
+  pack_transposed(a.v + own_kv, ldk, key_length, a.dim, s.values);
   pack_rows(a.k + own_kv, ldk, key_length, a.dim, kPositions, 1, s.key_rows);
   memset(s.dk, 0, size_t(key_length * dim) * 4);
   memset(s.dv, 0, size_t(key_length * dim) * 4);
@@ -178,7 +178,7 @@ static void attend_document_back(const DocumentAttention& a, const Document& doc
         mat_scores(s.q, queries, s.keys + start * a.dim, a.dim, count, s.scores);
         mat_scores(s.dout, queries, s.values + start * a.dim, a.dim, count, s.dscores);
         for (int64_t r = 0; r < queries; ++r) {
-          const Seen own = seen(a, position + r, start, count);
+          const VisibleKeys own = visible_keys(a, position + r, start, count);
           const F lse = set1(a.lse[(begin + query + r) * a.heads + head]), less = set1(delta[r]);
           for (int64_t i = 0; i < count; i += 16) {
             float *p = s.scores + r * kScoreStride + i, *ds = s.dscores + r * kScoreStride + i;

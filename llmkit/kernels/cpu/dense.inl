@@ -9,7 +9,7 @@
 //
 // The activations of a tile stay in the first-level cache while a band of weights streams from the second:
 //
-//   for a band of weight rows (half of the second-level cache; 16-bit weights are widened here, once for all tokens)
+//   for a band of weight rows (half of the second-level cache; 16-bit weights are upcast here, once for all tokens)
 //     for a tile of tokens
 //       for a stretch of columns (accumulators wait in `scratch` between stretches)
 //         for each tile of rows in the band
@@ -78,7 +78,7 @@ static inline void dense_tile(const T* w, int64_t ldw, int64_t k, const float* x
 }
 
 template <int Tokens, int Rows>
-static inline void put(const Linear& w, float* sums, int64_t row, float* y, int64_t ldy) {
+static inline void store_tile(const Linear& w, float* sums, int64_t row, float* y, int64_t ldy) {
   if (w.bias)
     for (int i = 0; i < Tokens * Rows; ++i) sums[i] += w.bias[row + i % Rows];
   for (int t = 0; t < Tokens; ++t) memcpy(y + t * ldy + row, sums + t * Rows, Rows * sizeof(float));
@@ -98,11 +98,11 @@ static void dense_band(const Linear& w, const T* band, int64_t ldw, int64_t firs
     int64_t row = first;
     for (; row + kDenseRows <= last; row += kDenseRows, rows += kDenseRows * ldw, waiting += Tokens * kDenseRows * 16) {
       dense_tile<T, Tokens, kDenseRows>(rows, ldw, columns, x + k, ldx, begin, end, waiting, sums);
-      if (end) put<Tokens, kDenseRows>(w, sums, row, y, ldy);
+      if (end) store_tile<Tokens, kDenseRows>(w, sums, row, y, ldy);
     }
     for (; row < last; ++row, rows += ldw, waiting += Tokens * 16) {
       dense_tile<T, Tokens, 1>(rows, ldw, columns, x + k, ldx, begin, end, waiting, sums);
-      if (end) put<Tokens, 1>(w, sums, row, y, ldy);
+      if (end) store_tile<Tokens, 1>(w, sums, row, y, ldy);
     }
   }
 }
@@ -125,7 +125,7 @@ static void dense_of(const Linear& w, const float* x, int64_t ldx, int64_t token
     for (float sum; row < end; ++row) {
       const bool far = (end - row - 1) * w.k * int64_t(sizeof(T)) >= kFar;
       dense_tile<T, 1, 1>(data + row * w.k, w.k, w.k, x, ldx, true, true, nullptr, &sum, far);
-      put<1, 1>(w, &sum, row, y, ldy);
+      store_tile<1, 1>(w, &sum, row, y, ldy);
     }
     return;
   }

@@ -102,9 +102,10 @@ struct Matmul {
   const float* const* x;
   float* const* y;
 };
-// What adapters, of a rank of at least 1, on one input x [tokens, k] learn from the gradients dy[p] [tokens, n of p], given xa = x A^T of all [tokens, ranks]:
+// The gradients of adapters (rank at least 1) on one input x [tokens, k], from dy[p] [tokens, n of p] and xa = x A^T of all [tokens, ranks].
+// The adapters of q, k and v share x, so one pass over it serves all of them:
 // da [ranks, k], scale_p (dy_p B_p)^T x of each part below each other; db[p] [n of p, rank of p] = scale_p dy_p^T xa_p.
-struct Learning {
+struct AdapterGradients {
   int parts;
   const Factor* factors;  // b, rank and scale of each, and of w the sizes
   int64_t tokens;
@@ -113,8 +114,8 @@ struct Learning {
   float* da;
   float* const* db;
 };
-// Attention of documents, without a cache: rows [tokens, heads | kv_heads, dim], lse [tokens, heads]. See attention_back.inl.
-struct DocumentAttention {
+// Attention of packed sequences in training, without a cache: rows [tokens, heads | kv_heads, dim], lse [tokens, heads]. See attention_back.inl.
+struct PackedAttention {
   int64_t heads, kv_heads, dim, window;  // window 0: none
   float scale;
   const float *q, *k, *v;
@@ -123,8 +124,8 @@ struct DocumentAttention {
   float *dq, *dk, *dv;
 };
 // Query rows [begin, begin + length), and their keys [key_begin, key_begin + key_length): the last `length` of them are the queries'
-// own, and what stands before is seen by all.
-struct Document { int64_t begin, length, key_begin, key_length; };
+// own, and what stands before them (a shared prefix) is visible to all.
+struct PackedSequence { int64_t begin, length, key_begin, key_length; };
 constexpr int64_t kMatmulScratch = 1 << 19;  // floats
 
 struct Kernels {
@@ -140,9 +141,9 @@ struct Kernels {
   void (*matmul)(const Matmul& m, int64_t first, int64_t last, float* scratch);  // the columns of panels [first, last)
   // out [rows, ldo] = thin^T wide, for some columns of wide [tokens, ldw]; thin [tokens, rows] has few rows.
   void (*across)(const float* thin, int64_t rows, const float* wide, int64_t ldw, int64_t tokens, int64_t columns, float* out, int64_t ldo);
-  int64_t (*document_scratch)(const DocumentAttention& a, int64_t key_length);  // floats
-  void (*attend_document)(const DocumentAttention& a, const Document& document, int64_t kv_head, float* scratch);
-  void (*attend_document_back)(const DocumentAttention& a, const Document& document, int64_t kv_head, float* scratch);
+  int64_t (*packed_attention_scratch)(const PackedAttention& a, int64_t key_length);  // floats
+  void (*attend_sequence)(const PackedAttention& a, const PackedSequence& sequence, int64_t kv_head, float* scratch);
+  void (*attend_sequence_back)(const PackedAttention& a, const PackedSequence& sequence, int64_t kv_head, float* scratch);
   void (*quantize_row)(const float* x, int64_t k, const QuantizedRows& out, int64_t row);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   void (*rms_norm_back)(const float* x, const float* weight, float eps, const float* dy, int64_t n, float* dx);

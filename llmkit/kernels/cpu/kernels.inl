@@ -6,4 +6,4 @@
 #include "attention.inl"
 #include "attention_back.inl"
 
-static const Kernels kTable = {KERNELS_NAME, kSignedDot, tile_rows, dense, quantized, add_low_rank, matmul_panels, matmul, across, document_scratch, attend_document, attend_document_back, quantize_row, rms_norm, rms_norm_back, rotate, gate, gate_back, layer_norm, add_scaled, activate, softcap, embed_row, store_kv, attend, merge};
+static const Kernels kTable = {KERNELS_NAME, kSignedDot, tile_rows, dense, quantized, add_low_rank, matmul_panels, matmul, across, packed_attention_scratch, attend_sequence, attend_sequence_back, quantize_row, rms_norm, rms_norm_back, rotate, gate, gate_back, layer_norm, add_scaled, activate, softcap, embed_row, store_kv, attend, merge};

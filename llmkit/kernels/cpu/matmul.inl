@@ -1,4 +1,4 @@
-// Products of training, float32: y_p = x U_p^T + bias_p, and back, dx = sum over p of dy_p U_p, where U_p = W_p + scale_p B_p A_p is made
+// Matmuls of training, float32: y_p = x U_p^T + bias_p, and in the backward pass dx = sum over p of dy_p U_p, where U_p = W_p + scale_p B_p A_p is made
 // on the way and never stored. Both are  C[tokens, columns] += A[tokens, depth] B[depth, columns]  with B a part of the U:
 //
 //              columns of a panel (kMatVectors vectors)
@@ -11,28 +11,28 @@
 //       for a block of tokens: copy its columns of the stretch, so that rows lie close together whatever the stride was
 //         for each panel: for each tile of rows
 
-constexpr int64_t kMatDepth = 576;       // of a stretch: long, so that sums are seldom put down; a panel streams from the second-level cache
-constexpr int64_t kMatTokens = 48;       // of a block
+constexpr int64_t kMatDepth = 576;       // of a stretch: long, so that accumulators are seldom written back; a panel streams from the second-level cache
+constexpr int64_t kMatTokens = 48;       // rows of a block: with kMatDepth columns 108 KiB, which stay in the second-level cache
 constexpr int64_t kMatGroup = 768;       // columns of a group of panels
 constexpr int kMatColumns = 16 * kMatVectors;
 constexpr int64_t kMatStride = kMatDepth + 16;  // of the copied rows: neighbours fall into different sets of the cache
 static_assert((kMatGroup * kMatDepth + kMatTokens * kMatStride + 16 * kMatDepth) <= kMatmulScratch, "the scratch of a thread");
 
-// A[row, d] is a[row * Stride + d], turned a[d * Stride + row].
-template <int Rows, int Vectors, int64_t Stride, bool Turned>
+// A[row, d] is a[row * Stride + d], or a[d * Stride + row] where A is transposed.
+template <int Rows, int Vectors, int64_t Stride, bool Transposed>
 static inline void mat_tile(const float* panel, int64_t depth, const float* a, float* c, int64_t ldc, int columns, const float* bias, bool begin) {
   F acc[Rows * Vectors];
 #pragma GCC unroll 32
   for (int i = 0; i < Rows * Vectors; ++i) acc[i] = zero();
   for (int r = 0; r < Rows; ++r)
     for (int i = 0; i < columns; i += 16) prefetch(c + r * ldc + i);
-  for (int64_t d = 0; d < depth; ++d, panel += kMatColumns, a += Turned ? Stride : 1) {
+  for (int64_t d = 0; d < depth; ++d, panel += kMatColumns, a += Transposed ? Stride : 1) {
     F b[Vectors];
 #pragma GCC unroll 4
     for (int i = 0; i < Vectors; ++i) b[i] = load(panel + 16 * i);
 #pragma GCC unroll 32
     for (int r = 0; r < Rows; ++r) {
-      const F v = set1(a[Turned ? r : r * Stride]);
+      const F v = set1(a[Transposed ? r : r * Stride]);
 #pragma GCC unroll 4
       for (int i = 0; i < Vectors; ++i) acc[r * Vectors + i] = fma(v, b[i], acc[r * Vectors + i]);
     }
@@ -61,19 +61,19 @@ static inline void mat_tile(const float* panel, int64_t depth, const float* a, f
     }
 }
 
-template <int Vectors, int64_t Stride, bool Turned>
+template <int Vectors, int64_t Stride, bool Transposed>
 static void mat_rows_of(const float* panel, int64_t depth, const float* a, int64_t rows, float* c, int64_t ldc, int columns, const float* bias, bool begin) {
-  constexpr int64_t step = Turned ? 1 : Stride;
+  constexpr int64_t step = Transposed ? 1 : Stride;
   int64_t t = 0;
-  for (; t + kMatRows <= rows; t += kMatRows) mat_tile<kMatRows, Vectors, Stride, Turned>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
-  for (; t + 4 <= rows; t += 4) mat_tile<4, Vectors, Stride, Turned>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
-  for (; t < rows; ++t) mat_tile<1, Vectors, Stride, Turned>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
+  for (; t + kMatRows <= rows; t += kMatRows) mat_tile<kMatRows, Vectors, Stride, Transposed>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
+  for (; t + 4 <= rows; t += 4) mat_tile<4, Vectors, Stride, Transposed>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
+  for (; t < rows; ++t) mat_tile<1, Vectors, Stride, Transposed>(panel, depth, a + t * step, c + t * ldc, ldc, columns, bias, begin);
 }
 
-template <int64_t Stride, bool Turned = false>
+template <int64_t Stride, bool Transposed = false>
 static void mat_rows(const float* panel, int64_t depth, const float* a, int64_t rows, float* c, int64_t ldc, int columns, const float* bias, bool begin) {
-  if (columns > 16) return mat_rows_of<kMatVectors, Stride, Turned>(panel, depth, a, rows, c, ldc, columns, bias, begin);
-  mat_rows_of<1, Stride, Turned>(panel, depth, a, rows, c, ldc, columns, bias, begin);
+  if (columns > 16) return mat_rows_of<kMatVectors, Stride, Transposed>(panel, depth, a, rows, c, ldc, columns, bias, begin);
+  mat_rows_of<1, Stride, Transposed>(panel, depth, a, rows, c, ldc, columns, bias, begin);
 }
 
 // Columns [first, first + count) of the rows [n, n + Rows) of U, to out [Rows, ldo].
@@ -156,7 +156,7 @@ static int64_t matmul_panels(const Matmul& m) {
 static void matmul(const Matmul& m, int64_t first, int64_t last, float* scratch) {
   float* const packed = scratch;
   float* const rows = packed + kMatGroup * kMatDepth;
-  float* const unturned = rows + kMatTokens * kMatStride;
+  float* const untransposed = rows + kMatTokens * kMatStride;
   for (int64_t group = first; group < last; group += kMatGroup / kMatColumns) {
     const int64_t end = group + kMatGroup / kMatColumns < last ? group + kMatGroup / kMatColumns : last;
     bool begin = true;
@@ -168,7 +168,7 @@ static void matmul(const Matmul& m, int64_t first, int64_t last, float* scratch)
           const MatPanel at = panel_at(m, i);
           float* panel = packed + (i - group) * kMatDepth * kMatColumns;
           if (m.back) pack_back(m.factors[p], d, count, at.column, at.columns, panel);
-          else pack_forward(m.factors[at.part], at.column, at.columns, d, count, panel, unturned);
+          else pack_forward(m.factors[at.part], at.column, at.columns, d, count, panel, untransposed);
         }
         for (int64_t t = 0; t < m.tokens; t += kMatTokens) {
           const int64_t tokens = m.tokens - t < kMatTokens ? m.tokens - t : kMatTokens;

@@ -37,7 +37,7 @@ struct Rows {
     check_threads(threads);
     struct Job { const Kernels& kernels; const Function& row; int64_t count; } job{kernels, row, count};
     released([&] {
-      run_apart(
+      run_independent(
           threads,
           [](void* context, int thread, int of) {
             const Job& j = *static_cast<Job*>(context);
@@ -146,7 +146,7 @@ PyObject* learn_of(PyObject*, PyObject* args) {
     }
     views.emplace_back(xa);
     const int64_t tokens = views.back().count<float>() / ranks;
-    Learning job{int(count), factors.data(), tokens, nullptr, views.back().as<float>(tokens * ranks, "x A^T"), nullptr, nullptr, nullptr};
+    AdapterGradients job{int(count), factors.data(), tokens, nullptr, views.back().as<float>(tokens * ranks, "x A^T"), nullptr, nullptr, nullptr};
     if (!tokens) throw std::invalid_argument("there are no tokens to learn from");
     views.emplace_back(x);
     const int64_t k = views.back().count<float>() / tokens;
@@ -160,7 +160,7 @@ PyObject* learn_of(PyObject*, PyObject* args) {
     }
     job.da = written(views, da, ranks * k, "dA");
     job.dy = gradients.data(), job.db = found.data();
-    released([&] { learn(kernels, threads, job); });
+    released([&] { adapter_gradients(kernels, threads, job); });
     Py_RETURN_NONE;
   });
 }
@@ -174,23 +174,23 @@ PyObject* attend_of(PyObject*, PyObject* args) {
     if (!PyArg_ParseTuple(args, "ziOOOOOOOOO", &wanted, &threads, &sizes, &own, &all, &q, &k, &v, &out, &lse, &gradients)) throw PythonError();
     const Kernels& kernels = chosen_kernels(wanted);
     check_threads(threads);
-    DocumentAttention a{};
+    PackedAttention a{};
     a.heads = integer(item(sizes, 0)), a.kv_heads = integer(item(sizes, 1)), a.dim = integer(item(sizes, 2)), a.window = integer(item(sizes, 3));
     a.scale = float(number(item(sizes, 4)));
     if (a.kv_heads < 1 || a.heads < 1 || a.heads > 65536 || a.heads % a.kv_heads || a.dim < 1 || a.dim > kMaxHeadDim || a.window < 0)
       throw std::invalid_argument("the heads have an impossible shape");
-    constexpr int64_t most = int64_t(1) << 31;  // of all documents: times 65536 heads of kMaxHeadDim numbers it is still an int64
-    std::vector<Document> documents;
+    constexpr int64_t most = int64_t(1) << 31;  // of all sequences: times 65536 heads of kMaxHeadDim numbers it is still an int64
+    std::vector<PackedSequence> sequences;
     int64_t tokens = 0, positions = 0;
     if (!PyTuple_Check(own) || !PyTuple_Check(all) || PyTuple_Size(own) != PyTuple_Size(all))
       throw std::invalid_argument("the lengths are no two tuples of one size");
     for (Py_ssize_t i = 0; i < PyTuple_Size(own); ++i) {
-      const Document document{tokens, integer(item(own, i)), positions, integer(item(all, i))};
-      if (document.length < 1 || document.key_length < document.length || document.key_length > most - positions)
-        throw std::invalid_argument("a document has an impossible length");
-      documents.push_back(document);
-      tokens += document.length;
-      positions += document.key_length;
+      const PackedSequence sequence{tokens, integer(item(own, i)), positions, integer(item(all, i))};
+      if (sequence.length < 1 || sequence.key_length < sequence.length || sequence.key_length > most - positions)
+        throw std::invalid_argument("a sequence has an impossible length");
+      sequences.push_back(sequence);
+      tokens += sequence.length;
+      positions += sequence.key_length;
     }
     if (!tokens) Py_RETURN_NONE;
     std::vector<View> views;
@@ -207,13 +207,13 @@ PyObject* attend_of(PyObject*, PyObject* args) {
       a.dk = written(views, item(gradients, 2), keys, "dk");
       a.dv = written(views, item(gradients, 3), keys, "dv");
     }
-    released([&] { attend_documents(kernels, threads, a, documents, back); });
+    released([&] { attend_packed(kernels, threads, a, sequences, back); });
     Py_RETURN_NONE;
   });
 }
 
-// lend(parallel, thread, threads): the addresses of three functions of an OpenMP runtime; or 0, 0, 0: none is lent
-PyObject* lend_threads(PyObject*, PyObject* args) {
+// lend(parallel, thread, threads): the addresses of three functions of an OpenMP runtime; or 0, 0, 0: none is shared
+PyObject* share_openmp_of(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     unsigned long long parallel = 0, thread = 0, threads = 0;
     if (!PyArg_ParseTuple(args, "KKK", &parallel, &thread, &threads)) throw PythonError();
@@ -222,13 +222,13 @@ PyObject* lend_threads(PyObject*, PyObject* args) {
     runtime.parallel = reinterpret_cast<decltype(runtime.parallel)>(uintptr_t(parallel));
     runtime.thread = reinterpret_cast<decltype(runtime.thread)>(uintptr_t(thread));
     runtime.threads = reinterpret_cast<decltype(runtime.threads)>(uintptr_t(threads));
-    lend(runtime);
+    share_openmp(runtime);
     Py_RETURN_NONE;
   });
 }
 
 // dequantize(threads, linear, out)
-PyObject* widened(PyObject*, PyObject* args) {
+PyObject* dequantize_of(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     int threads = 0;
     PyObject *weight, *out;
@@ -286,12 +286,12 @@ PyObject* rotate_of(PyObject*, PyObject* args) {
     if (heads < 1 || dim < 1 || heads > 65536 || dim > kMaxHeadDim) throw std::invalid_argument("the heads have an impossible shape");
     const int64_t n = heads * dim;
     const float* in = r.rows(x, n, "x");
-    const int64_t turned = r.count ? r.width(cos) / r.count : 0;
-    if (turned > dim || turned % 2) throw std::invalid_argument("the rotary dimension is impossible");
-    const float *c = r.rows(cos, turned, "cos"), *s = r.rows(sin, turned, "sin");
+    const int64_t rotary_dim = r.count ? r.width(cos) / r.count : 0;
+    if (rotary_dim > dim || rotary_dim % 2) throw std::invalid_argument("the rotary dimension is impossible");
+    const float *c = r.rows(cos, rotary_dim, "cos"), *s = r.rows(sin, rotary_dim, "sin");
     float* out = r.result(y, n, "the result");
     return r.run([&](const Kernels& k, int64_t i) {
-      for (int64_t h = 0; h < heads; ++h) k.rotate(in + i * n + h * dim, c + i * turned, s + i * turned + turned / 2, turned / 2, dim, back != 0, out + i * n + h * dim);
+      for (int64_t h = 0; h < heads; ++h) k.rotate(in + i * n + h * dim, c + i * rotary_dim, s + i * rotary_dim + rotary_dim / 2, rotary_dim / 2, dim, back != 0, out + i * n + h * dim);
     });
   });
 }
@@ -325,7 +325,7 @@ PyObject* gate_back_of(PyObject*, PyObject* args) {
 }
 
 PyMethodDef functions[] = {
-    {"dequantize", widened, METH_VARARGS, nullptr},
+    {"dequantize", dequantize_of, METH_VARARGS, nullptr},
     {"product", one_product, METH_VARARGS, nullptr},
     {"matmul", matmul_of, METH_VARARGS, nullptr},
     {"learn", learn_of, METH_VARARGS, nullptr},
@@ -335,7 +335,7 @@ PyMethodDef functions[] = {
     {"rotate", rotate_of, METH_VARARGS, nullptr},
     {"gate", gate_of, METH_VARARGS, nullptr},
     {"gate_back", gate_back_of, METH_VARARGS, nullptr},
-    {"lend", lend_threads, METH_VARARGS, nullptr},
+    {"lend", share_openmp_of, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

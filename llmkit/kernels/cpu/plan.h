@@ -88,7 +88,7 @@ class Plan {
   int64_t block_bytes(int group) const;
 
  private:
-  friend struct Run;
+  friend struct StepRun;
   void reserve(int group, int64_t block);
   const Kernels* kernels_;
   const int threads_;

@@ -75,7 +75,7 @@ constexpr int64_t kAhead = 4096;       // bytes of codes fetched before they are
 
 // The sums of all groups, sum(t), become numbers of y.
 template <int Tokens, class Sum>
-static inline void put_panel(const Linear& w, int64_t panel, Sum sum, float* y, int64_t ldy) {
+static inline void store_panel(const Linear& w, int64_t panel, Sum sum, float* y, int64_t ldy) {
   const int64_t row = panel * 16;
   const F scale = load(w.row_scale + row);
   y += row;
@@ -117,7 +117,7 @@ static void quant_tile(const Linear& w, int64_t panel, const uint8_t* const* cod
     }
   }
 #pragma GCC unroll 8
-  for (int p = 0; p < Panels; ++p) put_panel<Tokens>(w, panel + p, [&](int t) { return acc[t][p]; }, y + token * ldy, ldy);
+  for (int p = 0; p < Panels; ++p) store_panel<Tokens>(w, panel + p, [&](int t) { return acc[t][p]; }, y + token * ldy, ldy);
 }
 
 // The tokens [token, token + count), count at most Tokens, in one tile of just that size.
@@ -177,7 +177,7 @@ static void q4_few(const Linear& w, const QuantizedRows& x, int64_t token, float
           acc[t] = finish(finish(acc[t], low[t], one, exponents[t * blocks + b]), high[t], two, exponents[t * blocks + b]);
       }
     }
-    put_panel<Tokens>(w, panel, [&](int t) { return acc[t]; }, y + token * ldy, ldy);
+    store_panel<Tokens>(w, panel, [&](int t) { return acc[t]; }, y + token * ldy, ldy);
   }
 }
 

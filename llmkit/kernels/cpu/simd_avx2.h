@@ -57,10 +57,10 @@ static inline float hmax(F x) {
 static inline F from_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
-static inline __m256 widen_bf16(const uint16_t* p) {
+static inline __m256 upcast_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
-static inline F from_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+static inline F from_bf16(const uint16_t* p) { return {upcast_bf16(p), upcast_bf16(p + 8)}; }
 static inline F from_i8(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};

@@ -16,8 +16,8 @@ Range share(int64_t total, int thread, int threads) { return {total * thread / t
 
 // Cosine and sine, taken in float64 (Cephes' reduction and polynomials, for angles below 2^31) and rounded once: what the C libraries
 // give for a float32 differs in the last bit.
-void turn(float angle, float* cosine, float* sine) {
-  const double x = angle, whole = 0x1.8p52, shifted = x * 0x1.45f306dc9c883p-1 + whole, n = shifted - whole;  // n quarters of a turn
+void cos_sin(float angle, float* cosine, float* sine) {
+  const double x = angle, whole = 0x1.8p52, shifted = x * 0x1.45f306dc9c883p-1 + whole, n = shifted - whole;  // n quarter turns
   const double r = ((x - n * 0x1.921fb4p0) - n * 0x1.4442dp-24) - n * 0x1.8469898cc517p-48, z = r * r;
   double s = 1.58962301576546568060e-10, c = -1.13585365213876817300e-11;
   for (double f : {-2.50507477628578072866e-8, 2.75573136213857245213e-6, -1.98412698295895385996e-4, 8.33333333332211858878e-3, -1.66666666666666307295e-1}) s = s * z + f;
@@ -33,15 +33,15 @@ void turn(float angle, float* cosine, float* sine) {
 }  // namespace
 
 // Tokens of one sequence: rows [first, last) of the step.
-struct Span { int64_t first, last; int32_t sequence; };
+struct SequenceRows { int64_t first, last; int32_t sequence; };
 
-struct Item { const Span* span; int64_t token, tokens, kv_head; int64_t first_split, last_split; int64_t partial; };
+struct AttentionItem { const SequenceRows* span; int64_t token, tokens, kv_head; int64_t first_split, last_split; int64_t partial; };
 
 struct Buffer { float* data; int64_t ld; float* row(int64_t i) const { return data + i * ld; } };
 
-// What the threads of one step share. They run `work` together; a phase ends at a barrier, and between two barriers no
-// thread writes what another reads.
-struct Run {
+// What the threads of one step share. All run `work`; a phase ends at a barrier, and between two barriers no thread writes what
+// another reads. Activations are float32 rows [tokens, columns], the leading dimension rounded up to 16 floats (a cache line).
+struct StepRun {
   Plan& plan;
   const Step& step;
   Pool& pool;
@@ -51,13 +51,14 @@ struct Run {
   const Config& c;
   const int threads;
 
-  std::vector<Span> spans;
-  std::vector<Item> items;
+  std::vector<SequenceRows> spans;
+  std::vector<AttentionItem> items;
   bool split = false;
-  bool narrowed = false;  // after the last attention: only the rows that are asked for go on
-  struct alignas(64) Count { std::atomic<int64_t> value{0}; };
-  Count next;                // parts that were taken one by one, since the step began
-  std::vector<Count> taken;  // where it stood when the phase began, as each thread knows
+  bool gathered = false;  // after the last attention: only the rows whose logits are asked for go on
+  // A cache line each: every thread adds to `next` all the time, and a neighbour on the same line would wait for it.
+  struct alignas(64) AlignedCounter { std::atomic<int64_t> value{0}; };
+  AlignedCounter next;                      // tiles given out one by one since the step began; never reset, which would take a barrier
+  std::vector<AlignedCounter> phase_start;  // its value when the phase began, as each thread computes it
   bool stopped = false;
 
   Buffer x, h, delta, q, k, v, attended, gate, up, rotary;
@@ -68,22 +69,22 @@ struct Run {
   Partial* partials = nullptr;
   int64_t scratch_size = 0;
 
-  Run(Plan& p, const Step& s, Pool& pl, bool (*i)(void*), void* ctx)
-      : plan(p), step(s), pool(pl), interrupted(i), context(ctx), kernels(*p.kernels_), c(p.config), threads(pl.threads()), taken(size_t(threads)) {}
+  StepRun(Plan& p, const Step& s, Pool& pl, bool (*i)(void*), void* ctx)
+      : plan(p), step(s), pool(pl), interrupted(i), context(ctx), kernels(*p.kernels_), c(p.config), threads(pl.threads()), phase_start(size_t(threads)) {}
 
   void prepare();
   void work(int thread);
 
  private:
   void barrier() { pool.barrier().wait(); }
-  template <class Function> void spread(int thread, int64_t parts, int64_t own, Function function);
-  void settle(int thread, const Norm* after, const Norm* before, bool add, const Layer* layer, std::initializer_list<int> slots);
+  template <class Function> void dynamic_tiles(int thread, int64_t parts, int64_t own, Function function);
+  void add_residual_and_norm(int thread, const Norm* after, const Norm* before, bool add, const Layer* layer, std::initializer_list<int> slots);
   void normalise(const Norm& norm, const float* in, float* out, int64_t n) const {
     if (norm.layer) kernels.layer_norm(in, norm.weight.data(), norm.bias.data(), c.eps, n, out);
     else kernels.rms_norm(in, norm.weight.data(), c.eps, n, out);
   }
-  int64_t rows() const { return narrowed ? step.rows : step.tokens; }
-  int64_t token(int64_t row) const { return narrowed ? step.wanted[row] : row; }
+  int64_t rows() const { return gathered ? step.rows : step.tokens; }
+  int64_t token(int64_t row) const { return gathered ? step.wanted[row] : row; }
   const Adapter* adapter(int64_t row) const {
     const int32_t index = step.adapters ? step.adapters[step.sequence_of[token(row)]] : -1;
     return index < 0 ? nullptr : &plan.adapters[size_t(index)];
@@ -95,22 +96,22 @@ struct Run {
     return row;
   }
   const LowRank& term(const Adapter& a, const Layer& layer, int slot) const { return a.linears[size_t(&layer - plan.layers.data()) * kSlots + size_t(slot)]; }
-  void ready(int64_t row, const float* values, const Layer& layer, std::initializer_list<int> slots);
-  void reduce(int thread, const Buffer& in, const Layer& layer, std::initializer_list<int> slots);
+  void quantize_activations(int64_t row, const float* values, const Layer& layer, std::initializer_list<int> slots);
+  void project_to_rank(int thread, const Buffer& in, const Layer& layer, std::initializer_list<int> slots);
   struct Target { int slot; Buffer out; };
   void product(int thread, const Layer& layer, const Buffer& in, std::initializer_list<Target> targets);
   void product(const Linear& w, const Buffer& in, int64_t tokens, const Buffer& out, int64_t first, int64_t last, float* own);
-  void adapt(const Layer& layer, int slot, const Buffer& out, int64_t first, int64_t last);
+  void add_adapter_terms(const Layer& layer, int slot, const Buffer& out, int64_t first, int64_t last);
   int64_t tiles(const Linear& w) const { return w.present() ? (w.n + kernels.tile_rows(w) - 1) / kernels.tile_rows(w) : 0; }
   int64_t own_tiles(const Linear& w, int64_t count, int64_t tokens) const;
   void rotate(int thread, const Layer& layer);
-  void narrow(int thread);
+  void gather_logit_rows(int thread);
   void attend(int thread, const Layer& layer, size_t index);
-  void attend_item(const Item& item, const Layer& layer, size_t index, int64_t first, int64_t last, Partial* state, float* out, float* mine);
-  void write_attended(const Item& item, const Partial* state, const float* out);
+  void attend_item(const AttentionItem& item, const Layer& layer, size_t index, int64_t first, int64_t last, Partial* state, float* out, float* mine);
+  void write_attended(const AttentionItem& item, const Partial* state, const float* out);
 };
 
-void Run::prepare() {
+void StepRun::prepare() {
   const int64_t tokens = step.tokens;
   auto need = [](bool ok, const std::string& what) { if (!ok) refuse(what); };
   need(tokens > 0 && step.sequences > 0, "the step is empty");
@@ -128,7 +129,7 @@ void Run::prepare() {
   }
   need(step.tables.size() == c.windows.size(), "the step has the wrong number of block tables");
   for (size_t g = 0; g < c.windows.size(); ++g) {
-    for (const Span& span : spans) {
+    for (const SequenceRows& span : spans) {
       const int64_t first = step.positions[span.first], last = step.positions[span.last - 1];
       const int64_t oldest = c.windows[g] ? std::max<int64_t>(0, first - c.windows[g] + 1) : 0;
       need(last / BLOCK < step.widths[g], "position " + std::to_string(last) + " is beyond its block table");
@@ -150,7 +151,7 @@ void Run::prepare() {
   // Attention work: a tile of tokens of one sequence and one kv head; split along the keys only where there are too few tiles.
   const int64_t group = c.heads / c.kv_heads, tile = std::max<int64_t>(1, std::min(TILE_ROWS / group, tokens * c.kv_heads / (4 * threads)));
   int64_t longest = 0;
-  for (const Span& span : spans) {
+  for (const SequenceRows& span : spans) {
     longest = std::max<int64_t>(longest, step.positions[span.last - 1] + 1);
     for (int64_t t = span.last; t > span.first;) {  // the longest first
       const int64_t begin = std::max(span.first, t - tile);
@@ -161,7 +162,7 @@ void Run::prepare() {
   split = threads > 1 && longest > SPLIT && int64_t(items.size()) < 4 * threads;
   int64_t partial_rows = 0;
   if (split)
-    for (Item& item : items) {
+    for (AttentionItem& item : items) {
       item.partial = partial_rows;
       partial_rows += item.last_split * item.tokens * group;
     }
@@ -205,8 +206,8 @@ void Run::prepare() {
   }
 }
 
-// A row is complete: round it for the quantized linears that read it.
-void Run::ready(int64_t row, const float* values, const Layer& layer, std::initializer_list<int> slots) {
+// Rounds a complete row [columns] to int8 once for all quantized linears that read it (q, k and v; gate and up).
+void StepRun::quantize_activations(int64_t row, const float* values, const Layer& layer, std::initializer_list<int> slots) {
   bool any = false;
   int64_t columns = 0;
   for (int slot : slots) any |= layer.linears[slot].quantized(), columns = std::max(columns, layer.linears[slot].k);
@@ -217,8 +218,8 @@ void Run::ready(int64_t row, const float* values, const Layer& layer, std::initi
   }
 }
 
-// Takes the thread's own rows, all complete, through the A of their adapters.
-void Run::reduce(int thread, const Buffer& in, const Layer& layer, std::initializer_list<int> slots) {
+// x A^T [rows, rank] for the thread's own rows, all complete. Neighbouring rows with one adapter go through A together.
+void StepRun::project_to_rank(int thread, const Buffer& in, const Layer& layer, std::initializer_list<int> slots) {
   if (!step.adapters) return;
   const Range mine = share(rows(), thread, threads);
   for (int64_t t = mine.first, end; t < mine.last; t = end) {
@@ -237,8 +238,9 @@ void Run::reduce(int thread, const Buffer& in, const Layer& layer, std::initiali
   }
 }
 
-// Adds what a sublayer gave to the residual stream, then normalises for the next one.
-void Run::settle(int thread, const Norm* after, const Norm* before, bool add, const Layer* layer, std::initializer_list<int> slots) {
+// x += residual_multiplier * delta, then h = norm(x), the input of the next sublayer. `after` norms the sublayer's result first (Gemma 2,
+// OLMo 2). Rows are complete within one thread, so neither sum needs a barrier of its own.
+void StepRun::add_residual_and_norm(int thread, const Norm* after, const Norm* before, bool add, const Layer* layer, std::initializer_list<int> slots) {
   const Range mine = share(rows(), thread, threads);
   for (int64_t t = mine.first; t < mine.last; ++t) {
     if (add) {
@@ -248,17 +250,17 @@ void Run::settle(int thread, const Norm* after, const Norm* before, bool add, co
     if (!layer) continue;
     if (before->present) normalise(*before, x.row(t), h.row(t), c.hidden);
     else std::memcpy(h.row(t), x.row(t), size_t(c.hidden) * 4);
-    ready(t, h.row(t), *layer, slots);
+    quantize_activations(t, h.row(t), *layer, slots);
   }
-  if (layer) reduce(thread, h, *layer, slots);
+  if (layer) project_to_rank(thread, h, *layer, slots);
 }
 
-// Runs function(first, last) over the parts of a phase: every thread has `own` of them to itself, and the others go one by one to whoever
-// is free. Each thread asks once too often, so all know where the counter stands in the end.
+// Runs function(first, last) over the tiles of a phase: every thread has `own` of them to itself, and the others go one by one to whoever
+// is free. Each thread asks once more than it gets a tile, so the counter ends at others + threads and all know it without a barrier.
 template <class Function>
-void Run::spread(int thread, int64_t parts, int64_t own, Function function) {
+void StepRun::dynamic_tiles(int thread, int64_t parts, int64_t own, Function function) {
   if (own) function(thread * own, (thread + 1) * own);
-  std::atomic<int64_t>& begin = taken[size_t(thread)].value;
+  std::atomic<int64_t>& begin = phase_start[size_t(thread)].value;
   const int64_t before = begin.load(std::memory_order_relaxed), others = parts - own * threads;
   for (int64_t i; (i = next.value.fetch_add(1, std::memory_order_relaxed) - before) < others;) function(parts - others + i, parts - others + i + 1);
   begin.store(before + others + threads, std::memory_order_relaxed);
@@ -266,12 +268,12 @@ void Run::spread(int thread, int64_t parts, int64_t own, Function function) {
 
 // Threads do not get equally far, so some tiles wait for the first that is done. Dense weights and many tokens are another matter: the
 // tokens are read once for all tiles of a piece.
-int64_t Run::own_tiles(const Linear& w, int64_t count, int64_t tokens) const {
+int64_t StepRun::own_tiles(const Linear& w, int64_t count, int64_t tokens) const {
   return threads == 1 || (tokens > 8 && !w.quantized()) ? count / threads : count * 3 / 4 / threads;
 }
 
 // The rows of the tiles [first, last) of w.
-void Run::product(const Linear& w, const Buffer& in, int64_t tokens, const Buffer& out, int64_t first, int64_t last, float* own) {
+void StepRun::product(const Linear& w, const Buffer& in, int64_t tokens, const Buffer& out, int64_t first, int64_t last, float* own) {
   if (w.quantized()) {
     QuantizedRows rounded = quantized;
     rounded.k_padded = round_up(w.k, 32);
@@ -282,7 +284,7 @@ void Run::product(const Linear& w, const Buffer& in, int64_t tokens, const Buffe
 }
 
 // Adds the low-rank terms of the columns [first, last).
-void Run::adapt(const Layer& layer, int slot, const Buffer& out, int64_t first, int64_t last) {
+void StepRun::add_adapter_terms(const Layer& layer, int slot, const Buffer& out, int64_t first, int64_t last) {
   for (int64_t t = 0, end; t < rows(); t = end) {
     const Adapter* a = adapter(t);
     end = run_end(t, rows());
@@ -293,23 +295,23 @@ void Run::adapt(const Layer& layer, int slot, const Buffer& out, int64_t first, 
   }
 }
 
-void Run::product(int thread, const Layer& layer, const Buffer& in, std::initializer_list<Target> targets) {
+void StepRun::product(int thread, const Layer& layer, const Buffer& in, std::initializer_list<Target> targets) {
   int64_t count = 0;
   for (const Target& target : targets) count += tiles(layer.linears[target.slot]);
-  spread(thread, count, own_tiles(layer.linears[targets.begin()->slot], count, rows()), [&](int64_t first, int64_t last) {
+  dynamic_tiles(thread, count, own_tiles(layer.linears[targets.begin()->slot], count, rows()), [&](int64_t first, int64_t last) {
     for (const Target& target : targets) {
       const Linear& w = layer.linears[target.slot];
       const int64_t here = tiles(w), from = std::max<int64_t>(first, 0), to = std::min(last, here);
       first -= here, last -= here;
       if (from >= to) continue;
       product(w, in, rows(), target.out, from, to, scratch + thread * scratch_size);
-      if (step.adapters) adapt(layer, target.slot, target.out, from * kernels.tile_rows(w), std::min(w.n, to * kernels.tile_rows(w)));
+      if (step.adapters) add_adapter_terms(layer, target.slot, target.out, from * kernels.tile_rows(w), std::min(w.n, to * kernels.tile_rows(w)));
     }
   });
 }
 
-// Normalises the heads of q and k, rotates them and puts key and value into the cache.
-void Run::rotate(int thread, const Layer& layer) {
+// Norms the heads of q and k, rotates them by their positions (RoPE) and writes k and v into the cache: it holds rotated keys.
+void StepRun::rotate(int thread, const Layer& layer) {
   // Heads of one token are independent, unless a norm goes over all of them.
   const int64_t parts = c.norm_before_heads ? 1 : c.kv_heads, kv_heads = c.kv_heads / parts, group = c.heads / c.kv_heads;
   const Range mine = share(step.tokens * parts, thread, threads);
@@ -338,7 +340,7 @@ void Run::rotate(int thread, const Layer& layer) {
 }
 
 // All query rows of an item over its splits [first, last); state and out hold a row each.
-void Run::attend_item(const Item& item, const Layer& layer, size_t index, int64_t first, int64_t last, Partial* state, float* out, float* mine) {
+void StepRun::attend_item(const AttentionItem& item, const Layer& layer, size_t index, int64_t first, int64_t last, Partial* state, float* out, float* mine) {
   const int64_t group = c.heads / c.kv_heads, padded = round_up(c.head_dim, 16), rows = item.tokens * group;
   const size_t g = size_t(layer.group);
   AttentionArgs args{&plan.storage_[index], step.tables[g] + item.span->sequence * step.widths[g], c.heads, layer.attention_scale, c.attention_softcap, layer.window};
@@ -361,7 +363,7 @@ void Run::attend_item(const Item& item, const Layer& layer, size_t index, int64_
   }
 }
 
-void Run::write_attended(const Item& item, const Partial* state, const float* out) {
+void StepRun::write_attended(const AttentionItem& item, const Partial* state, const float* out) {
   const int64_t group = c.heads / c.kv_heads, padded = round_up(c.head_dim, 16);
   for (int64_t r = 0; r < item.tokens * group; ++r) {
     float* to = attended.row(item.token + r / group) + (item.kv_head * group + r % group) * c.head_dim;
@@ -370,15 +372,15 @@ void Run::write_attended(const Item& item, const Partial* state, const float* ou
   }
 }
 
-void Run::attend(int thread, const Layer& layer, size_t index) {
+void StepRun::attend(int thread, const Layer& layer, size_t index) {
   const int64_t group = c.heads / c.kv_heads, padded = round_up(c.head_dim, 16);
   float* mine = scratch + thread * scratch_size;
   const int64_t tile_rows = std::max<int64_t>(TILE_ROWS, group);
   float* out = mine + kAttendScratch + TILE_ROWS * padded;
   Partial* state = reinterpret_cast<Partial*>(out + tile_rows * padded);
   if (!split) {
-    spread(thread, int64_t(items.size()), 0, [&](int64_t i, int64_t) {
-      const Item& item = items[size_t(i)];
+    dynamic_tiles(thread, int64_t(items.size()), 0, [&](int64_t i, int64_t) {
+      const AttentionItem& item = items[size_t(i)];
       const int64_t oldest = layer.window ? std::max<int64_t>(0, step.positions[item.token] - layer.window + 1) : 0;
       attend_item(item, layer, index, oldest / SPLIT, item.last_split, state, out, mine);
       write_attended(item, state, out);
@@ -387,12 +389,12 @@ void Run::attend(int thread, const Layer& layer, size_t index) {
     return;
   }
   int64_t total = 0;
-  for (const Item& item : items) total += item.last_split;
-  spread(thread, total, 0, [&](int64_t i, int64_t) {
+  for (const AttentionItem& item : items) total += item.last_split;
+  dynamic_tiles(thread, total, 0, [&](int64_t i, int64_t) {
     size_t which = 0;
     int64_t s = i;
     while (s >= items[which].last_split) s -= items[which++].last_split;
-    const Item& item = items[which];
+    const AttentionItem& item = items[which];
     const int64_t at = item.partial + s * item.tokens * group;
     const int64_t oldest = layer.window ? std::max<int64_t>(0, step.positions[item.token] - layer.window + 1) : 0;
     if ((s + 1) * SPLIT <= oldest) for (int64_t r = 0; r < item.tokens * group; ++r) partials[at + r] = {-INFINITY, 0};
@@ -401,7 +403,7 @@ void Run::attend(int thread, const Layer& layer, size_t index) {
   barrier();
   const Range part = share(int64_t(items.size()), thread, threads);
   for (int64_t i = part.first; i < part.last; ++i) {
-    const Item& item = items[size_t(i)];
+    const AttentionItem& item = items[size_t(i)];
     const int64_t rows = item.tokens * group;
     for (int64_t r = 0; r < rows; ++r) {
       state[r] = {-INFINITY, 0};
@@ -415,8 +417,9 @@ void Run::attend(int thread, const Layer& layer, size_t index) {
   barrier();
 }
 
-// Behind the last attention nothing looks at the rows that are not asked for: the others move together, into buffers that are free.
-void Run::narrow(int thread) {
+// After the last attention only rows that logits are asked for matter, of a prefill mostly 1 of 512: gather them [step.rows, hidden], into
+// buffers that are free by now, so that the last feed-forward and the head cost no more than a decode step.
+void StepRun::gather_logit_rows(int thread) {
   const Range mine = share(step.rows, thread, threads);
   for (int64_t r = mine.first; r < mine.last; ++r) {
     std::memcpy(h.row(r), x.row(step.wanted[r]), size_t(c.hidden) * 4);
@@ -426,12 +429,12 @@ void Run::narrow(int thread) {
   if (thread == 0) {
     std::swap(x, h);
     std::swap(attended, q);
-    narrowed = true;
+    gathered = true;
   }
   barrier();
 }
 
-void Run::work(int thread) {
+void StepRun::work(int thread) {
   Range mine = share(step.tokens, thread, threads);
   for (int64_t t = mine.first; t < mine.last; ++t) {
     kernels.embed_row(plan.embedding, step.ids[t], x.row(t));
@@ -442,7 +445,7 @@ void Run::work(int thread) {
     for (const Rotary& r : step.rotary) {
       const float* set = r.sets + r.of_sequence[step.sequence_of[t]] * (r.half + 1);
       for (int64_t d = 0; d < r.half; ++d) {
-        turn(float(step.positions[t]) * set[d], &table[d], &table[r.half + d]);
+        cos_sin(float(step.positions[t]) * set[d], &table[d], &table[r.half + d]);
         table[d] *= set[r.half];
         table[r.half + d] *= set[r.half];
       }
@@ -452,7 +455,7 @@ void Run::work(int thread) {
   const Norm* after = nullptr;  // of the sublayer whose result still waits in `delta`
   for (size_t index = 0; index < plan.layers.size(); ++index) {
     const Layer& layer = plan.layers[index];
-    settle(thread, after, &layer.before_attention, index > 0, &layer, {kQ, kK, kV});
+    add_residual_and_norm(thread, after, &layer.before_attention, index > 0, &layer, {kQ, kK, kV});
     if (thread == 0) stopped = interrupted && interrupted(context);
     barrier();
     if (stopped) return;
@@ -464,39 +467,39 @@ void Run::work(int thread) {
     if (last && !step.rows) return;
     attend(thread, layer, index);
     if (last && step.rows < step.tokens) {
-      narrow(thread);
+      gather_logit_rows(thread);
       mine = share(rows(), thread, threads);
     }
-    for (int64_t t = mine.first; t < mine.last; ++t) ready(t, attended.row(t), layer, {kO});
-    reduce(thread, attended, layer, {kO});
+    for (int64_t t = mine.first; t < mine.last; ++t) quantize_activations(t, attended.row(t), layer, {kO});
+    project_to_rank(thread, attended, layer, {kO});
     barrier();
     product(thread, layer, attended, {{kO, delta}});
     barrier();
     const bool gated = layer.linears[kGate].present();
-    if (gated) settle(thread, &layer.after_attention, &layer.before_mlp, true, &layer, {kGate, kUp});
-    else settle(thread, &layer.after_attention, &layer.before_mlp, true, &layer, {kUp});
+    if (gated) add_residual_and_norm(thread, &layer.after_attention, &layer.before_mlp, true, &layer, {kGate, kUp});
+    else add_residual_and_norm(thread, &layer.after_attention, &layer.before_mlp, true, &layer, {kUp});
     barrier();
     product(thread, layer, h, {{kGate, gate}, {kUp, up}});
     barrier();
     const Buffer& inner = gated ? gate : up;
     for (int64_t t = mine.first; t < mine.last; ++t) {
       kernels.activate(c.activation, inner.row(t), gated ? up.row(t) : nullptr, c.intermediate);
-      ready(t, inner.row(t), layer, {kDown});
+      quantize_activations(t, inner.row(t), layer, {kDown});
     }
-    reduce(thread, inner, layer, {kDown});
+    project_to_rank(thread, inner, layer, {kDown});
     barrier();
     product(thread, layer, inner, {{kDown, delta}});
     barrier();
     after = &layer.after_mlp;
   }
-  settle(thread, after, nullptr, true, nullptr, {});
+  add_residual_and_norm(thread, after, nullptr, true, nullptr, {});
   barrier();
   // Only the rows that are asked for go through the head.
   const Linear& head = plan.head.present() ? plan.head : plan.embedding;
   const Range asked = share(step.rows, thread, threads);
   for (int64_t r = asked.first; r < asked.last; ++r) {
     float* to = step.hidden_only ? step.out + r * c.hidden : h.row(r);
-    normalise(plan.final_norm, x.row(narrowed ? r : step.wanted[r]), to, c.hidden);
+    normalise(plan.final_norm, x.row(gathered ? r : step.wanted[r]), to, c.hidden);
     if (!step.hidden_only && head.quantized()) {
       QuantizedRows rounded = quantized;
       rounded.k_padded = round_up(c.hidden, 32);
@@ -505,7 +508,7 @@ void Run::work(int thread) {
   }
   if (step.hidden_only) return;
   barrier();
-  spread(thread, tiles(head), own_tiles(head, tiles(head), step.rows), [&](int64_t first, int64_t last) {
+  dynamic_tiles(thread, tiles(head), own_tiles(head, tiles(head), step.rows), [&](int64_t first, int64_t last) {
     product(head, h, step.rows, {step.out, c.vocab}, first, last, scratch + thread * scratch_size);
     if (c.logits_scaling == 1 && c.final_softcap == 0) return;
     const int64_t tile = kernels.tile_rows(head), begin = first * tile, count = std::min(c.vocab, last * tile) - begin;
@@ -520,10 +523,10 @@ void Run::work(int thread) {
 
 namespace {
 
-struct Stepping {
+struct StepInProgress {
   std::atomic<int64_t>& process;
-  explicit Stepping(std::atomic<int64_t>& p) : process(p) { process = process_id(); }
-  ~Stepping() { process = 0; }
+  explicit StepInProgress(std::atomic<int64_t>& p) : process(p) { process = process_id(); }
+  ~StepInProgress() { process = 0; }
 };
 
 }  // namespace
@@ -545,15 +548,15 @@ bool Plan::step(const Step& step, bool (*interrupted)(void*), void* context) {
   const int64_t process = stepping_process_;
   if (process && process != process_id()) throw std::runtime_error("The process was forked while this model computed. Load it again in the new process");
   std::lock_guard<std::mutex> lock(stepping_);
-  const Stepping stepping(stepping_process_);
+  const StepInProgress stepping(stepping_process_);
   if (process_ != process_id()) {
     pool_.reset();
     pool_ = pool_of(threads_);
     process_ = process_id();
   }
-  Run run(*this, step, *pool_, interrupted, context);
+  StepRun run(*this, step, *pool_, interrupted, context);
   run.prepare();
-  pool_->run([](void* self, int thread) { static_cast<Run*>(self)->work(thread); }, &run);
+  pool_->run([](void* self, int thread) { static_cast<StepRun*>(self)->work(thread); }, &run);
   return !run.stopped;
 }
 

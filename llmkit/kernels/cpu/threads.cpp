@@ -35,6 +35,7 @@
 namespace llmkit {
 namespace {
 
+// Tells the core that this is a spin loop: a sibling hyperthread gets its units, and leaving the loop costs no mispredicted loads.
 void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
@@ -45,9 +46,10 @@ void relax() {
 #endif
 }
 
-constexpr std::chrono::microseconds kSpin{1000};  // longer than threads that stream weights get apart, and than a token is chosen
-constexpr int kSleeps = 16, kMostSleeps = 1000;     // waits without spinning after one that spun in vain: at first, and if it goes on
-constexpr std::chrono::milliseconds kGoesOn{100};
+// Longer than the time by which threads that stream weights drift apart, and than it takes to choose a token: within a step nobody sleeps.
+constexpr std::chrono::microseconds kSpin{1000};
+constexpr int kFirstBackoff = 16, kLongestBackoff = 1000;     // waits that sleep at once after one that spun in vain: the first time, and at most
+constexpr std::chrono::milliseconds kRepeatedWithin{100};
 
 template <class Done>
 bool spin(Done done) {
@@ -67,20 +69,20 @@ bool spin(Done done) {
 Barrier::Barrier(int count) : count_(count), spins_(unsigned(count) <= std::thread::hardware_concurrency()) {}
 
 bool Barrier::spins() {
-  const int left = impatient_.load(std::memory_order_relaxed);
+  const int left = waits_that_sleep_.load(std::memory_order_relaxed);
   if (left <= 0) return spins_;
-  impatient_.store(left - 1, std::memory_order_relaxed);
+  waits_that_sleep_.store(left - 1, std::memory_order_relaxed);
   return false;
 }
 
 // Another program holds the core of whoever is late. A thread that spins is the next to be taken off its own; one that sleeps is woken at
 // once. But to wake takes longer than to spin, and a core that is back for good is not missed again soon.
-void Barrier::despair() {
+void Barrier::back_off() {
   const int64_t now = std::chrono::steady_clock::now().time_since_epoch() / std::chrono::microseconds(1);
-  int64_t before = despaired_.load(std::memory_order_relaxed);
-  if (now - before < 2 * kSpin.count() || !despaired_.compare_exchange_strong(before, now)) return;  // others who waited have said so
-  sleeps_ = now - before < std::chrono::microseconds(kGoesOn).count() ? std::min(4 * sleeps_, kMostSleeps) : kSleeps;
-  impatient_.store(sleeps_ * (count_ - 1), std::memory_order_relaxed);
+  int64_t before = backed_off_at_.load(std::memory_order_relaxed);
+  if (now - before < 2 * kSpin.count() || !backed_off_at_.compare_exchange_strong(before, now)) return;  // one late thread is one event, however many waited for it
+  last_backoff_ = now - before < std::chrono::microseconds(kRepeatedWithin).count() ? std::min(4 * last_backoff_, kLongestBackoff) : kFirstBackoff;
+  waits_that_sleep_.store(last_backoff_ * (count_ - 1), std::memory_order_relaxed);
 }
 
 void Barrier::wait() {
@@ -95,7 +97,7 @@ void Barrier::wait() {
   auto passed = [&] { return generation_.load(std::memory_order_acquire) != generation; };
   const bool spins = this->spins();
   if (!spins || !spin(passed)) {
-    if (spins) despair();
+    if (spins) back_off();
     while (!passed()) generation_.wait(generation, std::memory_order_acquire);
   }
 }
@@ -122,12 +124,12 @@ void Pool::end() {
 }
 
 void Pool::serve(int thread) {
-  uint32_t seen = 0;
+  uint32_t last_job = 0;
   for (;;) {
-    auto called = [&] { return job_.load(std::memory_order_acquire) != seen; };
+    auto called = [&] { return job_.load(std::memory_order_acquire) != last_job; };
     if (!barrier_.spins() || !spin(called))
-      while (!called()) job_.wait(seen, std::memory_order_acquire);
-    ++seen;
+      while (!called()) job_.wait(last_job, std::memory_order_acquire);
+    ++last_job;
     if (ending_) return;
     work_(context_, thread);
     barrier_.wait();
@@ -145,8 +147,8 @@ void Pool::run(void (*work)(void*, int), void* context) {
 }
 
 namespace {
-OpenMP lent;
-struct Apart {
+OpenMP shared_openmp;
+struct IndependentWork {
   void (*work)(void*, int, int);
   void* context;
   std::atomic<bool> failed{false};
@@ -162,11 +164,11 @@ struct Apart {
 };
 }  // namespace
 
-void lend(const OpenMP& runtime) { lent = runtime; }
+void share_openmp(const OpenMP& runtime) { shared_openmp = runtime; }
 
-void run_apart(int threads, void (*work)(void*, int, int), void* context) {
-  struct Shared : Apart { int threads; } shared{{work, context, {}, {}}, threads};
-  if (lent.parallel) lent.parallel([](void* data) { static_cast<Shared*>(data)->run(lent.thread(), lent.threads()); }, &shared, unsigned(threads), 0);
+void run_independent(int threads, void (*work)(void*, int, int), void* context) {
+  struct Shared : IndependentWork { int threads; } shared{{work, context, {}, {}}, threads};
+  if (shared_openmp.parallel) shared_openmp.parallel([](void* data) { static_cast<Shared*>(data)->run(shared_openmp.thread(), shared_openmp.threads()); }, &shared, unsigned(threads), 0);
   else pool_of(threads)->run([](void* data, int thread) { static_cast<Shared*>(data)->run(thread, static_cast<Shared*>(data)->threads); }, &shared);
   if (shared.problem) std::rethrow_exception(shared.problem);
 }

@@ -18,13 +18,13 @@ class Barrier {
   bool spins();
 
  private:
-  void despair();
+  void back_off();
   const int count_;
   const bool spins_;
   std::atomic<int> arrived_{0};
-  std::atomic<int> impatient_{0};  // so many waits to come do not spin
-  std::atomic<int> sleeps_{0};     // how many they were the last time
-  std::atomic<int64_t> despaired_{0};  // when
+  std::atomic<int> waits_that_sleep_{0};  // so many of the next waits sleep without spinning first
+  std::atomic<int> last_backoff_{0};     // what waits_that_sleep_ was set to the last time
+  std::atomic<int64_t> backed_off_at_{0};  // microseconds of the steady clock
   std::atomic<uint32_t> generation_{0};
 };
 
@@ -59,15 +59,15 @@ int64_t process_id();
 // The pool of so many threads that all plans of this process share.
 std::shared_ptr<Pool> pool_of(int threads);
 
-// Runs work(context, thread, threads) on so many threads, which need not meet on the way: those of the OpenMP runtime that was lent
+// Runs work(context, thread, threads) on so many threads, which need not meet on the way: those of the OpenMP runtime that is shared
 // (GOMP_parallel, omp_get_thread_num, omp_get_num_threads), or of the pool. Two sets of threads that spin would take turns on the cores.
 struct OpenMP {
   void (*parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
   int (*thread)() = nullptr;
   int (*threads)() = nullptr;
 };
-void lend(const OpenMP& runtime);
-void run_apart(int threads, void (*work)(void*, int, int), void* context);  // throws what the first of them threw
+void share_openmp(const OpenMP& runtime);
+void run_independent(int threads, void (*work)(void*, int, int), void* context);  // throws what the first of them threw
 
 // Bytes that are zero, aligned to 64, and in large pages where the system has them.
 struct Memory {

@@ -31,7 +31,7 @@ struct Product {
   }
 };
 
-struct Widening {
+struct Dequantization {
   const Linear& w;
   float* out;
 
@@ -68,7 +68,7 @@ struct Widening {
   }
 };
 
-struct Products {
+struct MatmulJob {
   const Kernels& kernels;
   const Matmul& job;
   bool by_tokens;
@@ -101,15 +101,15 @@ struct Products {
 // is far more. A result depends on its row of x and its column alone either way.
 bool by_tokens(const Kernels& kernels, int threads, const Matmul& job) { return kernels.matmul_panels(job) < 8 * threads; }
 
-struct Learners {
+struct AdapterGradientsJob {
   const Kernels& kernels;
-  const Learning& job;
+  const AdapterGradients& job;
   int64_t ranks;
   float *dxa, *own_dxa;  // [tokens, ranks]; [tokens, rank] of each part, one behind the other
   static constexpr int64_t kColumns = 256;  // at a time
 
-  // dxa = scale dy B, for the tokens of this thread.
-  void come_in(int thread, int threads) const {
+  // dxa [tokens, ranks] = scale dy B, for the tokens of this thread. It is needed whole before dA, so a barrier follows.
+  void project_gradients(int thread, int threads) const {
     const int64_t first = job.tokens * thread / threads, tokens = job.tokens * (thread + 1) / threads - first;
     if (!tokens) return;
     float* scratch = scratch_of_thread(kMatmulScratch);
@@ -127,21 +127,21 @@ struct Learners {
       before += f.rank;
     }
   }
-  // The columns of this thread.
-  void learn(int thread, int threads) const {
+  // dA [ranks, k] and dB [n, rank] for the columns of this thread: sums over all tokens, in their order, so no thread count changes a bit.
+  void accumulate(int thread, int threads) const {
     int64_t largest = 0, before = 0;
     for (int p = 0; p < job.parts; ++p) largest = std::max(largest, job.factors[p].rank);
-    float* turned = scratch_of_thread(largest * kColumns + job.tokens * largest);
-    float* thin = turned + largest * kColumns;
+    float* transposed = scratch_of_thread(largest * kColumns + job.tokens * largest);
+    float* thin = transposed + largest * kColumns;
     const int64_t k = job.factors[0].w.k;
     in_parts(k, thread, threads, [&](int64_t i, int64_t n) { kernels.across(dxa, ranks, job.x + i, k, job.tokens, n, job.da + i, k); });
     for (int p = 0; p < job.parts; ++p) {
       const Factor& f = job.factors[p];
       for (int64_t t = 0; t < job.tokens; ++t) std::memcpy(thin + t * f.rank, job.xa + t * ranks + before, size_t(f.rank) * 4);
       in_parts(f.w.n, thread, threads, [&](int64_t i, int64_t n) {
-        kernels.across(thin, f.rank, job.dy[p] + i, f.w.n, job.tokens, n, turned, kColumns);
+        kernels.across(thin, f.rank, job.dy[p] + i, f.w.n, job.tokens, n, transposed, kColumns);
         for (int64_t r = 0; r < n; ++r)
-          for (int64_t j = 0; j < f.rank; ++j) job.db[p][(i + r) * f.rank + j] = f.scale * turned[j * kColumns + r];
+          for (int64_t j = 0; j < f.rank; ++j) job.db[p][(i + r) * f.rank + j] = f.scale * transposed[j * kColumns + r];
       });
       before += f.rank;
     }
@@ -153,10 +153,10 @@ struct Learners {
   }
 };
 
-struct Documents {
+struct PackedAttentionJob {
   const Kernels& kernels;
-  const DocumentAttention& job;
-  const std::vector<Document>& all;
+  const PackedAttention& job;
+  const std::vector<PackedSequence>& all;
   bool back;
   int64_t scratch_size;
   std::atomic<int64_t> next{0};
@@ -165,37 +165,37 @@ struct Documents {
     float* own = scratch_of_thread(scratch_size);
     const int64_t units = int64_t(all.size()) * job.kv_heads;
     for (int64_t unit; (unit = next.fetch_add(1)) < units;)
-      (back ? kernels.attend_document_back : kernels.attend_document)(job, all[size_t(unit / job.kv_heads)], unit % job.kv_heads, own);
+      (back ? kernels.attend_sequence_back : kernels.attend_sequence)(job, all[size_t(unit / job.kv_heads)], unit % job.kv_heads, own);
   }
 };
 
 }  // namespace
 
-void attend_documents(const Kernels& kernels, int threads, const DocumentAttention& job, const std::vector<Document>& all, bool back) {
+void attend_packed(const Kernels& kernels, int threads, const PackedAttention& job, const std::vector<PackedSequence>& all, bool back) {
   int64_t longest = 0;
-  for (const Document& document : all) longest = std::max(longest, document.key_length);
-  Documents documents{kernels, job, all, back, kernels.document_scratch(job, longest)};
-  run_apart(threads, [](void* context, int, int) { static_cast<Documents*>(context)->work(); }, &documents);
+  for (const PackedSequence& sequence : all) longest = std::max(longest, sequence.key_length);
+  PackedAttentionJob sequences{kernels, job, all, back, kernels.packed_attention_scratch(job, longest)};
+  run_independent(threads, [](void* context, int, int) { static_cast<PackedAttentionJob*>(context)->work(); }, &sequences);
 }
 
 void matmul(const Kernels& kernels, int threads, const Matmul& job) {
-  Products products{kernels, job, by_tokens(kernels, threads, job)};
-  run_apart(threads, [](void* context, int thread, int of) { static_cast<Products*>(context)->work(thread, of); }, &products);
+  MatmulJob products{kernels, job, by_tokens(kernels, threads, job)};
+  run_independent(threads, [](void* context, int thread, int of) { static_cast<MatmulJob*>(context)->work(thread, of); }, &products);
 }
 
-void learn(const Kernels& kernels, int threads, const Learning& job) {
+void adapter_gradients(const Kernels& kernels, int threads, const AdapterGradients& job) {
   int64_t ranks = 0;
   for (int p = 0; p < job.parts; ++p) ranks += job.factors[p].rank;
   Memory memory(size_t(2 * job.tokens * ranks) * 4);
   float* dxa = reinterpret_cast<float*>(memory.data);
-  Learners learners{kernels, job, ranks, dxa, dxa + job.tokens * ranks};
-  run_apart(threads, [](void* context, int thread, int of) { static_cast<Learners*>(context)->come_in(thread, of); }, &learners);
-  run_apart(threads, [](void* context, int thread, int of) { static_cast<Learners*>(context)->learn(thread, of); }, &learners);
+  AdapterGradientsJob parts{kernels, job, ranks, dxa, dxa + job.tokens * ranks};
+  run_independent(threads, [](void* context, int thread, int of) { static_cast<AdapterGradientsJob*>(context)->project_gradients(thread, of); }, &parts);
+  run_independent(threads, [](void* context, int thread, int of) { static_cast<AdapterGradientsJob*>(context)->accumulate(thread, of); }, &parts);
 }
 
 void dequantize(int threads, const Linear& w, float* out) {
-  Widening job{w, out};
-  run_apart(threads, [](void* context, int thread, int of) { static_cast<Widening*>(context)->work(thread, of); }, &job);
+  Dequantization job{w, out};
+  run_independent(threads, [](void* context, int thread, int of) { static_cast<Dequantization*>(context)->work(thread, of); }, &job);
 }
 
 void product(const Kernels& kernels, int threads, Linear w, const float* x, int64_t tokens, float* y) {
@@ -218,8 +218,8 @@ void product(const Kernels& kernels, int threads, Linear w, const float* x, int6
   rounded.offset32 = reinterpret_cast<int32_t*>(take(rows * groups * 4));
   rounded.start = reinterpret_cast<float*>(take(rows * 4));
   Product job{kernels, w, x, tokens, y, rounded, product_scratch_floats(padded)};
-  if (w.quantized()) run_apart(threads, [](void* context, int thread, int of) { static_cast<Product*>(context)->round(thread, of); }, &job);
-  run_apart(threads, [](void* context, int thread, int of) { static_cast<Product*>(context)->multiply(thread, of); }, &job);
+  if (w.quantized()) run_independent(threads, [](void* context, int thread, int of) { static_cast<Product*>(context)->round(thread, of); }, &job);
+  run_independent(threads, [](void* context, int thread, int of) { static_cast<Product*>(context)->multiply(thread, of); }, &job);
 }
 
 }  // namespace llmkit

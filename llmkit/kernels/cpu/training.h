@@ -1,4 +1,4 @@
-// What training asks of the kernels: products, attention of whole documents, the numbers of quantized matrices. The arrays are the caller's.
+// What training asks of the kernels: products, attention of packed sequences, the numbers of quantized matrices. The arrays are the caller's.
 #pragma once
 #include <vector>
 
@@ -13,11 +13,11 @@ void product(const Kernels& kernels, int threads, Linear w, const float* x, int6
 // The products of training (kernels.h), `x` and `y` as it says. Throws std::bad_alloc.
 void matmul(const Kernels& kernels, int threads, const Matmul& job);
 
-// What adapters learn (kernels.h). Throws std::bad_alloc.
-void learn(const Kernels& kernels, int threads, const Learning& job);
+// The gradients of adapters (kernels.h). Throws std::bad_alloc.
+void adapter_gradients(const Kernels& kernels, int threads, const AdapterGradients& job);
 
-// Attention of all these documents, forward or back; no two have a key in common. Throws std::bad_alloc.
-void attend_documents(const Kernels& kernels, int threads, const DocumentAttention& job, const std::vector<Document>& all, bool back);
+// Attention of all these packed sequences (no padding, no cache), forward or backward; no two have a key in common. Throws std::bad_alloc.
+void attend_packed(const Kernels& kernels, int threads, const PackedAttention& job, const std::vector<PackedSequence>& all, bool back);
 
 // The numbers of a quantized matrix, out [n, k].
 void dequantize(int threads, const Linear& w, float* out);
