@@ -29,12 +29,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.engine.backend import Backend
-from llmkit.engine.blocks import KVCache
-from llmkit.engine.sequence import Batch, Sequence, Work, cache_root
-from llmkit.errors import LLMKitError
+from llmkit.engine.backend import Backend, BatchBuilder, Sequence, Work
+from llmkit.engine.cache import CacheManager, prefix_root
+from llmkit.errors import LLMKitError, UsageError
 
-MAX_GUESSES = 7  # for one sequence and step; with the row of its last token 8 rows, a usual tile of matrix kernels
+MAX_DRAFT_TOKENS = 7  # for one sequence and step; with the row of its last token 8 rows, a usual tile of matrix kernels
 MAX_ROWS = 32  # of a step with guesses: where more sequences than that run at once, arithmetic is the limit and no row is cheap
 MAX_MATCH = 8  # tokens of the text's end that are looked for; a longer match says no more
 PROBE = 2  # guesses made now and then where they do not pay, to see whether they would now
@@ -45,7 +44,7 @@ COST_MEMORY = 256  # decode steps after which a measured time is no longer belie
 class Drafter(Protocol):
     """Where guesses come from."""
 
-    def guess(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
+    def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
         """Writes guesses behind the last token of each sequence, `ids[length:]`, at most as many as wanted; returns how many."""
         ...
 
@@ -57,7 +56,7 @@ class Drafter(Protocol):
 class NgramDrafter:
     """Guesses that the text goes on as it did after an earlier place like its end."""
 
-    def guess(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
+    def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
         written = {}
         for sequence, count in wanted.items():
             guesses = continuation(sequence.ids[: sequence.length], count)
@@ -89,7 +88,7 @@ def continuation(history: NDArray[np.int32], count: int) -> NDArray[np.int32]:
 
 
 @dataclass(slots=True, eq=False)
-class _Twin:
+class _Mirror:
     """A sequence as the draft model has it: the same tokens, and guesses behind them; other blocks."""
 
     own: Sequence
@@ -107,35 +106,40 @@ class ModelDrafter:
     """
 
     def __init__(self, backend: Backend, vocab_size: int, *, max_cache_tokens: int, prefill_chunk: int = 512):
+        if backend.state_bytes:
+            raise UsageError(
+                f"The draft model ({backend.config.model_type}) keeps a recurrent state, which cannot be taken back where its tokens are "
+                "refused. Take one without, or --speculate lookup."
+            )
         self._backend = backend
         self._vocab_size = vocab_size
         self._prefill_chunk = prefill_chunk
-        self._cache = KVCache(backend.cache_windows, backend.block_size, max_cache_tokens, prefill_chunk + MAX_GUESSES)
-        self._batch = Batch(self._cache, rewind=MAX_GUESSES)
-        self._twins: dict[Sequence, _Twin] = {}
+        self._cache = CacheManager(backend.cache_windows, backend.block_size, max_cache_tokens, prefill_chunk + MAX_DRAFT_TOKENS)
+        self._batch = BatchBuilder(self._cache, rewind=MAX_DRAFT_TOKENS)
+        self._mirrors: dict[Sequence, _Mirror] = {}
 
-    def guess(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
-        twins = {sequence: twin.own for sequence in wanted if (twin := self._follow(sequence)) is not None}
+    def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
+        mirrors = {sequence: mirror.own for sequence in wanted if (mirror := self._follow(sequence)) is not None}
         budget = self._prefill_chunk
         work = []
-        for own in twins.values():
+        for own in mirrors.values():
             end = min(own.length, own.computed + budget)
             if end > own.computed:
                 budget -= end - own.computed
                 work.append(Work(own, own.computed, end))
-        last = {own: min(sequence.length + wanted[sequence], own.context) for sequence, own in twins.items()}
+        last = {own: min(sequence.length + wanted[sequence], own.context) for sequence, own in mirrors.items()}
         while work:  # what is unread, and then guess after guess
             growing = self._extend(work)
             work = [Work(own, own.length - 1, own.length) for own in growing if own.length < last[own]]
-        for sequence, own in twins.items():
+        for sequence, own in mirrors.items():
             sequence.ids[sequence.length : own.length] = own.ids[sequence.length : own.length]
-        return {sequence: own.length - sequence.length for sequence, own in twins.items()}
+        return {sequence: own.length - sequence.length for sequence, own in mirrors.items()}
 
     def close(self, sequence: Sequence) -> None:
-        twin = self._twins.pop(sequence, None)
-        if twin is not None:
-            self._confirm(twin, sequence)
-            self._cache.close(twin.own.blocks)
+        mirror = self._mirrors.pop(sequence, None)
+        if mirror is not None:
+            self._confirm(mirror, sequence)
+            self._cache.close(mirror.own.cache)
 
     def _extend(self, work: list[Work]) -> list[Sequence]:
         """Computes one step; returns those that have got a guess by it and may get another."""
@@ -160,46 +164,46 @@ class ModelDrafter:
         missing = self._vocab_size - len(logits)
         return np.pad(logits, (0, missing), constant_values=-np.inf) if missing > 0 else logits[: self._vocab_size]
 
-    def _follow(self, sequence: Sequence) -> _Twin | None:
-        """The twin, with the tokens the sequence has by now; None where the draft model cannot read them or has no room."""
-        twin = self._twins.get(sequence) or self._open(sequence)
-        if twin is None or sequence.length >= twin.own.context or not self._reads(sequence.ids[twin.confirmed : sequence.length]):
+    def _follow(self, sequence: Sequence) -> _Mirror | None:
+        """The mirror, with the tokens the sequence has by now; None where the draft model cannot read them or has no room."""
+        mirror = self._mirrors.get(sequence) or self._open(sequence)
+        if mirror is None or sequence.length >= mirror.own.context or not self._reads(sequence.ids[mirror.confirmed : sequence.length]):
             return None
-        self._confirm(twin, sequence)
-        return twin
+        self._confirm(mirror, sequence)
+        return mirror
 
-    def _open(self, sequence: Sequence) -> _Twin | None:
+    def _open(self, sequence: Sequence) -> _Mirror | None:
         config, cache, prompt = self._backend.config, self._cache, sequence.prompt_ids
         context = min(sequence.context, config.max_position_embeddings, cache.capacity or sequence.context)
         if len(prompt) >= context or not self._reads(prompt):
             return None
-        blocks = cache.open(cache_root(config, None, context), prompt, context)
-        found = cache.match(blocks, len(prompt))
+        blocks = cache.open(prefix_root(config, None, context), prompt, context)
+        found = cache.match(blocks)
         if not cache.admit(blocks, found):
             return None
         computed = found * cache.block_size
         ids = np.empty(context, dtype=np.int32)
         ids[:computed] = prompt[:computed]
-        own = replace(sequence, ids=ids, adapter=None, context=context, blocks=blocks, length=computed, computed=computed)
-        twin = self._twins[sequence] = _Twin(own, confirmed=computed)
-        return twin
+        own = replace(sequence, ids=ids, adapter=None, context=context, cache=blocks, length=computed, computed=computed)
+        mirror = self._mirrors[sequence] = _Mirror(own, confirmed=computed)
+        return mirror
 
     def _reads(self, ids: NDArray[np.int32]) -> bool:
         """Whether the draft model has embeddings for all of them: the target's may be padded further."""
         return int(ids.max(initial=0)) < self._backend.config.vocab_size
 
-    def _confirm(self, twin: _Twin, sequence: Sequence) -> None:
+    def _confirm(self, mirror: _Mirror, sequence: Sequence) -> None:
         """Takes over the tokens that are new; keys and values of guesses that were not among them are forgotten."""
-        own, start, length = twin.own, twin.confirmed, min(sequence.length, twin.own.context)
+        own, start, length = mirror.own, mirror.confirmed, min(sequence.length, mirror.own.context)
         guessed = own.ids[start : min(own.length, length)]
         wrong = np.flatnonzero(guessed != sequence.ids[start : start + len(guessed)])
         agreed = start + (int(wrong[0]) if len(wrong) else len(guessed))
         own.ids[start:length] = sequence.ids[start:length]
         # The last token is computed in any case: its logits are where guessing starts.
         own.computed = min(own.computed, agreed, length - 1)
-        own.length = twin.confirmed = length
-        if own.computed // self._cache.block_size > own.blocks.published:
-            self._cache.publish(own.blocks, own.ids[: own.computed])
+        own.length = mirror.confirmed = length
+        if own.computed // self._cache.block_size > own.cache.published:
+            self._cache.publish(own.cache, own.ids[: own.computed])
 
 
 @dataclass(slots=True)
@@ -285,7 +289,7 @@ class Speculation:
         self._drafter = drafter
         self._clock = clock
         self._step_times = StepTimes()
-        self._guess_times: deque[float] = deque(maxlen=5)  # of one guess for each sequence
+        self._draft_times: deque[float] = deque(maxlen=5)  # of one guess for each sequence
         self._records: dict[Sequence, _Record] = {}
         self._timed = False
         self._began = 0.0
@@ -297,9 +301,9 @@ class Speculation:
             wanted = self._wanted([item.sequence for item in work])
             if wanted:
                 began = self._clock()
-                written = self._drafter.guess(wanted)
+                written = self._drafter.draft(wanted)
                 if most := max(written.values(), default=0):
-                    self._guess_times.append((self._clock() - began) / most)
+                    self._draft_times.append((self._clock() - began) / most)
                 work = [item._replace(end=item.end + written.get(item.sequence, 0)) for item in work]
         self._began = self._clock()
         return work
@@ -331,10 +335,10 @@ class Speculation:
             return {}
         seconds = self._step_times.curve(len(sequences))
         records = [self._records.setdefault(sequence, _Record()) for sequence in sequences]
-        room = [min(MAX_GUESSES, sequence.context - sequence.length - 1) for sequence in sequences]
+        room = [min(MAX_DRAFT_TOKENS, sequence.context - sequence.length - 1) for sequence in sequences]
         worth = [(record.rate**j, index) for index, record in enumerate(records) for j in range(1, room[index] + 1)]
         worth.sort(key=lambda pair: -pair[0])
-        guess_seconds = median(self._guess_times) if self._guess_times else 0.0
+        draft_seconds = median(self._draft_times) if self._draft_times else 0.0
         tokens, deepest = float(len(sequences)), 0
         fastest = tokens / seconds[0] if seconds else 0.0
         counts, best = [0] * len(sequences), [0] * len(sequences)
@@ -342,7 +346,7 @@ class Speculation:
             tokens += gain
             counts[index] += 1
             deepest = max(deepest, counts[index])
-            speed = tokens / (cost + deepest * guess_seconds)
+            speed = tokens / (cost + deepest * draft_seconds)
             if speed > fastest:
                 fastest, best = speed, list(counts)
         rows = len(sequences) + sum(best)

@@ -75,6 +75,7 @@ class NativeBackend:
     """
 
     block_size = 16
+    state_bytes = 0  # `native_problem` refuses models with recurrent states
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], *, threads: int | None = None, kv_bits: int = 32) -> None:
         from llmkit.kernels.cpu import _native

@@ -21,7 +21,7 @@ import numpy as np
 
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import Backend, StepBatch
-from llmkit.engine.batch import Engine, tokens_within
+from llmkit.engine.engine import Engine, tokens_within
 from llmkit.engine.sampling import SamplingParams
 from llmkit.engine.speculative import Drafter, ModelDrafter, NgramDrafter, Speculation
 from llmkit.errors import ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError

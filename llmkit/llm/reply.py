@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 
-from llmkit.engine.batch import Engine
-from llmkit.engine.sequence import Sequence
+from llmkit.engine.backend import Sequence
+from llmkit.engine.engine import Engine
 from llmkit.llm.outputs import Chunk, Completion, FinishReason, Timings, TokenLogprob, Usage
 from llmkit.text.stream import StopScanner
 from llmkit.text.tokenizer import Tokenizer

@@ -1,7 +1,8 @@
 """A tiny attention model in numpy behind the engine's Backend, and the same model without any cache as the oracle.
 
 Keys and values really live in blocks found through the tables: a wrong table, position, prefix hit or a block let go too
-early changes the logits, reads NaN, or fails an assertion. Arithmetic is float64, one token at a time, so that a token's
+early changes the logits, reads NaN, or fails an assertion. A stateful one also keeps a number that runs along with every
+sequence, in slots: a wrong slot fails an assertion or changes the logits. Arithmetic is float64, one token at a time, so that a token's
 logits are the same bits in any batch.
 """
 
@@ -26,7 +27,7 @@ def tiny_config(
 
 
 class FakeBackend:
-    def __init__(self, config: ModelConfig, block_size: int = 4, noise: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, block_size: int = 4, noise: float = 0.0, *, stateful: bool = False) -> None:
         """noise: how far the weights are from those of the model without, for drafts that are sometimes right."""
         self.config = config
         self.block_size = block_size
@@ -38,6 +39,8 @@ class FakeBackend:
         self.head = random.normal(size=(DIM, config.vocab_size))
         self.head += noise * random.normal(size=self.head.shape)
         self.storage = [np.full((0, block_size, 2, DIM), np.nan) for _ in self.cache_windows]
+        self.state_bytes = 64 if stateful else 0
+        self.slots: dict[int, tuple[int, int]] = {}  # slot -> the state in it, and after how many tokens
         self.computed = 0  # tokens that went through `step`
         self.steps = 0
         self.fail_at: int | None = None  # number of the step that is broken off half-way
@@ -58,6 +61,14 @@ class FakeBackend:
                 stretch = 1.0 if context <= 24 else 4.0
         return self.embedding[token] + self.place[position] * stretch + shift
 
+    @staticmethod
+    def next_state(state: int, token: int) -> int:
+        """The order of the tokens counts, and every one before."""
+        return (5 * state + 3 * token + 1) % 1009
+
+    def mix(self, x: NDArray[np.float64], state: int) -> NDArray[np.float64]:
+        return x + self.embedding[state % len(self.embedding)] if self.state_bytes else x
+
     def attend(self, x: NDArray[np.float64], group: int, past: NDArray[np.float64]) -> NDArray[np.float64]:
         """past: `[keys, 2, DIM]`, the token's own included."""
         scores = past[:, 0] @ (self.weights[group, 0] @ x)
@@ -75,10 +86,17 @@ class FakeBackend:
         self.steps += 1
         self.computed += len(tokens)
         outputs = []
+        state = 0
         for n, (token, position, row) in enumerate(zip(tokens, positions, sequences, strict=True)):
             if self.steps == self.fail_at and n == len(tokens) // 2:
                 raise KeyboardInterrupt
-            x = self.embed(token, position, contexts[row], adapters[row])
+            if self.state_bytes:
+                if n == 0 or sequences[n - 1] != row:
+                    state = self._read(batch, int(row), int(position))
+                state = self.next_state(state, int(token))
+                if batch.state_out is not None and batch.state_out[n] >= 0:
+                    self.slots[int(batch.state_out[n])] = state, int(position) + 1
+            x = self.mix(self.embed(token, position, contexts[row], adapters[row]), state)
             for group, window in enumerate(self.cache_windows):
                 table = block_tables[group][row]
                 self._store(group, table[position // self.block_size], position % self.block_size, self.key_value(x, group))
@@ -90,6 +108,13 @@ class FakeBackend:
                 x = self.attend(x, group, past)
             outputs.append(np.full(DIM, np.nan) if int(token) in self.poisoned else x)
         return np.array([outputs[n] @ self.head for n in rows], dtype=np.float32).reshape(len(rows), self.config.vocab_size)
+
+    def _read(self, batch: StepBatch, row: int, position: int) -> int:
+        assert batch.state_in is not None
+        slot = int(batch.state_in[row])
+        state, tokens = (0, 0) if slot < 0 else self.slots[slot]
+        assert tokens == position, f"the state in slot {slot} is that after {tokens} tokens, not {position}"
+        return state
 
     def _store(self, group: int, block: int, offset: int, key_value: NDArray[np.float64]) -> None:
         if block >= len(self.storage[group]):
@@ -112,6 +137,17 @@ class FakeBackend:
         same = np.diff(sequences) == 0
         assert (np.diff(positions)[same] == 1).all()
         assert all(0 <= row < len(tokens) for row in rows)
+        if not self.state_bytes:
+            assert batch.state_in is batch.state_out is None
+            return
+        assert batch.state_in is not None
+        assert batch.state_out is not None
+        assert batch.state_in.dtype == batch.state_out.dtype == np.int32
+        assert len(batch.state_in) == count
+        assert len(batch.state_out) == len(tokens)
+        written = batch.state_out[batch.state_out >= 0].tolist()
+        assert len(set(written)) == len(written)
+        assert not set(written) & set(batch.state_in.tolist()), "a slot is read and written in one step"
 
     def reply(
         self,
@@ -128,10 +164,11 @@ class FakeBackend:
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
         total = self.config.max_position_embeddings if params.max_tokens is None else len(prompt) + params.max_tokens
         past = [np.empty((total, 2, DIM)) for _ in self.cache_windows]
-        position = 0
+        position = state = 0
         while True:
             for token in ids[position:]:
-                x = self.embed(token, position, total, adapter)
+                state = self.next_state(state, token)
+                x = self.mix(self.embed(token, position, total, adapter), state)
                 for group, window in enumerate(self.cache_windows):
                     past[group][position] = self.key_value(x, group)
                     x = self.attend(x, group, past[group][max(0, position + 1 - (window or total)) : position + 1])

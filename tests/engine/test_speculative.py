@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.engine import Engine, SamplingParams, Sequence, StepBatch, generate, speculative
+from llmkit.engine import Engine, SamplingParams, Sequence, StepBatch, speculative
+from llmkit.engine.cache import BlockPool
 from llmkit.engine.sampling import process
 from llmkit.engine.speculative import (
-    MAX_GUESSES,
+    MAX_DRAFT_TOKENS,
     MAX_ROWS,
     Drafter,
     ModelDrafter,
@@ -25,9 +26,9 @@ from llmkit.engine.speculative import (
     StepTimes,
     continuation,
 )
-from llmkit.errors import LLMKitError
+from llmkit.errors import LLMKitError, UsageError
 from tests.engine.fake import FakeBackend, tiny_config
-from tests.engine.test_batch import GREEDY, PROMPT, Request, assert_nothing_leaked, requests, run
+from tests.engine.test_engine import GREEDY, PROMPT, Request, assert_nothing_leaked, requests, run
 
 
 class Clock:
@@ -60,7 +61,7 @@ class ScriptDrafter:
         self.asked: list[int] = []  # guesses wanted, step by step
         self.closed = 0
 
-    def guess(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
+    def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
         written = {}
         for sequence, count in wanted.items():
             text = [*sequence.prompt_ids.tolist(), *self.replies[tuple(sequence.prompt_ids.tolist())]]
@@ -87,10 +88,10 @@ def model_drafter(noise: float = 0.0, windows: tuple[int | None, ...] = (None,),
 
 def assert_no_draft_leaked(drafter: Drafter) -> None:
     if isinstance(drafter, ModelDrafter):
-        assert not drafter._twins
+        assert not drafter._mirrors
         for pool in drafter._cache.pools:
             assert pool.num_free == pool.num_blocks
-        assert not any(drafter._cache._promised)
+        assert not any(drafter._cache._reserved)
 
 
 # --- the text as its own draft ------------------------------------------------------------------------------------------
@@ -177,13 +178,7 @@ def test_every_request_gets_the_tokens_it_gets_without(
                 for owner, sequence in added:
                     if owner is request:
                         engine.abort(sequence)
-        before = {sequence: sequence.num_generated for _, sequence in added}
-        events = engine.step()
-        for _, sequence in added:
-            mine = [event for event in events if event.sequence is sequence]
-            assert [event.token for event in mine] == sequence.token_ids[before[sequence] :].tolist()
-            assert all(event.finish_reason is None for event in mine[:-1])
-            assert not mine or mine[-1].finish_reason == sequence.finish_reason
+        engine.step()
         now += 1
     for request, sequence in added:
         expected = alone(request, sequence.seed, sequence.sample_index)
@@ -227,7 +222,7 @@ def test_only_accepted_tokens_are_published() -> None:
         sequence = engine.add(PROMPT, params)
         run(engine, sequence)
         assert sequence.drafted > sequence.accepted
-        real = engine.cache.open(sequence.blocks.root, sequence.ids[:60], 60).hashes  # the last token was never computed
+        real = engine.cache.open(sequence.cache.root, sequence.ids[:60], 60).hashes  # the last token was never computed
         assert set(engine.cache.pools[0].known) == set(real)
         again = engine.add(turn, params)
         run(engine, again)
@@ -264,20 +259,6 @@ def test_log_probabilities_are_those_of_plain_decoding() -> None:
     run(engine, sequence)
     assert 0 < sequence.accepted < sequence.drafted
     assert sequence.logprobs == expected.logprobs
-
-
-def test_streams_get_one_token_an_event() -> None:
-    backend = FakeBackend(tiny_config())
-    params = SamplingParams(temperature=0, max_tokens=40)
-    reply = backend.reply(PROMPT, params, seed=0)
-    engine = Engine(backend, speculation=always(ScriptDrafter({tuple(PROMPT): reply})))
-    events = list(generate(engine, [PROMPT], params))
-    assert [event.token for event in events] == reply
-    assert [event.finish_reason for event in events] == [None] * 39 + ["length"]
-    left = generate(engine, [PROMPT], params)
-    assert [next(left).token for _ in range(12)] == reply[:12]
-    left.close()
-    assert_nothing_leaked(engine)
 
 
 @pytest.mark.parametrize("broken", range(2, 16))
@@ -379,7 +360,7 @@ class NeverTheSame:
     def __init__(self) -> None:
         self.random = np.random.default_rng(5)
 
-    def guess(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
+    def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
         for sequence, count in wanted.items():
             sequence.ids[sequence.length : sequence.length + count] = self.random.integers(0, 5, count)
         return dict(wanted)
@@ -458,7 +439,7 @@ def timed(seconds: Callable[[int], float], errs: Callable[[int], bool], length: 
 
 def test_where_rows_are_free_and_guesses_right_it_guesses_as_much_as_it_may() -> None:
     _, drafter, seconds = timed(lambda rows: 1.0, lambda position: False)
-    assert drafter.asked[-20] == MAX_GUESSES
+    assert drafter.asked[-20] == MAX_DRAFT_TOKENS
     assert all(after - before <= 1 for before, after in pairwise(drafter.asked)), "one row more at a time"
     assert seconds < 600 / 6
 
@@ -499,7 +480,7 @@ def test_it_comes_back_where_the_machine_changes() -> None:
         return float(rows) if steps < 200 else 1.0
 
     _, drafter, _ = timed(seconds, lambda position: False, 1200)
-    assert drafter.asked[-20] == MAX_GUESSES
+    assert drafter.asked[-20] == MAX_DRAFT_TOKENS
 
 
 def test_a_slow_draft_model_is_given_up() -> None:
@@ -534,6 +515,35 @@ def test_each_sequence_is_judged_by_itself() -> None:
     assert [sequence.token_ids.tolist() for sequence in sequences] == list(replies.values())
     assert sequences[0].accepted > 200
     assert sequences[1].drafted < 30
+
+
+@pytest.mark.parametrize("slots", [4, 5, 6, 64])
+def test_states_go_back_to_where_draft_tokens_were_refused(slots: int) -> None:
+    """With 4 slots two sequences have none left for drafts; more slots, more draft tokens in a step."""
+    backend = FakeBackend(tiny_config(max_positions=140), stateful=True)
+    params = SamplingParams(temperature=0, max_tokens=40)
+    prompts = [PROMPT, PROMPT[3:]]
+    replies = [backend.reply(prompt, params, seed=0) for prompt in prompts]
+    known = {tuple(prompt): reply for prompt, reply in zip(prompts, replies, strict=True)}
+    engine = Engine(backend, speculation=always(ScriptDrafter(known, errs=lambda position: position % 5 == 0)))
+    engine.cache.states = BlockPool(slots)
+    sequences = [engine.add(prompt, params) for prompt in prompts]
+    run(engine, *sequences)
+    assert [sequence.token_ids.tolist() for sequence in sequences] == replies
+    accepted = sum(sequence.accepted for sequence in sequences)
+    assert accepted == 0 if slots == 4 else accepted > 10
+    assert_nothing_leaked(engine)
+    following = [*PROMPT, *replies[0]]
+    known[tuple(following)] = backend.reply(following, params, seed=0)
+    again = engine.add(following, params)
+    run(engine, again)
+    assert slots < 64 or again.cached_tokens == 60  # the state of accepted tokens was kept under their hash
+    assert again.token_ids.tolist() == known[tuple(following)]
+
+
+def test_a_draft_model_with_a_state_is_refused() -> None:
+    with pytest.raises(UsageError, match="keeps a recurrent state, which cannot be taken back"):
+        ModelDrafter(FakeBackend(tiny_config(), stateful=True), 23, max_cache_tokens=400)
 
 
 def test_a_step_has_no_more_rows_than_pay() -> None:

@@ -24,7 +24,7 @@ from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.save import save_model
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import Backend, StepBatch
-from llmkit.engine.batch import Engine
+from llmkit.engine.engine import Engine
 from llmkit.engine.sampling import SamplingParams
 from llmkit.evaluate.perplexity import Evaluation, evaluate, load_pair
 from llmkit.kernels import NativeBackend, native_problem

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from llmkit.checkpoint.load import load_model
 from llmkit.engine.backend import Backend, StepBatch
-from llmkit.engine.batch import Engine
+from llmkit.engine.engine import Engine
 from llmkit.engine.sampling import SamplingParams
 from llmkit.errors import LLMKitError, UsageError
 from llmkit.kernels import NativeBackend, native_problem, reference

@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 
 from llmkit.checkpoint.load import load_model
 from llmkit.engine.backend import StepBatch
-from llmkit.engine.batch import Engine
-from llmkit.engine.generate import generate
+from llmkit.engine.engine import Engine
 from llmkit.engine.sampling import SamplingParams
 from llmkit.model.backend import TorchBackend
 from llmkit.model.transformer import Transformer
@@ -159,7 +158,10 @@ def test_some_rows_and_hidden_states(pair: Pair) -> None:
 def greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
     """Greedy continuation by the engine, with the cache and chunked prefill."""
     engine = Engine(TorchBackend(model), max_cache_tokens=1024, prefill_chunk=32)
-    return [event.token for event in generate(engine, [prompt], SamplingParams(temperature=0, max_tokens=count))]
+    sequence = engine.add(prompt, SamplingParams(temperature=0, max_tokens=count))
+    while sequence.finish_reason is None:
+        engine.step()
+    return [int(token) for token in sequence.token_ids]
 
 
 @FIRST_OF_EACH

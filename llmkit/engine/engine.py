@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.engine import sampling
-from llmkit.engine.backend import Backend
-from llmkit.engine.blocks import KVCache, blocks_for, pool_sizes
+from llmkit.engine.backend import Backend, BatchBuilder, EndReason, Sequence, Work
+from llmkit.engine.cache import STATE_INTERVAL, CacheManager, blocks_for, pool_sizes, prefix_root, state_slots
 from llmkit.engine.sampling import SamplingParams, TokenLogprobs
-from llmkit.engine.sequence import Batch, Event, FinishReason, Sequence, Work, cache_root
-from llmkit.engine.speculative import MAX_GUESSES, Speculation
+from llmkit.engine.speculative import MAX_DRAFT_TOKENS, Speculation
 from llmkit.errors import ContextOverflow, LLMKitError, UsageError
 
 PromptIds = Iterable[int] | NDArray[np.integer]
@@ -33,7 +31,7 @@ Drawn = tuple[int, TokenLogprobs | None]
 class Scheduler:
     """Which sequences run, in the order they came: a request that does not fit now waits, and those behind it wait too."""
 
-    def __init__(self, cache: KVCache, prefill_chunk: int):
+    def __init__(self, cache: CacheManager, prefill_chunk: int):
         self.cache = cache
         self.prefill_chunk = prefill_chunk
         self.waiting: deque[Sequence] = deque()
@@ -66,35 +64,25 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            self.cache.close(sequence.blocks)
+            self.cache.close(sequence.cache)
         self._no_room = False
 
     def _start(self, sequence: Sequence) -> bool:
         if self._no_room:
             return False
-        found = self.cache.match(sequence.blocks, sequence.prompt_length)
-        if self._being_computed(sequence, found):
-            return False
-        if not self.cache.admit(sequence.blocks, found):
+        found = self.cache.match(sequence.cache)
+        if any(self.cache.coming(sequence.cache, found, other.cache) for other in self.running):
+            return False  # waiting for it saves computing it twice
+        if not self.cache.admit(sequence.cache, found):
             self._no_room = True
             return False
         sequence.computed = sequence.cached_tokens = found * self.cache.block_size
         sequence.started_at = time.perf_counter()
         return True
 
-    def _being_computed(self, sequence: Sequence, index: int) -> bool:
-        """Whether another sequence is just computing this one's block `index`: then waiting for it saves computing it twice."""
-        if index >= (sequence.prompt_length - 1) // self.cache.block_size:
-            return False
-        wanted = sequence.blocks.hashes[index]
-        return any(
-            len(other.blocks.hashes) > index and other.blocks.published <= index and other.blocks.hashes[index] == wanted
-            for other in self.running
-        )
 
-
-class _Forked:
-    """In the place of a lock that another thread held when this process was forked off: that thread stayed behind, the lock with it."""
+class _LostLock:
+    """In the place of a lock that another thread held when this process was forked off: that thread is not here to release it."""
 
     def __enter__(self) -> None:
         raise LLMKitError("The process was forked while this model computed. Load it again in the new process.")
@@ -102,25 +90,8 @@ class _Forked:
     def __exit__(self, *_: object) -> None: ...
 
 
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for engine in _engines:
-        if isinstance(engine.lock, _Forked):
-            continue
-        if engine.lock.acquire(blocking=False):
-            engine.lock.release()
-        else:
-            engine.lock = _Forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 class Engine:
-    """Runs requests on a backend; see `generate.py` for the loop.
+    """Runs requests on a backend: `add` them, `step` until each has a `finish_reason`, read the tokens off the sequences.
 
     Several threads may add, step and abort; each step serves all of them. Who reads a sequence while another thread may step holds `lock`.
 
@@ -129,7 +100,8 @@ class Engine:
         max_cache_tokens: size of the KV cache in tokens; defaults to one whole context of the model.
         cache_bytes: size of the KV cache in bytes, instead of in tokens.
         prefill_chunk: most prompt tokens in one step.
-        speculation: guesses tokens that a step then checks; the replies stay the same.
+        speculation: drafts tokens that a step then checks; the replies stay the same.
+        state_interval: tokens of a prompt from one kept state to the next, for models with recurrent states.
     """
 
     def __init__(
@@ -140,14 +112,15 @@ class Engine:
         cache_bytes: int | None = None,
         prefill_chunk: int = 512,
         speculation: Speculation | None = None,
+        state_interval: int = STATE_INTERVAL,
     ):
         if max_cache_tokens is not None and cache_bytes is not None:
             raise UsageError(f"Both max_cache_tokens ({max_cache_tokens}) and cache_bytes ({cache_bytes}) limit the KV cache; give one.")
         if prefill_chunk < 1:
             raise UsageError(f"prefill_chunk is {prefill_chunk}; it must be at least 1.")
-        longest_step = prefill_chunk if speculation is None else max(prefill_chunk, MAX_GUESSES + 1)
+        longest_step = prefill_chunk if speculation is None else max(prefill_chunk, MAX_DRAFT_TOKENS + 1)
         if cache_bytes is not None:
-            max_cache_tokens = tokens_within(backend, cache_bytes, longest_step)
+            max_cache_tokens = tokens_within(backend, cache_bytes, longest_step, state_interval)
         elif max_cache_tokens is None:
             max_cache_tokens = blocks_for(backend.config.max_position_embeddings, backend.block_size) * backend.block_size
         if max_cache_tokens < backend.block_size:
@@ -155,12 +128,34 @@ class Engine:
                 f"The KV cache limit is {max_cache_tokens} tokens, less than one block of {backend.block_size}; raise the limit."
             )
         self.backend = backend
-        self.cache = KVCache(backend.cache_windows, backend.block_size, max_cache_tokens, longest_step)
+        self.cache = CacheManager(
+            backend.cache_windows,
+            backend.block_size,
+            max_cache_tokens,
+            longest_step,
+            state_slots=state_slots(max_cache_tokens, state_interval) if backend.state_bytes else 0,
+            state_interval=state_interval,
+        )
         self.scheduler = Scheduler(self.cache, prefill_chunk)
         self.speculation = speculation
-        self._batch = Batch(self.cache)
-        self.lock: threading.RLock | _Forked = threading.RLock()
-        _engines.add(self)
+        self._batch = BatchBuilder(self.cache)
+        self._lock: threading.RLock | _LostLock = threading.RLock()
+        self._process = os.getpid()
+
+    @property
+    def lock(self) -> threading.RLock | _LostLock:
+        """Held by whoever changes the engine, or reads a sequence that another thread may change.
+
+        In a process forked off while another thread held it, entering it is an LLMKitError and not a wait for ever.
+        """
+        if self._process != os.getpid() and not isinstance(self._lock, _LostLock):
+            # The first use in this process. A thread of this process that checks at the same moment holds the lock for no longer.
+            if self._lock.acquire(timeout=0.5):
+                self._process = os.getpid()
+                self._lock.release()
+            elif self._process != os.getpid():
+                self._lock = _LostLock()
+        return self._lock
 
     @property
     def busy(self) -> bool:
@@ -196,7 +191,7 @@ class Engine:
         total = self._total(len(prompt), params.max_tokens)
         ids = np.empty(total, dtype=np.int32)
         ids[: len(prompt)] = prompt
-        root = cache_root(self.backend.config, adapter, total)
+        root = prefix_root(self.backend.config, adapter, total)
         sequence = Sequence(
             ids=ids,
             prompt_length=len(prompt),
@@ -206,7 +201,7 @@ class Engine:
             adapter=adapter,
             context=total,
             end_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids)),
-            blocks=self.cache.open(root, ids[: len(prompt)], total),
+            cache=self.cache.open(root, ids[: len(prompt)], total),
             greedy=params.temperature == 0 and not params.changes_logits,
             added_at=time.perf_counter(),
             length=len(prompt),
@@ -225,21 +220,20 @@ class Engine:
         prompt, eos_ids = _as_array(prompt_ids), tuple(eos_ids)
         return [self.add(prompt, params, adapter, eos_ids=eos_ids, sample=index) for index in range(params.n)]
 
-    def step(self) -> list[Event]:
-        """Computes one batch and returns its new tokens, those of one sequence in order; an empty list if no prompt was
-        finished, or nothing was to do.
+    def step(self) -> None:
+        """Compute one batch and append its new tokens to their sequences: schedule, run, sample. Nothing to do is no error.
 
         If the backend raises, or Ctrl-C comes, no sequence has advanced: step again, or abort.
         """
         with self.lock:
-            return self._step()
+            self._step()
 
-    def _step(self) -> list[Event]:
+    def _step(self) -> None:
         work = self.scheduler.plan()
         if not work:
-            return []
+            return
         if self.speculation is not None:
-            work = self.speculation.extend(work)
+            work = self._with_states(self.speculation.extend(work))
         batch = self._batch
         logits = self.backend.step(batch.fill(work))
         drawn = []
@@ -255,13 +249,28 @@ class Engine:
         for item, (tokens, _) in zip(batch.asked, drawn, strict=True):  # of the guesses those that became tokens
             item.sequence.computed = item.sequence.length + max(len(tokens), 1) - 1
         for item in work:
-            blocks, computed = item.sequence.blocks, item.sequence.computed
-            if computed // self.cache.block_size > blocks.published:
-                self.cache.publish(blocks, item.sequence.ids[:computed])
-        return [event for item, result in zip(batch.asked, drawn, strict=True) for event in self._commit(item.sequence, *result, now)]
+            cache, computed = item.sequence.cache, item.sequence.computed
+            if computed // self.cache.block_size > cache.published:
+                self.cache.publish(cache, item.sequence.ids[:computed])
+            if self.cache.states is not None:
+                self.cache.commit_states(cache, computed)
+        for item, (tokens, error) in zip(batch.asked, drawn, strict=True):
+            self._commit(item.sequence, tokens, error, now)
 
-    def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
-        """Ends a sequence now, with what it has (`reason` "stop" where a stop string was met); one that has ended stays as it is."""
+    def _with_states(self, work: list[Work]) -> list[Work]:
+        """Return the work without the draft tokens for whose states there is no room."""
+        if self.cache.states is None:
+            return work
+        left = self.cache.draft_states([item.sequence.cache for item in work])
+        out = []
+        for item in work:
+            drafted = min(max(item.end - item.sequence.length, 0), left)
+            left -= drafted
+            out.append(item._replace(end=min(item.end, item.sequence.length + drafted)))
+        return out
+
+    def abort(self, sequence: Sequence, reason: EndReason = "abort") -> None:
+        """End a sequence now, with what it has (`reason` "stop" where a stop string was met); one that has ended stays as it is."""
         with self.lock:
             if sequence.finish_reason is None:
                 self._finish(sequence, reason, time.perf_counter())
@@ -284,8 +293,8 @@ class Engine:
                 break
         return drawn, None
 
-    def _commit(self, sequence: Sequence, tokens: list[Drawn], error: LLMKitError | None, now: float) -> list[Event]:
-        events = []
+    def _commit(self, sequence: Sequence, tokens: list[Drawn], error: LLMKitError | None, now: float) -> None:
+        """Append the tokens drawn for a sequence, and end it where one of them does or drawing failed."""
         for token, logprobs in tokens:
             sequence.ids[sequence.length] = token
             sequence.length += 1
@@ -293,21 +302,15 @@ class Engine:
                 sequence.logprobs.append(logprobs)
             if sequence.first_token_at is None:
                 sequence.first_token_at = now
-            reason: FinishReason | None = None
             if token in sequence.end_ids:
-                reason = "stop"
+                self._finish(sequence, "stop", now)
             elif sequence.length == sequence.context:
-                reason = "length"
-            if reason is not None:
-                self._finish(sequence, reason, now)
-            events.append(Event(sequence, token, logprobs, reason))
+                self._finish(sequence, "length", now)
         if error is not None:
             sequence.error = error
             self._finish(sequence, "error", now)
-            events.append(Event(sequence, None, None, "error"))
-        return events
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
+    def _finish(self, sequence: Sequence, reason: EndReason, now: float) -> None:
         self.scheduler.remove(sequence)
         if self.speculation is not None:
             self.speculation.close(sequence)
@@ -348,15 +351,16 @@ def _as_array(ids: PromptIds) -> NDArray[np.integer]:
     return ids if isinstance(ids, np.ndarray) else np.array(list(ids) or np.empty(0, np.int32))
 
 
-def tokens_within(backend: Backend, cache_bytes: int, max_step_tokens: int) -> int:
-    """The most tokens whose cache, over all groups, stays within `cache_bytes`; whole blocks."""
+def tokens_within(backend: Backend, cache_bytes: int, max_step_tokens: int, state_interval: int = STATE_INTERVAL) -> int:
+    """Return the most tokens whose cache, over all groups and with its state slots, stays within `cache_bytes`; whole blocks."""
     costs = [backend.block_bytes(group) for group in range(len(backend.cache_windows))]
 
     def fits(blocks: int) -> bool:
         sizes = pool_sizes(backend.cache_windows, backend.block_size, blocks * backend.block_size, max_step_tokens)
-        return sum(size * cost for size, cost in zip(sizes, costs, strict=True)) <= cache_bytes
+        states = state_slots(blocks * backend.block_size, state_interval) * backend.state_bytes
+        return states + sum(size * cost for size, cost in zip(sizes, costs, strict=True)) <= cache_bytes
 
-    low, high = 0, cache_bytes // min(costs) + 1  # fits(low), not fits(high)
+    low, high = 0, cache_bytes // max(1, min(costs, default=1)) + 1  # fits(low), not fits(high)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

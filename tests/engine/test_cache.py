@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmkit.engine.blocks import BlockPool, BlockTables, KVCache, blocks_for, most_held
+from llmkit.engine.cache import BlockPool, CacheManager, SequenceCache, blocks_for, most_held
 
 
-def fill(cache: KVCache, tokens: np.ndarray, prompt: int, total: int) -> BlockTables:
+def fill(cache: CacheManager, tokens: np.ndarray, prompt: int, total: int) -> SequenceCache:
     """A sequence that is computed token by token after its prompt, and still holds its blocks."""
     tables = cache.open(b"", tokens[:prompt], total)
-    assert cache.admit(tables, cache.match(tables, prompt))
+    assert cache.admit(tables, cache.match(tables))
     for end in [*range(512, prompt, 512), *range(prompt, len(tokens) + 1)]:
         cache.prepare(tables, tables.published * cache.block_size, end)
         cache.publish(tables, tokens[:end])
@@ -21,7 +21,7 @@ def fill(cache: KVCache, tokens: np.ndarray, prompt: int, total: int) -> BlockTa
 def test_one_sequence_after_another_stays_in_one_piece_when_the_cache_is_full() -> None:
     """What is forgotten makes room in one run of ids, whatever the lengths: contiguous keys are a backend's fast path."""
     random = np.random.default_rng(0)
-    cache = KVCache((None,), 16, max_tokens=4096, max_step_tokens=512)
+    cache = CacheManager((None,), 16, max_tokens=4096, max_step_tokens=512)
     for _ in range(60):
         prompt, reply, spare = random.integers(1, 900), random.integers(1, 300), random.integers(0, 600)
         tokens = random.integers(0, 9999, prompt + reply).astype(np.int32)
@@ -31,13 +31,13 @@ def test_one_sequence_after_another_stays_in_one_piece_when_the_cache_is_full() 
 
 
 def test_the_least_recently_used_prefix_is_forgotten_first() -> None:
-    cache = KVCache((None,), 4, max_tokens=48, max_step_tokens=64)
+    cache = CacheManager((None,), 4, max_tokens=48, max_step_tokens=64)
     prompts = [np.full(16, token, dtype=np.int32) for token in range(4)]
     for prompt in prompts[:3]:
         cache.close(fill(cache, prompt, 15, 16))
     cache.close(fill(cache, prompts[0], 15, 16))  # used again: the second is the oldest now
     cache.close(fill(cache, prompts[3], 15, 16))
-    assert [cache.match(cache.open(b"", prompt, 16), 16) for prompt in prompts] == [3, 0, 3, 3]
+    assert [cache.match(cache.open(b"", prompt, 16)) for prompt in prompts] == [3, 0, 3, 3]
 
 
 def test_an_empty_run_is_preferred_to_a_cached_prefix() -> None:
@@ -62,13 +62,13 @@ def test_blocks_are_scattered_only_where_no_run_is_long_enough() -> None:
 
 def test_a_cached_prefix_taken_back_is_room_no_more() -> None:
     """Five of twelve blocks are free, and all five are the prefix: the two blocks beyond it do not fit."""
-    cache = KVCache((None,), 4, max_tokens=48, max_step_tokens=64)
+    cache = CacheManager((None,), 4, max_tokens=48, max_step_tokens=64)
     prompt = np.zeros(20, dtype=np.int32)
     cache.close(fill(cache, prompt, 20, 20))
     other = cache.open(b"other", prompt, 28)
     assert cache.admit(other, 0)
     again = cache.open(b"", np.append(prompt, np.int32(0)), 28)
-    assert cache.match(again, 21) == 5
+    assert cache.match(again) == 5
     assert not cache.admit(again, 5)
     cache.close(other)
     assert cache.admit(again, 5)
@@ -90,10 +90,10 @@ def test_equal_contents_computed_twice_are_known_once() -> None:
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 9])
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
 def test_most_held_is_reached_and_never_passed(window: int, step: int) -> None:
-    """Over every alignment of a whole step: the promise made for a windowed group is exact."""
+    """Over every alignment of a whole step: the reservation made for a windowed group is exact."""
     worst = 0
     for start in range(20, 24):
-        cache = KVCache((window,), 4, max_tokens=400, max_step_tokens=step)
+        cache = CacheManager((window,), 4, max_tokens=400, max_step_tokens=step)
         tables = cache.open(b"", np.zeros(1, dtype=np.int32), 200)
         assert cache.admit(tables, 0)
         for end in range(1, start + 1):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.engine import Engine, SamplingParams, Sequence, generate
-from llmkit.engine.blocks import AHEAD, most_held
-from llmkit.errors import ContextOverflow, LLMKitError, UsageError
+from llmkit.engine import Engine, SamplingParams, Sequence
+from llmkit.engine.cache import AHEAD, most_held
+from llmkit.errors import ContextOverflow, UsageError
 from tests.engine.fake import FakeBackend, tiny_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -29,11 +29,15 @@ def assert_nothing_leaked(engine: Engine) -> None:
     for pool in engine.cache.pools:
         assert pool.num_free == pool.num_blocks
         assert not any(pool.references)
-    assert not any(engine.cache._promised)
+    assert not any(engine.cache._reserved)
+    assert engine.cache._admitted == 0
+    if engine.cache.states is not None:
+        assert not any(engine.cache.states.references)
+        assert engine.cache.states.num_free == engine.cache.states.num_blocks
 
 
 def held(engine: Engine, sequence: Sequence, group: int) -> int:
-    return sequence.blocks.stop[group] - sequence.blocks.first[group]
+    return sequence.cache.stop[group] - sequence.cache.first[group]
 
 
 @dataclasses.dataclass
@@ -71,29 +75,32 @@ scenarios = given(
     cache_tokens=st.integers(40, 160),
     chunk=st.integers(1, 30),
     rope_type=st.sampled_from(["default", "default", "dynamic", "longrope"]),
+    stateful=st.booleans(),
 )
 
 
 @settings(max_examples=40, deadline=None)
 @scenarios
 def test_every_request_gets_the_tokens_it_gets_alone(
-    asked: list[Request], windows: tuple[int | None, ...], cache_tokens: int, chunk: int, rope_type: str
+    asked: list[Request], windows: tuple[int | None, ...], cache_tokens: int, chunk: int, rope_type: str, stateful: bool
 ) -> None:
-    check_scenario(asked, windows, cache_tokens, chunk, rope_type)
+    check_scenario(asked, windows, cache_tokens, chunk, rope_type, stateful)
 
 
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @scenarios
 def test_every_request_gets_the_tokens_it_gets_alone_at_length(
-    asked: list[Request], windows: tuple[int | None, ...], cache_tokens: int, chunk: int, rope_type: str
+    asked: list[Request], windows: tuple[int | None, ...], cache_tokens: int, chunk: int, rope_type: str, stateful: bool
 ) -> None:
-    check_scenario(asked, windows, cache_tokens, chunk, rope_type)
+    check_scenario(asked, windows, cache_tokens, chunk, rope_type, stateful)
 
 
-def check_scenario(asked: list[Request], windows: tuple[int | None, ...], cache_tokens: int, chunk: int, rope_type: str) -> None:
-    backend = FakeBackend(tiny_config(windows, rope_type=rope_type))
-    engine = Engine(backend, max_cache_tokens=cache_tokens, prefill_chunk=chunk)
+def check_scenario(
+    asked: list[Request], windows: tuple[int | None, ...], cache_tokens: int, chunk: int, rope_type: str, stateful: bool
+) -> None:
+    backend = FakeBackend(tiny_config(windows, rope_type=rope_type), stateful=stateful)
+    engine = Engine(backend, max_cache_tokens=cache_tokens, prefill_chunk=chunk, state_interval=8)
     added: list[tuple[Request, Sequence]] = []
     now = 0
     while engine.busy or any(request.arrives >= now for request in asked):
@@ -126,10 +133,11 @@ def check_scenario(asked: list[Request], windows: tuple[int | None, ...], cache_
     assert_nothing_leaked(engine)
 
 
+@pytest.mark.parametrize("stateful", [False, True])
 @pytest.mark.parametrize("windows", [(None,), (None, 6), (6,)])
-def test_a_prefix_is_computed_once(windows: tuple[int | None, ...]) -> None:
-    backend = FakeBackend(tiny_config(windows))
-    engine = Engine(backend)
+def test_a_prefix_is_computed_once(windows: tuple[int | None, ...], stateful: bool) -> None:
+    backend = FakeBackend(tiny_config(windows), stateful=stateful)
+    engine = Engine(backend, state_interval=8)
     first = engine.add(PROMPT, GREEDY)
     run(engine, first)
     assert first.cached_tokens == 0
@@ -147,9 +155,10 @@ def test_a_prefix_is_computed_once(windows: tuple[int | None, ...]) -> None:
     assert following.token_ids.tolist() == backend.reply(turn, GREEDY, seed=0)
 
 
-def test_samples_of_one_prompt_share_its_blocks() -> None:
-    backend = FakeBackend(tiny_config())
-    engine = Engine(backend)
+@pytest.mark.parametrize("stateful", [False, True])
+def test_samples_of_one_prompt_share_its_blocks(stateful: bool) -> None:
+    backend = FakeBackend(tiny_config(), stateful=stateful)
+    engine = Engine(backend, state_interval=8)
     params = SamplingParams(temperature=2.0, max_tokens=5, n=3)
     samples = engine.add_samples(PROMPT, params)
     run(engine, *samples)
@@ -218,9 +227,10 @@ def test_aborting_keeps_the_prefix_and_the_engine() -> None:
     assert again.token_ids.tolist() == backend.reply(PROMPT, GREEDY, seed=0)
 
 
+@pytest.mark.parametrize("stateful", [False, True])
 @pytest.mark.parametrize("broken", range(1, 8))
-def test_a_step_that_is_broken_off_can_be_repeated(broken: int) -> None:
-    backend = FakeBackend(tiny_config((None, 5)))
+def test_a_step_that_is_broken_off_can_be_repeated(broken: int, stateful: bool) -> None:
+    backend = FakeBackend(tiny_config((None, 5)), stateful=stateful)
     engine = Engine(backend, prefill_chunk=8)
     sequence = engine.add(PROMPT, GREEDY)
     backend.fail_at = broken
@@ -236,13 +246,10 @@ def test_logits_that_are_no_numbers_end_their_own_sequence_only() -> None:
     engine = Engine(backend)
     backend.poisoned = {22}
     bad, good = engine.add([1, 22], GREEDY), engine.add([1, 2], GREEDY)
-    events = engine.step()
-    assert [(event.sequence, event.finish_reason) for event in events] == [(bad, "error"), (good, None)]
-    assert events[0].token is None
+    engine.step()
+    assert [(sequence.finish_reason, sequence.num_generated) for sequence in (bad, good)] == [("error", 0), (None, 1)]
     assert "position 2 is nan" in str(bad.error)
     run(engine, good)
-    with pytest.raises(LLMKitError, match="logit at position 2 is nan"):
-        list(generate(engine, [[1, 2], [1, 22]], GREEDY))
     assert_nothing_leaked(engine)
 
 
@@ -322,16 +329,18 @@ def test_only_the_last_prompt_token_is_asked_for_logits_and_replies_go_on_meanwh
     backend = FakeBackend(tiny_config())
     engine = Engine(backend, prefill_chunk=8)
     early = engine.add([1, 2], SamplingParams(temperature=0, max_tokens=30))
-    assert [event.sequence for event in engine.step()] == [early]
+    engine.step()
+    assert early.num_generated == 1
     late = engine.add(PROMPT, GREEDY)
     computed = []
-    owners = []
+    lengths = []
     for _ in range(4):
         before = backend.computed
-        owners.append([event.sequence for event in engine.step()])
+        engine.step()
         computed.append(backend.computed - before)
+        lengths.append((early.num_generated, late.num_generated))
     assert computed == [9, 9, 6, 2]
-    assert owners == [[early], [early], [early, late], [early, late]]
+    assert lengths == [(2, 0), (3, 0), (4, 1), (5, 2)]
 
 
 def test_ids_stay_consecutive_while_sequences_grow_side_by_side() -> None:
@@ -399,21 +408,46 @@ def test_times_and_logprobs_are_kept() -> None:
     assert all(entry.top[0] == (entry.token, entry.logprob) and len(entry.top) == 3 for entry in sequence.logprobs)
 
 
-def test_generate_streams_may_be_interleaved_and_closed() -> None:
-    backend = FakeBackend(tiny_config())
-    engine = Engine(backend)
-    first, second = generate(engine, [PROMPT], GREEDY), generate(engine, [[1], [2]], GREEDY)
-    got = [next(first).token, next(second).token]
-    rest = [event.token for event in second]
-    assert len(rest) == 2 * 6 - 1
-    got_first = [got[0], next(first).token]
-    first.close()
-    assert got_first == backend.reply(PROMPT, GREEDY, seed=0)[:2]
+def test_states_are_kept_at_intervals_at_the_end_of_a_prompt_and_of_a_reply() -> None:
+    backend = FakeBackend(tiny_config(), stateful=True)
+    engine = Engine(backend, max_cache_tokens=400, prefill_chunk=13, state_interval=8)
+    first = engine.add(PROMPT, SamplingParams(temperature=0, max_tokens=12))
+    run(engine, first)
+    assert engine.cache.states is not None
+    hashes = engine.cache.open(first.cache.root, first.ids[:32], 32).hashes
+    assert set(engine.cache.states.known) == {hashes[blocks - 1] for blocks in (2, 4, 5, 6, 8)}
+    for length, cached in [(9, 8), (15, 8), (18, 16), (21, 20)]:  # a prompt that shares so many tokens
+        prompt = [*PROMPT[:length], 22]
+        sequence = engine.add(prompt, GREEDY)
+        run(engine, sequence)
+        assert sequence.cached_tokens == cached
+        assert sequence.token_ids.tolist() == backend.reply(prompt, GREEDY, seed=0)
+
+
+def test_the_state_used_longest_ago_is_forgotten_first() -> None:
+    backend = FakeBackend(tiny_config(), stateful=True)
+    engine = Engine(backend, max_cache_tokens=396, state_interval=400)  # four slots
+    one = SamplingParams(temperature=0, max_tokens=1)
+    prompts = [[token] * 9 for token in range(4)]
+    cached = []
+    for index in (0, 1, 2, 0, 3, 0, 1):
+        sequence = engine.add(prompts[index], one)
+        run(engine, sequence)
+        cached.append(sequence.cached_tokens)
+    # A prompt leaves the state at its 8th token. With the slots of its own step, two or three others are kept.
+    assert cached == [0, 0, 0, 8, 0, 8, 0]
     assert_nothing_leaked(engine)
 
 
-def test_generate_runs_nothing_if_one_prompt_is_refused() -> None:
-    engine = Engine(FakeBackend(tiny_config()))
-    with pytest.raises(UsageError, match="no tokens"):
-        next(generate(engine, [[1], []], GREEDY))
-    assert_nothing_leaked(engine)
+def test_state_slots_bound_how_many_run_and_count_among_the_bytes() -> None:
+    backend = FakeBackend(tiny_config(), stateful=True)
+    engine = Engine(backend, max_cache_tokens=400)
+    sequences = [engine.add([token], GREEDY) for token in range(3)]
+    engine.step()
+    assert engine.scheduler.running == sequences[:2]
+    run(engine, *sequences)
+    assert [sequence.token_ids.tolist() for sequence in sequences] == [backend.reply([token], GREEDY, seed=0) for token in range(3)]
+    backend.state_bytes = 4000
+    engine = Engine(backend, cache_bytes=20_000)
+    used = engine.cache.pools[0].num_blocks * backend.block_bytes(0)
+    assert 20_000 - 16_000 - backend.block_bytes(0) < used <= 20_000 - 16_000
