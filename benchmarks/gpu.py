@@ -24,6 +24,7 @@ from benchmarks.training import compare_training
 from llmkit.bench.training import TrainBenchPlan, bench_train
 from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.quantize import quantize_folder
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import DoesNotFit, UsageError, out_of_memory
 from llmkit.families import family
 from llmkit.model.backend import TorchBackend
@@ -161,10 +162,10 @@ def bench_gpu(plan: GpuBenchPlan, progress: Callable[[str], None] = lambda _: No
 
 
 def _check_folder(folder: Path) -> None:
-    config = load_config(folder)
-    if config.hf.get("quantization_config"):
+    source = ModelSource(folder)
+    if source.quantized:
         raise UsageError(f"{folder} is quantized, so there is nothing to compare it with. Give the checkpoint it was made from.")
-    if any(layer.moe is not None for layer in config.layers):
+    if any(layer.moe is not None for layer in source.config.layers):
         raise UsageError(f"{folder} is a mixture of experts, and a token reads only some. Give a dense model.")
 
 

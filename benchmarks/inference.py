@@ -14,9 +14,10 @@ from typing import Any
 from llmkit.bench.inference import BenchPlan, DecodingProgram, bench, check_plan, common_settings
 from llmkit.bench.process import Worker
 from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.formats.llmkit import quantization
+from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.errors import UsageError
+from llmkit.quant.schemes import Choice
 
 RIVALS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}  # and how their keys begin
 WORKER = "benchmarks.worker"
@@ -44,7 +45,7 @@ def check_rival(plan: BenchPlan, against: str, rival_files: Path | None, config:
     """Raise UsageError for what cannot be compared, before anything is loaded."""
     if rival_files is not None and against != "llama.cpp":
         raise UsageError("--rival-files has no effect without --against llama.cpp, whose files it keeps. Leave it out, or add that.")
-    if against == "transformers" and quantization(plan.folder, config) is not None:
+    if against == "transformers" and not ModelSource(plan.folder).format.transformers_reads:
         raise UsageError(
             f"transformers cannot read {plan.folder}, which llmkit quantized. "
             "Compare with --against llama.cpp, or give the checkpoint it was made from."
@@ -69,7 +70,7 @@ def rival_programs(
     with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as temporary:
         into = str(rival_files or temporary)
         programs = []
-        for kind in rival_types(plan.folder, config):
+        for kind in rival_types(plan.folder):
             progress(f"writing the model for llama.cpp, {kind}")
             # In a process of its own, since llama.cpp ends the one that it fails in.
             writer = Worker("llama.cpp export", {"side": "export", "folder": str(plan.folder), "into": into, "type": kind}, WORKER)
@@ -79,14 +80,15 @@ def rival_programs(
         yield programs
 
 
-def rival_types(folder: Path, config: ModelConfig) -> tuple[str, ...]:
+def rival_types(folder: Path) -> tuple[str, ...]:
     """Return the types of llama.cpp's files with about as many bits as ours: by the scheme that most of our weights have."""
-    record = quantization(folder, config)
-    if record is None:
+    source = ModelSource(folder)
+    if not source.quantized:
         return ("f16",)
     weights: Counter[str] = Counter()
-    for stored in record.tensors.values():
-        weights[stored.scheme] += math.prod(stored.shape)
+    for name, stored in source.format.storage.items():
+        if isinstance(stored, Choice):
+            weights[stored.scheme] += math.prod(source.shapes[name])
     return ("q8_0",) if weights.most_common(1)[0][0] == "q8" else ("q4_0", "q4_k_m")
 
 

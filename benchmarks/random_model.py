@@ -11,6 +11,7 @@ import numpy as np
 
 from llmkit.checkpoint.arrays import converted, parameter_shapes
 from llmkit.checkpoint.files import SINGLE, TensorFile
+from llmkit.checkpoint.formats import RECORD
 from llmkit.checkpoint.quantize_nf4 import record, write_nf4
 from llmkit.checkpoint.save import replacing, write_json
 from llmkit.checkpoint.weights import Piece
@@ -65,5 +66,5 @@ def write_random_nf4(folder: Path, hf: Mapping[str, Any], progress: Callable[[in
         pieces[name] = Piece(TensorFile(name, "BF16", shape, values.view(np.uint8).data, path, 0), shape)
     with replacing(folder) as partial:
         write_nf4(partial / SINGLE, config, pieces, {name: choose(NF4, name, shape) for name, shape in shapes.items()}, None, progress)
-        write_json(partial / "config.json", {**hf, "quantization_config": record("bfloat16")})
+        write_json(partial / "config.json", {**hf, RECORD: record("bfloat16")})
     return folder

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmkit.bench.training import TrainBenchPlan, TrainingProgram, check_train_plan, common_settings, measure, summary
 from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.formats.llmkit import is_bitsandbytes
+from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.errors import UsageError
 from llmkit.planning.memory import available_bytes
@@ -66,19 +66,21 @@ def compare_training(
     """
     config = load_config(plan.folder)
     check_train_plan(plan, config)
-    check_rival(plan, against, checkpointing, config)
+    check_rival(plan, against, checkpointing)
     programs = measure(plan, progress, rival_programs(plan, checkpointing, config))
     result = summary(plan, programs)
     return result | {"against": against} | ratios(result, programs)
 
 
-def check_rival(plan: TrainBenchPlan, against: str, checkpointing: bool, config: ModelConfig) -> None:
+def check_rival(plan: TrainBenchPlan, against: str, checkpointing: bool) -> None:
     """Raise UsageError for what cannot be compared, before anything is loaded."""
     if against != "transformers":
         raise UsageError(f"{against} is not compared in training. Use --against transformers.")
-    if checkpointing and is_bitsandbytes(config):
+    source = ModelSource(plan.folder)
+    four_bits = source.quantized and source.format.transformers_reads
+    if checkpointing and four_bits:
         raise UsageError("--rival-checkpointing has no effect on a folder in nf4: transformers is measured with it anyway. Leave it out.")
-    if config.hf.get("quantization_config") and not is_bitsandbytes(config):
+    if source.quantized and not four_bits:
         raise UsageError(
             f"{plan.folder} is quantized, and losses are compared with full weights or bitsandbytes' 4 bits. "
             "Give the checkpoint it was made from."
@@ -87,7 +89,10 @@ def check_rival(plan: TrainBenchPlan, against: str, checkpointing: bool, config:
 
 def rival_programs(plan: TrainBenchPlan, checkpointing: bool, config: ModelConfig) -> list[TransformersProgram]:
     """Return transformers, and transformers with gradient checkpointing."""
-    settings = {**common_settings(plan, config), "checkpointing": is_bitsandbytes(config)}
+    settings = {
+        **common_settings(plan, config),
+        "checkpointing": ModelSource(plan.folder).quantized,
+    }
     programs = [TransformersProgram("transformers", "transformers_", settings)]
     if checkpointing:
         settings = {**settings, "checkpointing": True}

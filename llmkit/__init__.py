@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from llmkit.engine.sampling import SamplingParams
     from llmkit.errors import LLMKitError
     from llmkit.finetuning import finetune
-    from llmkit.llm.api import LLM, Stream, embedded_model, load
-    from llmkit.llm.outputs import Chunk, Completion, Score, Timings, TokenLogprob, Usage
+    from llmkit.llm.api import LLM, embedded_model, load
+    from llmkit.llm.outputs import Chunk, Completion, Score, Stream, Timings, TokenLogprob, Usage
 
 __version__ = "0.1.0"
 
@@ -27,8 +27,8 @@ _HOMES = {
     "llmkit.engine.sampling": ("SamplingParams",),
     "llmkit.errors": ("LLMKitError",),
     "llmkit.finetuning": ("finetune",),
-    "llmkit.llm.api": ("LLM", "Stream", "embedded_model", "load"),
-    "llmkit.llm.outputs": ("Chunk", "Completion", "Score", "Timings", "TokenLogprob", "Usage"),
+    "llmkit.llm.api": ("LLM", "embedded_model", "load"),
+    "llmkit.llm.outputs": ("Chunk", "Completion", "Score", "Stream", "Timings", "TokenLogprob", "Usage"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -47,9 +47,9 @@ def read_texts(path: Path) -> list[str]:
 
 def from_bos(llm: LLM, text: str) -> list[int]:
     """BOS and the text's tokens, whatever the tokenizer does by itself."""
-    if llm.folder.bos_id is None:
+    if llm.bos_id is None:
         raise llmkit.LLMKitError(f"{llm.name} has no BOS token to score a story from. Name a model that has one.")
-    return [llm.folder.bos_id, *llm.tokenizer.encode(text, bos=False)]
+    return [llm.bos_id, *llm.tokenizer.encode(text, bos=False)]
 
 
 def common_cut(text: str, models: Sequence[LLM]) -> str:

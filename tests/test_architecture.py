@@ -33,7 +33,8 @@ LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
 NO_TORCH = [
     *("__init__", "config", "errors", "rope", "families", "text", "engine", "llm", "planning", "cli"),
-    *("kernels/__init__", "kernels/backend", "checkpoint/files", "checkpoint/hub", "checkpoint/fingerprint"),
+    *("kernels/__init__", "kernels/backend", "checkpoint/files", "checkpoint/hub", "checkpoint/fingerprint", "checkpoint/source"),
+    *("checkpoint/arrays", "checkpoint/weights", "checkpoint/formats"),
     *("lora/__init__", "lora/adapter", "lora/settings"),
 ]
 

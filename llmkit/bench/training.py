@@ -16,6 +16,7 @@ from typing import Any
 
 from llmkit.bench.process import Settings, Worker
 from llmkit.checkpoint.files import load_config
+from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.errors import DoesNotFit, UsageError
 from llmkit.planning.memory import shown
@@ -218,7 +219,7 @@ def check_train_plan(plan: TrainBenchPlan, config: ModelConfig) -> None:
         )
     if config.vocab_size < LOWEST_VOCABULARY:
         raise UsageError(f"a vocabulary of {config.vocab_size} is too small for random tokens. Give a larger model.")
-    if plan.quantize is not None and config.hf.get("quantization_config"):
+    if plan.quantize is not None and ModelSource(plan.folder).quantized:
         raise UsageError(f"--quantize has no effect: {plan.folder} is quantized already. Leave it out.")
 
 

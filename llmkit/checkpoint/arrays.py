@@ -173,20 +173,34 @@ def log_skipped(names: Sequence[str]) -> None:
 
 
 def check_assignment(folder: Path, assignment: Assignment) -> None:
-    """One CheckpointError with everything that does not fit."""
+    """One CheckpointError with everything that does not match, as far as names, shapes and dtypes tell: no weight is read."""
     problems = list(assignment.problems)
     for piece in assignment.pieces.values():
         if piece.tensor.dtype not in NUMPY_DTYPES:
             problems.append(f"wrong dtype: {piece.tensor.name!r} is {piece.tensor.dtype}, weights are {', '.join(NUMPY_DTYPES)}")
-    head, embedding = assignment.tied_head, assignment.pieces.get(EMBEDDING)
-    if head is not None and embedding is not None and not problems and not _equal(head, embedding.tensor):
-        problems.append(f"not tied: {head.name!r} differs from {embedding.tensor.name!r}, but config.json has tie_word_embeddings true")
     if problems:
-        raise misfit(folder, problems)
+        raise mismatch(folder, problems)
 
 
-def misfit(folder: Path, problems: list[str]) -> CheckpointError:
-    """The error that names all tensors that do not fit a config."""
+def check_tied_head(folder: Path, assignment: Assignment) -> None:
+    """CheckpointError where a head is stored although it is tied, and differs from the embedding. Reads both."""
+    head, embedding = assignment.tied_head, assignment.pieces.get(EMBEDDING)
+    if head is not None and embedding is not None and not _equal(head, embedding.tensor):
+        raise mismatch(
+            folder, [f"not tied: {head.name!r} differs from {embedding.tensor.name!r}, but config.json has tie_word_embeddings true"]
+        )
+
+
+def is_mapped(array: np.ndarray) -> bool:
+    """Whether the numbers of an array are the mapped file itself, not a copy."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap)
+
+
+def mismatch(folder: Path, problems: list[str]) -> CheckpointError:
+    """The error that names all tensors that do not match a config."""
     if len(problems) > MAX_LISTED:  # a damaged number of layers, not names to go through
         problems = [*problems[:MAX_LISTED], f"and {len(problems) - MAX_LISTED} more"]
     listed = "\n  ".join(problems)

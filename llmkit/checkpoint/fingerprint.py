@@ -10,17 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmkit.checkpoint.arrays import DTYPES, converted, parameter_sample
-from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.formats.llmkit import open_parameters
 from llmkit.checkpoint.weights import Piece
 
-SOURCE = "llmkit_source"  # where the config.json of a quantized folder keeps the fingerprint of the checkpoint it was made from
 _SAMPLE = 64  # numbers of the first, the middle and the last row of each parameter
 
 
@@ -40,16 +36,16 @@ class Fingerprint:
         return asdict(self)
 
 
-def parse_fingerprint(said: Any) -> Fingerprint | None:
+def parse_fingerprint(found: Any) -> Fingerprint | None:
     """What `to_dict` wrote; None for anything else."""
-    if not isinstance(said, Mapping) or set(said) != {"digest", "dtype"}:
+    if not isinstance(found, Mapping) or set(found) != {"digest", "dtype"}:
         return None
-    digest, dtype = said["digest"], said["dtype"]
+    digest, dtype = found["digest"], found["dtype"]
     return Fingerprint(digest, dtype) if isinstance(digest, str) and isinstance(dtype, str) and dtype in DTYPES else None
 
 
 def weights_fingerprint(pieces: Mapping[str, Piece]) -> Fingerprint:
-    """Of an opened checkpoint: parameters by our names (see `quantized.open_parameters`). Milliseconds on a mapped one."""
+    """Return the fingerprint of parameters by our names, as `formats.dense.Dense.pieces` has them. Milliseconds on a mapped checkpoint."""
     digest, sizes = blake2b(digest_size=16), dict.fromkeys(DTYPES, 0)
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name in sorted(pieces):
@@ -59,14 +55,6 @@ def weights_fingerprint(pieces: Mapping[str, Piece]) -> Fingerprint:
         digest.update(repr((name, piece.shape)).encode())
         digest.update(np.ascontiguousarray(converted(sample, "bfloat16"), "<u2").tobytes())
     return Fingerprint(digest.hexdigest(), max(sizes, key=lambda name: sizes[name]))
-
-
-def folder_fingerprint(folder: str | Path) -> Fingerprint | None:
-    """Of the model in a folder; of a quantized one what it remembers of its source, None where that is nothing."""
-    config = load_config(Path(folder))
-    if config.hf.get("quantization_config"):
-        return parse_fingerprint(config.hf.get(SOURCE))
-    return weights_fingerprint(open_parameters(Path(folder), config))
 
 
 def text_fingerprint(text: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmkit.checkpoint.arrays import check_assignment, dtype_name, log_skipped, release
-from llmkit.checkpoint.files import AUTO_MAP, Checkpoint, TensorFile, load_config, open_checkpoint
-from llmkit.checkpoint.formats.bitsandbytes import open_nf4
-from llmkit.checkpoint.formats.llmkit import is_bitsandbytes, quantization, read_quantized
-from llmkit.checkpoint.weights import Piece, assign
+from llmkit.checkpoint.arrays import dtype_name, is_mapped
+from llmkit.checkpoint.files import AUTO_MAP
+from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.errors import ConfigError, UsageError
-from llmkit.families import family
-from llmkit.kernels.format import QuantizedMatrix
 from llmkit.model.transformer import Transformer
 from llmkit.quant.apply import install, quantize_matrix
 from llmkit.quant.schemes import choose
@@ -59,129 +54,83 @@ class LoadReport:
 
 
 def load_model(
-    folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", quantize: str | None = None
+    model: str | Path | ModelSource,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
 ) -> Transformer:
-    """The model in a Hugging Face folder.
+    """Load a model for PyTorch.
 
+    model: an opened source, a folder or a hub id.
     dtype: float32, float16 or bfloat16; by default that of the checkpoint. device: cpu, cuda, mps, ...
-    quantize: q4, q8 or nf4: what `quant.apply.quantize_model` would make of it, matrix by matrix, so that it is never there as a whole.
+    quantize: q4, q8 or nf4, matrix by matrix as they are read, so that the dense model is never in memory as a whole.
     Raises CheckpointError (files that are damaged or do not belong to the config: every name in one message),
     ConfigError (a config that llmkit does not run) or UsageError (unknown dtype or device). Logs what was skipped (as
-    info) and that code the folder brings was not run (as a warning, which Python prints unless told otherwise).
+    info) and that code the folder brings was not run (as a warning, which Python prints by default).
     """
-    model, report = load_model_with_report(folder, dtype, device, quantize)
+    net, report = load_model_with_report(model, dtype, device, quantize)
     log_report(report)
-    return model
+    return net
 
 
 def log_report(report: LoadReport) -> None:
     for note in report.notes:
         logger.warning(note)
-    log_skipped(report.skipped)
 
 
 def load_model_with_report(
-    folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", quantize: str | None = None
+    model: str | Path | ModelSource,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
 ) -> tuple[Transformer, LoadReport]:
     """As `load_model`, with the report of what was mapped, copied and skipped."""
-    folder = Path(folder)
     wanted, place = None if dtype is None else parse_dtype(dtype), usable_device(device)
-    config = load_config(folder)
-    notes = (AUTO_MAP,) if "auto_map" in config.hf else ()
-    if quantize is not None and config.hf.get("quantization_config"):
+    source = ModelSource.open(model)
+    weights = source.format
+    on_cpu = place.type == "cpu"
+    if quantize is not None and weights.quantized:
         raise UsageError(
-            f"quantize {quantize!r} has no effect: the weights in {folder} are quantized already. "
+            f"quantize {quantize!r} has no effect: the weights in {source.folder} are quantized already. "
             "Leave it out (quantize=null takes it out of a recipe)."
         )
-    if is_bitsandbytes(config):
-        return _load_nf4(folder, config, wanted, place, notes)
-    record = quantization(folder, config)
-    if record is not None:
-        return _load_quantized(folder, wanted, place, notes)
-
-    model = empty_model(config)
-    checkpoint = open_checkpoint(folder)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assignment = assign(checkpoint, family(config.model_type), config, expected)
-    check_assignment(folder, assignment)
-    if wanted is None:
-        wanted = _checkpoint_dtype(config, checkpoint)
-
-    packed = 0 if quantize is None else _quantize(model, assignment.pieces, quantize, wanted, place)
-    state, mapped, copied = _realise_all(assignment.pieces, wanted, place)
-    model.load_state_dict(state, strict=quantize is None, assign=True)
-    if quantize is not None:
-        model.to(place)
-    count = sum(math.prod(shape) for shape in expected.values())
-    said = str(wanted).removeprefix("torch.") if quantize is None else f"{quantize} and {str(wanted).removeprefix('torch.')}"
-    report = LoadReport(said, str(place), count, mapped, copied + packed, tuple(assignment.skipped), notes)
-    return model, report
-
-
-def _quantize(model: Transformer, pieces: dict[str, Piece], scheme: str, dtype: torch.dtype, device: torch.device) -> int:
-    """Takes the matrices that the scheme stores in codes out of the pieces and puts them into the model (CPU); returns their bytes."""
-    packed = 0
-    for name in list(pieces):
-        choice = choose(scheme, name, pieces[name].shape)
-        if choice is None:
-            continue
-        piece = pieces.pop(name)
-        weight, _ = _realise(piece, dtype, torch.device("cpu"))
-        matrix = quantize_matrix(weight, choice)
-        install(model, {name: matrix}, torch.float32 if device.type == "cpu" else dtype)
-        packed += matrix.nbytes
-        release(piece.tensor)
-    return packed
+    net = empty_model(source.config)
+    wanted = parse_dtype(weights.dtype(on_cpu)) if wanted is None else wanted
+    # Rows of an embedding in codes: what the kernels compute in where they made the codes, else the dtype of the model.
+    rows = torch.float32 if quantize is not None and on_cpu else wanted
+    state: dict[str, Tensor] = {}
+    schemes: set[str] = set()
+    mapped = copied = 0
+    for name, shape in source.shapes.items():
+        weight = weights.weight(name)
+        choice = None if quantize is None else choose(quantize, name, shape)
+        if isinstance(weight, np.ndarray) and choice is not None:
+            weight = quantize_matrix(_parameter(weight, wanted, torch.device("cpu"))[0], choice)
+            weights.release(name)
+        if isinstance(weight, np.ndarray):
+            parameter, in_place = _parameter(weight, wanted, place)
+            state[name], nbytes = parameter, parameter.nbytes
+        else:
+            install(net, {name: weight}, rows)
+            schemes.add(quantize or weight.scheme)
+            in_place, nbytes = on_cpu and choice is None, weight.nbytes  # codes are mapped like any array, unless they were made here
+        mapped, copied = (mapped + nbytes, copied) if in_place else (mapped, copied + nbytes)
+    net.load_state_dict(state, strict=not schemes, assign=True)  # the buffers of quantized modules are there already
+    net.to(place)
+    count = sum(map(math.prod, source.shapes.values()))
+    stored = " and ".join(part for part in (", ".join(sorted(schemes)), str(wanted).removeprefix("torch.")) if part)
+    notes = (AUTO_MAP,) if "auto_map" in source.config.hf else ()
+    return net, LoadReport(stored, str(place), count, mapped, copied, weights.skipped, notes)
 
 
-def _load_quantized(
-    folder: Path, dtype: torch.dtype | None, device: torch.device, notes: tuple[str, ...]
-) -> tuple[Transformer, LoadReport]:
-    """A quantized folder: codes and scales stay as they are; norms and biases, and what flows between layers, have the dtype.
-
-    By default that is float32 on a CPU, and the dtype of the original checkpoint elsewhere.
-    """
-    config, weights = read_quantized(folder)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else parse_dtype(config.dtype)
-    model = empty_model(config)
-    matrices = {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedMatrix)}
-    install(model, matrices, dtype)
-    state = {name: _float_tensor(weight).to(device, dtype) for name, weight in weights.items() if not isinstance(weight, QuantizedMatrix)}
-    model.load_state_dict(state, strict=False, assign=True)  # the buffers of quantized modules are there already
-    model.to(device)
-    mapped = sum(matrix.nbytes for matrix in matrices.values()) if device.type == "cpu" else 0
-    copied = sum(tensor.nbytes for tensor in state.values()) + (0 if mapped else sum(matrix.nbytes for matrix in matrices.values()))
-    count = sum(tensor.numel() for tensor in state.values()) + sum(rows * columns for rows, columns in (m.shape for m in matrices.values()))
-    schemes = ", ".join(sorted({matrix.scheme for matrix in matrices.values()}))
-    return model, LoadReport(f"{schemes} and {str(dtype).removeprefix('torch.')}", str(device), count, mapped, copied, (), notes)
-
-
-def _load_nf4(
-    folder: Path, config: ModelConfig, dtype: torch.dtype | None, device: torch.device, notes: tuple[str, ...]
-) -> tuple[Transformer, LoadReport]:
-    """A folder in the Hugging Face 4-bit layout: codes and scales stay as they are, everything else has the dtype.
-
-    By default that is the dtype of the checkpoint, as for one that is not quantized.
-    """
-    dtype = parse_dtype(config.dtype) if dtype is None else dtype
-    assignment, matrices = open_nf4(folder, config)
-    model = empty_model(config)
-    install(model, matrices)
-    state, mapped, copied = _realise_all(assignment.pieces, dtype, device)
-    model.load_state_dict(state, strict=False, assign=True)  # the buffers of quantized modules are there already
-    model.to(device)
-    packed = sum(matrix.nbytes for matrix in matrices.values())
-    mapped, copied = (mapped + packed, copied) if device.type == "cpu" else (mapped, copied + packed)
-    count = sum(tensor.numel() for tensor in state.values()) + sum(math.prod(matrix.shape) for matrix in matrices.values())
-    kinds = " and ".join(sorted({matrix.kind for matrix in matrices.values()}))
-    said = f"{kinds} and {str(dtype).removeprefix('torch.')}"
-    return model, LoadReport(said, str(device), count, mapped, copied, tuple(assignment.skipped), notes)
-
-
-def _float_tensor(array: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+def _parameter(weight: np.ndarray, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+    """The parameter, and whether it is the mapped file itself. weight: as `Format.weight` gives it, bfloat16 as uint16."""
+    tensor = torch.from_numpy(weight)
+    if weight.dtype == np.uint16:
+        tensor = tensor.view(torch.bfloat16)
+    if tensor.dtype == dtype and device.type == "cpu":
+        return tensor, is_mapped(weight)
+    return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor), False  # converts and moves in one copy
 
 
 def empty_model(config: ModelConfig) -> Transformer:
@@ -198,51 +147,6 @@ class NoInit(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         return None if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_) else func(*args, **(kwargs or {}))
-
-
-def as_tensor(stored: TensorFile) -> Tensor:
-    """A stored tensor as torch sees it, in the mapped bytes; a copy only where the file does not align it."""
-    dtype = TORCH_DTYPES[stored.dtype]
-    if not stored.nbytes:
-        return torch.empty(stored.shape, dtype=dtype)
-    data = stored.data if stored.offset % dtype.itemsize == 0 else bytearray(stored.data)
-    return torch.frombuffer(data, dtype=dtype).view(stored.shape)
-
-
-def _realise_all(pieces: Mapping[str, Piece], dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], int, int]:
-    """All dense parameters, the bytes of them that are the mapped file, and the others."""
-    state, mapped, copied = {}, 0, 0
-    for name, piece in pieces.items():
-        state[name], in_place = _realise(piece, dtype, device)
-        if in_place:
-            mapped += state[name].nbytes
-        else:
-            copied += state[name].nbytes
-    return state, mapped, copied
-
-
-def _realise(piece: Piece, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
-    """The parameter, and whether it is the mapped file itself."""
-    source = as_tensor(piece.tensor)
-    if piece.expert is not None:
-        source = source[piece.expert]
-    if piece.transpose:
-        source = source.t()
-    if piece.rows is not None:
-        source = source[slice(*piece.rows)]
-    if source.dtype == dtype and device.type == "cpu" and source.is_contiguous():
-        return source, piece.tensor.offset % dtype.itemsize == 0
-    # One copy does it all: convert, lay out, move.
-    return torch.empty(source.shape, dtype=dtype, device=device).copy_(source), False
-
-
-def _checkpoint_dtype(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype config.json states, as in transformers; without one, that of the largest tensor."""
-    if config.hf.get("dtype") is not None or config.hf.get("torch_dtype") is not None:
-        return parse_dtype(config.dtype)
-    largest = max(checkpoint.values(), key=lambda tensor: tensor.nbytes)
-    stored = TORCH_DTYPES.get(largest.dtype, torch.float32)
-    return stored if stored in DTYPES.values() else torch.float32
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from llmkit.checkpoint.arrays import parameter_array, release
-from llmkit.checkpoint.files import SINGLE, load_config
-from llmkit.checkpoint.fingerprint import SOURCE, weights_fingerprint
-from llmkit.checkpoint.formats.llmkit import METHOD, NUMPY_NAMES, PADDING, VERSION, is_bitsandbytes, open_parameters, quantization
+from llmkit.checkpoint.files import SINGLE
+from llmkit.checkpoint.formats import FINGERPRINT, RECORD
+from llmkit.checkpoint.formats.dense import Dense
+from llmkit.checkpoint.formats.llmkit import METHOD, NUMPY_NAMES, PADDING, VERSION
 from llmkit.checkpoint.quantize_nf4 import record as nf4_record
 from llmkit.checkpoint.quantize_nf4 import write_nf4
 from llmkit.checkpoint.save import check_target, copy_side_files, replacing, sync, write_json
+from llmkit.checkpoint.source import ModelSource
 from llmkit.checkpoint.weights import Piece
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels.format import CODEBOOK, PANEL, QuantizedMatrix, stored_shapes, widen
@@ -53,7 +55,7 @@ class QuantizeReport:
 
 
 def quantize_folder(
-    source: str | Path,
+    model: str | Path | ModelSource,
     target: str | Path,
     scheme: str = DEFAULT,
     *,
@@ -61,26 +63,28 @@ def quantize_folder(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Writes the model of a folder as a quantized folder, which `load_model` and, but for nf4, the native backend map.
+    """Write a model as a quantized folder, which `load_model` and, but for nf4, the native backend map.
 
-    scheme: q4 or q8 (see `quant/schemes.py`), or nf4 in the Hugging Face layout (see `checkpoint/nf4.py`).
+    model: an opened source, a folder or a hub id.
+    scheme: q4 or q8 (see `quant/schemes.py`), or nf4 in the Hugging Face layout (see `checkpoint/formats/bitsandbytes.py`).
     threads: torch's choice by default; the result is the same for any number.
     Raises UsageError for a target that may not be replaced or an unknown scheme, CheckpointError for a source that is damaged or
     quantized already, or where writing fails (nothing is left behind).
     """
     began = time.perf_counter()
     check_scheme(scheme)
-    source = Path(source)
+    opened = ModelSource.open(model)
+    source = opened.folder
     # os.path, because pathlib raises where there is no such ~user, where links go round in a circle, or a name is too long.
     folder = Path(os.path.realpath(os.path.expanduser(target)))
     real = Path(os.path.realpath(source))
     if folder in (real, *real.parents):  # replacing a folder removes what is in it
         raise UsageError(f"{source} would be replaced while it is read. Choose another output folder.")
     check_target(folder, overwrite)
-    config = load_config(source)
-    if is_bitsandbytes(config) or quantization(source, config) is not None:
+    if opened.quantized:
         raise CheckpointError(f"{source} is quantized already, and quantizing again only loses more. Use the checkpoint it was made from.")
-    pieces = open_parameters(source, config)
+    assert isinstance(opened.format, Dense)
+    config, pieces = opened.config, opened.format.pieces
     choices = {name: choose(scheme, name, piece.shape) for name, piece in pieces.items()}
     # The code that auto_map points to is not part of what we read, and so not of what we write.
     hf = {name: value for name, value in config.hf.items() if name != "auto_map"}
@@ -92,7 +96,8 @@ def quantize_folder(
         else:
             record = _record(pieces, choices)
             size = _write(partial / SINGLE, pieces, choices, threads, progress)
-        write_json(partial / "config.json", {**hf, SOURCE: weights_fingerprint(pieces).to_dict(), "quantization_config": record})
+        assert opened.fingerprint is not None  # numbers always have one
+        write_json(partial / "config.json", {**hf, FINGERPRINT: opened.fingerprint.to_dict(), RECORD: record})
     before = {(piece.tensor.file, piece.tensor.name): piece.tensor.nbytes for piece in pieces.values()}
     weights = sum(math.prod(piece.shape) for piece in pieces.values())
     return QuantizeReport(folder, scheme, weights, sum(before.values()), size, time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""A checkpoint written in the Hugging Face 4-bit layout (see `nf4.py`), some rows at a time."""
+"""A checkpoint written in the Hugging Face 4-bit layout (see `formats/bitsandbytes.py`), some rows at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from llmkit.checkpoint.arrays import DTYPES, converted, parameter_array, release
-from llmkit.checkpoint.formats.bitsandbytes import STATE
-from llmkit.checkpoint.formats.llmkit import BITSANDBYTES
+from llmkit.checkpoint.formats.bitsandbytes import METHOD, STATE
 from llmkit.checkpoint.save import sync
 from llmkit.checkpoint.weights import Piece, stored_layout
 from llmkit.config import ModelConfig
@@ -37,7 +36,7 @@ Progress = Callable[[int, int], None]  # weights done, weights in all
 def record(dtype: str) -> dict[str, Any]:
     """The quantization_config, as `BitsAndBytesConfig.to_dict` gives it; products are computed in the dtype of the checkpoint."""
     return {
-        "quant_method": BITSANDBYTES,
+        "quant_method": METHOD,
         "_load_in_4bit": True,
         "_load_in_8bit": False,
         "bnb_4bit_compute_dtype": dtype,

@@ -1,6 +1,6 @@
 """A `Transformer` as a Hugging Face folder: the family's own tensor names and layouts, the config.json it was read from.
 
-All is written to a hidden folder beside the target and renamed at the end: the target is either as it was or complete.
+All is written to a hidden folder next to the target and renamed at the end: the target is either as it was or complete.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.files import INDEX, SINGLE
 from llmkit.checkpoint.load import TORCH_DTYPES, parse_dtype
-from llmkit.checkpoint.weights import Stored, stored_layout
+from llmkit.checkpoint.weights import OutputTensor, stored_layout
 from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError, ConfigError, UsageError
 from llmkit.families import family
 from llmkit.model.transformer import Transformer
 
 MAX_SHARD_BYTES = 5_000_000_000
-# What belongs to a model beside config.json and weights.
+# What belongs to a model besides config.json and weights.
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -85,7 +85,7 @@ def save_weights(
     config: ModelConfig,
     folder: str | Path,
     weights: Mapping[str, Tensor],
-    realise: Callable[[str], Tensor],
+    materialize: Callable[[str], Tensor],
     *,
     source: str | Path | None = None,
     more: Sequence[Path] = (),
@@ -93,7 +93,7 @@ def save_weights(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """As `save_model`, of weights that are made one by one: `weights` give shapes and dtypes (meta tensors will do), `realise` numbers.
+    """As `save_model`, of weights that are made one by one: `weights` give shapes and dtypes (meta tensors will do), `materialize` numbers.
 
     more: files that are copied, too, in the place of those of `source`.
     """
@@ -105,14 +105,14 @@ def save_weights(
     target = Path(os.path.realpath(os.path.expanduser(folder)))
     check_target(target, overwrite)
     layout = stored_layout(weights, family(config.model_type))
-    said = _config_json(config, {dtype or tensor.dtype for tensor in weights.values()})
+    hf = _config_json(config, {dtype or tensor.dtype for tensor in weights.values()})
     with replacing(target) as partial:
-        write_json(partial / "config.json", said)
+        write_json(partial / "config.json", hf)
         if source is not None:
             copy_side_files(Path(source), partial)
         for file in more:
             shutil.copyfile(file, partial / file.name)
-        _write_weights(partial, [_Entry(stored, weights, realise, dtype) for stored in layout], max_shard_bytes)
+        _write_weights(partial, [_Entry(stored, weights, materialize, dtype) for stored in layout], max_shard_bytes)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -134,7 +134,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` that becomes `target` at the end, or vanishes whatever happens."""
+    """A hidden folder next to `target` that becomes `target` at the end, or vanishes whatever happens."""
     suffix = uuid.uuid4().hex[:8]
     partial, old = target.with_name(f".{target.name}.{suffix}.partial"), target.with_name(f".{target.name}.{suffix}.old")
     new_parents = [parent for parent in target.parents if not os.path.exists(parent)]
@@ -204,8 +204,10 @@ def _write_weights(folder: Path, entries: Sequence[_Entry], max_shard_bytes: int
 class _Entry:
     """A tensor to be written. Its shape is known before its bytes are put together, so only one is ever in memory."""
 
-    def __init__(self, stored: Stored, weights: Mapping[str, Tensor], realise: Callable[[str], Tensor], dtype: torch.dtype | None) -> None:
-        self.stored, self.realise = stored, realise
+    def __init__(
+        self, stored: OutputTensor, weights: Mapping[str, Tensor], materialize: Callable[[str], Tensor], dtype: torch.dtype | None
+    ) -> None:
+        self.stored, self.materialize = stored, materialize
         parts = [weights[name] for name in stored.ours]
         self.dtype = parts[0].dtype if dtype is None else dtype
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
@@ -213,7 +215,7 @@ class _Entry:
         self.nbytes = sum(part.numel() for part in parts) * self.dtype.itemsize
 
     def tensor(self) -> Tensor:
-        parts = [self.realise(name) for name in self.stored.ours]
+        parts = [self.materialize(name) for name in self.stored.ours]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole.t() if self.stored.transpose else whole).to("cpu", self.dtype).contiguous()
 

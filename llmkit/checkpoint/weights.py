@@ -148,7 +148,7 @@ def _describe(piece: Piece) -> str:
 
 
 @dataclass(frozen=True)
-class Stored:
+class OutputTensor:
     """One tensor to be written: our parameters, put one below the other, then transposed."""
 
     name: str
@@ -156,7 +156,7 @@ class Stored:
     transpose: bool = False
 
 
-def stored_layout(names: Iterable[str], family: Family) -> list[Stored]:
+def stored_layout(names: Iterable[str], family: Family) -> list[OutputTensor]:
     """The tensors of the family's own layout that hold our parameters; of several rules for one name the first is written."""
     left = dict.fromkeys(names)
     rules = writing_rules(family)
@@ -176,10 +176,10 @@ def writing_rules(family: Family) -> Rules:
     return [(_Pattern.of(ours), rule) for rule in family.rules for ours in rule.ours]
 
 
-def stored_as(name: str, rules: Rules) -> Stored:
-    """The tensor of the family's own layout that holds one of our parameters, with those that stand in it beside that one."""
+def stored_as(name: str, rules: Rules) -> OutputTensor:
+    """The tensor of the family's own layout that holds one of our parameters, with those that stand in it too."""
     for pattern, rule in rules:
         numbers = pattern.match(name)
         if numbers is not None:
-            return Stored(rule.theirs.format(**numbers), tuple(ours.format(**numbers) for ours in rule.ours), rule.transpose)
-    return Stored(name, (name,))
+            return OutputTensor(rule.theirs.format(**numbers), tuple(ours.format(**numbers) for ours in rule.ours), rule.transpose)
+    return OutputTensor(name, (name,))

@@ -11,7 +11,7 @@ from llmkit.cli.options import (
     adapter_options,
     context_options,
     load_arguments,
-    model_name,
+    load_model,
     model_options,
     option,
     refuse_without_effect,
@@ -44,20 +44,16 @@ def chat(prompt: str | None, system: str | None, documents: str | None, verbose:
     On a terminal this is a conversation with history and /commands (try /help). Where standard input or output is a pipe,
     the input is one message and only the reply is printed.
     """
-    from llmkit.llm.api import embedded_model, load
-    from llmkit.planning.check import check_run
+    from llmkit.llm.api import embedded_model
 
     interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     message = "" if interactive else read_input("-") if prompt in (None, "-") else str(prompt)
     if not interactive and not message.strip():
         raise click.UsageError("the message is empty; give one with -p or through the pipe.", click.get_current_context())
-    arguments = load_arguments()
-    if not interactive and len(arguments.get("adapter", ())) > 1:
+    if not interactive and len(load_arguments().get("adapter", ())) > 1:
         raise click.UsageError("one message is answered with one adapter; give --adapter once.", click.get_current_context())
 
-    model = model_name(embedded_model)
-    check_run(model, arguments)
-    llm = load(model, **arguments)
+    llm = load_model(embedded_model)
     llm.chat_template  # noqa: B018 - without one there is no chat: say so before the first message
     sampling = sampling_arguments()
     refuse_without_effect(llm.params(**sampling).temperature)

@@ -13,8 +13,8 @@ from llmkit.errors import UsageError
 from llmkit.llm.adapters import NONE
 
 if TYPE_CHECKING:
-    from llmkit.llm.api import LLM, AdapterChoice, Stream
-    from llmkit.llm.outputs import Completion
+    from llmkit.llm.api import LLM, AdapterChoice
+    from llmkit.llm.outputs import Completion, Stream
     from llmkit.rag.prompt import Grounding
 
 # What /set understands, and how its value is read.

@@ -12,8 +12,7 @@ from llmkit.cli.options import (
     AtLeast,
     adapter_options,
     context_options,
-    load_arguments,
-    model_name,
+    load_model,
     model_options,
     option,
     refuse_without_effect,
@@ -66,11 +65,7 @@ def generate(
         logging.basicConfig(format="%(message)s")
         logging.getLogger("llmkit").setLevel(logging.INFO)
 
-    from llmkit.llm.api import load
-    from llmkit.planning.check import check_run
-
-    check_run(model_name(), load_arguments())
-    llm = load(model_name(), **load_arguments())
+    llm = load_model()
     arguments = sampling_arguments()
     refuse_without_effect(llm.params(**arguments).temperature)
     if chat:

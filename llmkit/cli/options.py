@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from llmkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmkit.llm.api import LLM
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
@@ -199,6 +202,20 @@ def load_arguments() -> dict[str, Any]:
         "any_base",
     )
     return {name: params[name] for name in names if params.get(name) not in (None, (), False)}
+
+
+def load_model(default: Callable[[], Path] | None = None) -> LLM:
+    """Open MODEL and the draft model, each once, and load them, unless they do not fit into memory."""
+    from llmkit.checkpoint.source import ModelSource
+    from llmkit.llm.api import load
+    from llmkit.planning.check import check_run
+
+    arguments = load_arguments()
+    source = ModelSource.open(model_name(default), arguments.pop("revision", None))
+    if (draft := arguments.get("draft_model")) is not None:
+        arguments["draft_model"] = ModelSource.open(draft)
+    check_run(source, arguments)
+    return load(source, **arguments)
 
 
 def sampling_arguments() -> dict[str, Any]:

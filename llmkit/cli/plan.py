@@ -56,7 +56,7 @@ def plan(
     MODEL is a folder, a hub id in the cache, or a recipe that names its own. KEY=VALUE changes a key of the recipe.
     Exit code 4: it does not fit.
     """
-    from llmkit.checkpoint.hub import locate
+    from llmkit.checkpoint.source import ModelSource
     from llmkit.llm.backends import default_device
     from llmkit.planning.check import fit_run, free, make_run
     from llmkit.planning.model_info import read_facts
@@ -73,10 +73,10 @@ def plan(
         for name, value in {"--flops": flops, "--watts": watts, "--price": price}.items():
             if value is not None and tokens is None:
                 raise click.UsageError(f"{name} has no effect without a recipe or --tokens.", context)
-        facts = read_facts(locate(model, revision), model)
+        facts = read_facts(ModelSource.open(model, revision, download=False))
         chosen = device or default_device()
         bits = None if kv_bits is None else int(kv_bits)
-        run = make_run(facts.config, ctx_size or DEFAULT_POSITIONS, chosen, sequences=sequences or 1, kv_bits=bits, dtype=dtype)
+        run = make_run(facts, ctx_size or DEFAULT_POSITIONS, chosen, sequences=sequences or 1, kv_bits=bits, dtype=dtype)
         fit = fit_run(facts, run, free(chosen, memory))
         result = _flat(facts, fit, chosen) | {"positions": run.positions, "sequences": run.sequences}
         if tokens is not None:
@@ -99,7 +99,7 @@ def _training(
     watts: float | None,
     price: float | None,
 ) -> dict[str, Any]:
-    from llmkit.checkpoint.hub import locate
+    from llmkit.checkpoint.source import ModelSource
     from llmkit.errors import UsageError
     from llmkit.planning.check import free
     from llmkit.planning.check_training import checkpoints, fit_recipe, recipe_device, recipe_facts
@@ -120,7 +120,7 @@ def _training(
     facts = recipe_facts(recipe)
     if facts is None:
         assert isinstance(recipe.model, str)
-        facts = read_facts(locate(recipe.model), recipe.model)  # raises what is wrong
+        facts = read_facts(ModelSource.open(recipe.model, download=False))  # raises what is wrong
     chosen = recipe_device(recipe)
     available = free(chosen, memory)
     fit = fit_recipe(recipe, facts, available, chosen)

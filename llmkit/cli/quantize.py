@@ -31,16 +31,15 @@ def quantize(revision: str | None, output: Path, scheme: str, threads: int | Non
 
     The checkpoint is read and written matrix by matrix, so even a model larger than the memory can be quantized.
     """
-    from llmkit.checkpoint.hub import resolve
-
-    folder = resolve(str(model_name()), revision)
+    from llmkit.checkpoint.source import ModelSource
     from llmkit.planning.check import check_quantizing
 
-    check_quantizing(folder, scheme)
+    source = ModelSource.open(model_name(), revision)
+    check_quantizing(source, scheme)
     from llmkit.checkpoint.quantize import quantize_folder
 
     with Bar("quantizing") as progress:
-        report = quantize_folder(folder, output, scheme, overwrite=overwrite, threads=threads, progress=progress)
+        report = quantize_folder(source, output, scheme, overwrite=overwrite, threads=threads, progress=progress)
     print(
         f"{report.folder}: {report.scheme}, {report.bits_per_weight:.2f} bits per weight over the whole model, "
         f"{report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB after, {report.seconds:.1f} s"

@@ -21,7 +21,7 @@ from llmkit.cli.rag_output import printable
 from llmkit.cli.terminal import state_dir, write_markdown
 from llmkit.errors import ContextOverflow, LLMKitError, UsageError
 from llmkit.llm.adapters import NONE
-from llmkit.llm.api import Stream
+from llmkit.llm.outputs import Stream
 
 FENCE = '"""'
 TAKE_ARGUMENTS = ("/system", "/set", "/adapter", "/save", "/load")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
-    from llmkit.llm.api import Stream
+    from llmkit.llm.outputs import Stream
 
 
 def state_dir() -> Path:

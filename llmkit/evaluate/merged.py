@@ -37,7 +37,7 @@ def divergence(
     """
     reference = llmkit.load(model, adapter=adapter, any_base=any_base, device="cpu", threads=threads, speculate="off")
     ours = llmkit.load(merged, device="cpu", threads=threads, speculate="off")
-    if reference.folder.tokenizer is None:
+    if reference.source.tokenizer is None:
         if text is not None:
             raise UsageError(f"{model} has no tokenizer to read {text} with. Leave --text out, or add a tokenizer.json to its folder.")
         count = min(RANDOM_TOKENS, ours.ctx_size)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 import llmkit
+from llmkit.checkpoint.source import ModelSource
 from llmkit.engine.backend import Backend, StepBatch
 from llmkit.errors import LLMKitError, UsageError
 from llmkit.llm.api import LLM
-from llmkit.llm.folder import read_folder
 from llmkit.training.data.documents import read_documents
 from llmkit.training.recipe import Source
 
@@ -66,10 +66,11 @@ def load_pair(model: str | Path, reference: str | Path | None = None, **load: An
     llm = llmkit.load(model, speculate="off", **load)
     if reference is None:
         return llm, None
-    if read_folder(str(reference)).config.hf.get("quantization_config"):
+    unquantized = ModelSource.open(reference)
+    if unquantized.quantized:
         raise UsageError(f"{reference} is quantized itself. Give the checkpoint that the model was made from.")
     where = {name: load[name] for name in ("device", "threads") if name in load}
-    return llm, llmkit.load(reference, dtype="float32", speculate="off", **where)
+    return llm, llmkit.load(unquantized, dtype="float32", speculate="off", **where)
 
 
 def read_texts(path: str, separator: str = "<|endoftext|>") -> list[str]:
@@ -151,7 +152,7 @@ def _check_reference(llm: LLM, reference: LLM, texts: Iterable[str]) -> None:
             f"{reference.name} has {reference.config.vocab_size} tokens and {llm.name} {llm.config.vocab_size}, so their predictions "
             "cannot be compared. Give the checkpoint that the model was made from."
         )
-    if reference.folder.tokenizer is not None and any(llm.tokenizer.encode(t) != reference.tokenizer.encode(t) for t in texts):
+    if reference.source.tokenizer is not None and any(llm.tokenizer.encode(t) != reference.tokenizer.encode(t) for t in texts):
         raise UsageError(
             f"{reference.name} and {llm.name} cut the text into different tokens. Give the checkpoint that the model was made from."
         )
@@ -159,7 +160,7 @@ def _check_reference(llm: LLM, reference: LLM, texts: Iterable[str]) -> None:
 
 def _documents(llm: LLM, texts: Iterable[str], size: int, max_tokens: int | None) -> Iterator[Document]:
     """Documents in windows of at most `size` tokens, until `max_tokens` are scored."""
-    head = [] if llm.folder.bos_id is None else [llm.folder.bos_id]
+    head = [] if llm.bos_id is None else [llm.bos_id]
     first = 1 - len(head)  # tokens of a window's text that are not scored
     left = max_tokens
     for text in texts:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import Backend, StepBatch
 from llmkit.errors import LLMKitError, UsageError
 
 if TYPE_CHECKING:
     from llmkit.llm.api import LLM
-    from llmkit.llm.folder import ModelFolder
 
 PARITY = 1e-4  # against transformers: another order of the same float32 sums
 CONSISTENCY = 1e-5  # between PyTorch's own paths
@@ -46,7 +46,7 @@ class Check:
 
 
 def verify(
-    model: str | Path,
+    model: str | Path | ModelSource,
     *,
     length: int | None = None,
     seed: int = 0,
@@ -61,10 +61,9 @@ def verify(
     adapter: check the model with it, against PEFT's reading of both, and beside the model without it in one batch.
     """
     from llmkit.llm.api import load
-    from llmkit.llm.folder import read_folder
 
-    folder = read_folder(str(model))  # before torch, so that a wrong name is said at once
-    config = folder.config
+    source = ModelSource.open(model)  # before torch, so that a wrong name is an error at once
+    config = source.config
     length = default_length(config) if length is None else length
     new = min(GREEDY_TOKENS, config.max_position_embeddings - length)
     if length < 2 or new < 1:
@@ -72,8 +71,8 @@ def verify(
         raise UsageError(f"length {length} is not between 2 and {limit}, the context less one new token. Choose one in between.")
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, length).tolist()
 
-    dtype = None if config.hf.get("quantization_config") else "float32"
-    llm = load(model, dtype=dtype, device=device, threads=threads, kv_bits=32, adapter=adapter, any_base=any_base)
+    dtype = None if source.quantized else "float32"
+    llm = load(source, dtype=dtype, device=device, threads=threads, kv_bits=32, adapter=adapter, any_base=any_base)
     name = llm.adapter_name(...)
 
     def run(prompts: list[list[int]], sizes: list[int]) -> list[np.ndarray]:
@@ -86,7 +85,7 @@ def verify(
     one_by_one = [length - min(length - 1, 32)] + [1] * min(length - 1, 32)
     # The native kernels give equal bits, but never compute without a cache: PyTorch does, the same sums in another order.
     other, same = (PARITY, 0.0) if llm.runner.exact else (CONSISTENCY, CONSISTENCY)
-    uncached = _uncached(folder, ids, dtype, device, trained)
+    uncached = _uncached(source, ids, dtype, device, trained)
     checks.append(_compare("cached vs uncached", uncached, lambda: run([ids], one_by_one)[0], other))
     checks.append(_compare("chunked vs whole prefill", whole, lambda: run([ids], halves)[0], same))
     ragged = [ids, ids[: length // 2], ids[length // 4 :], ids[-1:]]
@@ -98,19 +97,19 @@ def verify(
     return checks
 
 
-def _uncached(folder: ModelFolder, ids: list[int], dtype: str | None, device: str | None, adapter: Path | None) -> np.ndarray:
+def _uncached(source: ModelSource, ids: list[int], dtype: str | None, device: str | None, adapter: Path | None) -> np.ndarray:
     """The logits of the PyTorch model for a whole text at once, without a cache."""
     import torch
 
     from llmkit.checkpoint.load import load_model
 
     place = device or "cpu"
-    model = load_model(folder.path, dtype, place).eval()
+    model = load_model(source, dtype, place).eval()
     if adapter is not None:
         from llmkit.lora.adapter import read_adapter
         from llmkit.lora.apply import adapted
 
-        model = adapted(model, read_adapter(adapter, folder.config))
+        model = adapted(model, read_adapter(adapter, source.config))
     with torch.inference_mode():
         return model(torch.tensor([ids], device=place))[0].float().cpu().numpy()
 
@@ -160,7 +159,7 @@ def _compare(name: str, reference: np.ndarray, ours: Callable[[], np.ndarray], l
 def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int, adapter: Path | None) -> list[Check]:
     other = "transformers" if adapter is None else "PEFT"
     names = (f"logits vs {other}", f"greedy tokens vs {other}")
-    if llm.config.hf.get("quantization_config"):  # transformers would take random weights in their place
+    if llm.source.quantized:  # transformers would take random weights in their place
         return [Check(name, None, note="quantized: llmkit eval --reference compares it") for name in names]
     import torch
 
@@ -170,7 +169,7 @@ def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it: it tells what it would compute faster with
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(llm.folder.path, dtype=torch.float32, trust_remote_code=False).eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(llm.source.folder, dtype=torch.float32, trust_remote_code=False).eval()
         if adapter is not None:
             from peft import PeftModel
 

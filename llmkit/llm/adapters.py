@@ -9,9 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from llmkit.checkpoint.fingerprint import text_fingerprint
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import UsageError
-from llmkit.llm.folder import ModelFolder
 from llmkit.lora.adapter import Adapter, check_base, read_adapter
+from llmkit.text.chat import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +22,12 @@ NONE = "none"  # what a person types for the model without an adapter
 _NAME = re.compile(r"[\w.-]+")
 
 
-def load_adapters(given: AdapterArgument | None, model: ModelFolder, *, any_base: bool = False) -> list[Adapter]:
-    """Reads the adapters for a model, in the order given.
+def load_adapters(
+    given: AdapterArgument | None, model: ModelSource, chat_template: ChatTemplate | None, *, any_base: bool = False
+) -> list[Adapter]:
+    """Read the adapters for a model, in the order given.
 
+    chat_template: the one that the model uses.
     given: a folder or hub id, several, or by names of their own; a text may be NAME=PATH too.
     any_base: take an adapter that is proven to have been trained on another model of the same shape.
     Raises CheckpointError for one that cannot be had or does not fit, UsageError for names that cannot be.
@@ -37,18 +41,16 @@ def load_adapters(given: AdapterArgument | None, model: ModelFolder, *, any_base
             raise UsageError(f"an adapter cannot be called {adapter.name!r}. Give it a name of letters and digits, as in NAME=PATH.")
         if adapter.name in adapters:
             raise UsageError(f"two adapters are called {adapter.name!r}. Give them names of their own, as in NAME=PATH.")
-        _check(adapter, model, any_base)
+        _check(adapter, model, chat_template, any_base)
         adapters[adapter.name] = adapter
     return list(adapters.values())
 
 
-def chosen_name(name: str | None, known: Sequence[str]) -> str | None:
-    """A name that a request gave; UsageError where no such adapter is loaded."""
-    if name is None or name in known:
-        return name
+def unknown_adapter(name: object, known: Sequence[str]) -> UsageError:
+    """Return the error for a name that a request gave, where no such adapter is loaded."""
     near = get_close_matches(str(name), known, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Loaded are {', '.join(known)}." if known else "None is loaded; give one to load."
-    raise UsageError(f"adapter {name!r} is not loaded. {hint}")
+    return UsageError(f"adapter {name!r} is not loaded. {hint}")
 
 
 def _sources(given: AdapterArgument | None) -> list[tuple[str | None, str | Path]]:
@@ -68,11 +70,11 @@ def _named(source: str | Path) -> tuple[str | None, str | Path]:
     return None, source
 
 
-def _check(adapter: Adapter, model: ModelFolder, any_base: bool) -> None:
+def _check(adapter: Adapter, model: ModelSource, chat_template: ChatTemplate | None, any_base: bool) -> None:
     """What can be proven of the model and the template it was trained with."""
     if not any_base:
-        check_base(adapter, model.path)
-    template = None if model.chat_template is None else text_fingerprint(model.chat_template.source())
+        check_base(adapter, model)
+    template = None if chat_template is None else text_fingerprint(chat_template.source())
     if adapter.template is not None and template not in (None, adapter.template):
         own = adapter.folder / "chat_template.jinja"
         remedy = f": --chat-template {own}" if own.is_file() else ""

@@ -19,23 +19,21 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import Backend, StepBatch
 from llmkit.engine.engine import Engine, tokens_within
 from llmkit.engine.sampling import SamplingParams
 from llmkit.engine.speculative import Drafter, ModelDrafter, NgramDrafter, Speculation
-from llmkit.errors import ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError
-from llmkit.llm.adapters import AdapterArgument, chosen_name, load_adapters
-from llmkit.llm.backends import Options, Runner, prepare
-from llmkit.llm.drafting import check_speculation
-from llmkit.llm.folder import ModelFolder, read_folder
-from llmkit.llm.outputs import Chunk, Completion, Score
-from llmkit.llm.reply import Reply
+from llmkit.errors import CheckpointError, ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError
+from llmkit.llm.backends import Options, Runner, check_speculation, prepare
+from llmkit.llm.outputs import Completion, Reply, Score, Stream
 from llmkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from llmkit.llm.adapters import AdapterArgument
     from llmkit.text.chat import ChatTemplate
 
 logger = logging.getLogger(__name__)
@@ -51,8 +49,20 @@ PREFILL_CHUNK = 512  # tokens of a prompt that pass through the model in one ste
 SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
+# What generation_config.json may say about sampling, by our names.
+SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+}
+
+
 def load(
-    model: str | Path,
+    model: str | Path | ModelSource,
     *,
     dtype: str | None = None,
     device: str | None = None,
@@ -62,14 +72,14 @@ def load(
     threads: int | None = None,
     kv_bits: int | None = None,
     chat_template: str | Path | None = None,
-    draft_model: str | Path | LLM | None = None,
+    draft_model: str | Path | ModelSource | LLM | None = None,
     speculate: str = "auto",
     adapter: AdapterArgument | None = None,
     any_base: bool = False,
 ) -> LLM:
     """Load a model, ready to generate.
 
-    model: a folder, a hub id or HUB_ID@REVISION (the Hugging Face cache is used in place).
+    model: a folder, a hub id or HUB_ID@REVISION (the Hugging Face cache is used in place), or an opened source.
     dtype: float32, float16 or bfloat16, of the weights; as they are stored by default. On a CPU arithmetic is float32 in any case, and
         quantized weights have no other dtype: there it is an error.
     device: cpu, cuda, cuda:N or mps; by default cuda or mps where there is one.
@@ -90,24 +100,31 @@ def load(
 
     Raises LLMKitError (see llmkit.errors) for everything that is wrong with the model or an argument.
     """
-    folder = read_folder(str(model), revision=revision, chat_template=chat_template)
-    context = _context_size(folder.config, ctx_size, cache_tokens)
-    draft = draft_model.folder if isinstance(draft_model, LLM) else None if draft_model is None else read_folder(str(draft_model))
-    check_speculation(speculate, folder, draft)
+    source = ModelSource.open(model, revision)
+    tokenizer = source.tokenizer
+    template = None if chat_template is None else read_template(chat_template, tokenizer)
+    context = _context_size(source.config, ctx_size, cache_tokens)
+    draft = None if draft_model is None else draft_model.source if isinstance(draft_model, LLM) else ModelSource.open(draft_model)
+    check_speculation(speculate, source, draft)
     options = Options.checked(dtype, device, threads, kv_bits)
-    adapters = load_adapters(adapter, folder, any_base=any_base)
-    runner = prepare(folder, options, adapters)
+    adapters = []
+    if adapter is not None or any_base:
+        from llmkit.llm.adapters import load_adapters
+
+        own = tokenizer.chat_template if template is None and tokenizer is not None else template
+        adapters = load_adapters(adapter, source, own, any_base=any_base)
+    runner = prepare(source, options, adapters)
     guesser = draft_model.runner if isinstance(draft_model, LLM) else None if draft is None else prepare(draft, options.for_draft(draft))
     for problem in dict.fromkeys(one.problem for one in (runner, guesser) if one is not None and one.problem is not None):
         logger.warning("PyTorch runs the model, not the faster native kernels: %s.", problem)
     return LLM(
-        name=str(model),
-        folder=folder,
-        runner=runner,
+        source,
+        runner,
         ctx_size=context,
         cache_tokens=cache_tokens,
-        drafter=_drafter(guesser, speculate, folder.config, context, exact=runner.exact),
+        drafter=_drafter(guesser, speculate, source.config, context, exact=runner.exact),
         adapters={one.name: one.folder for one in adapters},
+        chat_template=template,
     )
 
 
@@ -117,6 +134,43 @@ def embedded_model() -> Path:
     if not (folder / "config.json").is_file():
         raise LLMKitError(f"the embedded model is missing from {folder}. Reinstall llmkit, or name a MODEL.")
     return folder
+
+
+def sampling_defaults(source: ModelSource) -> dict[str, Any]:
+    """The sampling arguments in generation_config.json; `do_sample: false` means greedy, whatever else it says.
+
+    Raises CheckpointError for a value that no request may have.
+    """
+    given = source.generation_config
+    defaults = {ours: given[theirs] for theirs, ours in SAMPLING.items() if given.get(theirs) is not None}
+    if given.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+        for name in ("top_k", "top_p", "min_p"):
+            defaults.pop(name, None)
+    try:
+        SamplingParams(**defaults)
+    except UsageError as error:  # nobody typed it: it stands in a file
+        raise CheckpointError(f"{source.folder} has a value in generation_config.json or config.json that cannot be: {error}") from error
+    return defaults
+
+
+def read_template(template: str | Path, tokenizer: Tokenizer | None) -> ChatTemplate:
+    """A chat template from its own Jinja source, by its name in the tokenizer's files ("tool_use"), or from a file."""
+    if tokenizer is None:
+        raise UsageError("a chat template needs a tokenizer, and this model has none. Add a tokenizer.json to its folder.")
+    source = str(template)
+    named = {} if tokenizer.chat_template is None else tokenizer.chat_template.sources
+    if source in named:
+        source = named[source]
+    elif "{" not in source:
+        try:
+            source = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            names = f" or one of {', '.join(named)}" if named else ""
+            raise TemplateError(f"chat template {source} cannot be read ({error}). Give a file with a Jinja template{names}.") from error
+    from llmkit.text.chat import ChatTemplate
+
+    return ChatTemplate(source, tokenizer.special_tokens)
 
 
 class LLM:
@@ -129,21 +183,23 @@ class LLM:
 
     def __init__(
         self,
-        *,
-        name: str,
-        folder: ModelFolder,
+        source: ModelSource,
         runner: Runner,
+        *,
         ctx_size: int,
         cache_tokens: int | None = None,
         drafter: Drafter | None = None,
         adapters: Mapping[str, Path] | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
-        self.name = name
+        self.source = source
+        self.name = source.name
+        self.config = source.config
+        self.defaults = sampling_defaults(source)
+        self.eos_ids, self.bos_id = source.special_ids
         self.adapter_folders = dict(adapters or {})
         self.adapters = tuple(self.adapter_folders)
-        self.folder = folder
-        self.config = folder.config
-        self.defaults = dict(folder.defaults)
+        self._chat_template = chat_template
         self.ctx_size = ctx_size
         self.cache_tokens = cache_tokens
         self.runner = runner
@@ -161,21 +217,23 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """`.encode(text) -> list[int]`, `.decode(ids) -> str`; TokenizerError for a model without a tokenizer."""
-        if self.folder.tokenizer is None:
+        if self.source.tokenizer is None:
             raise TokenizerError(
                 f"{self.name} has no tokenizer, so it cannot read or write text. Give it token ids, or add a tokenizer.json to its folder."
             )
-        return self.folder.tokenizer
+        return self.source.tokenizer
 
     @property
     def chat_template(self) -> ChatTemplate:
         """The template that turns messages into a prompt; TemplateError for a model without one."""
-        if self.folder.chat_template is None:
+        tokenizer = self.source.tokenizer
+        found = tokenizer.chat_template if self._chat_template is None and tokenizer is not None else self._chat_template
+        if found is None:
             raise TemplateError(
                 f"{self.name} has no chat template, so it was probably not trained to chat. "
                 "Give one with chat_template (--chat-template FILE), or let it continue a text with generate."
             )
-        return self.folder.chat_template
+        return found
 
     # --- generating -----------------------------------------------------------------------------------------------
 
@@ -196,7 +254,13 @@ class LLM:
 
     def adapter_name(self, adapter: AdapterChoice) -> str | None:
         """The adapter of a request: the name it gives, None for the model without, the first of all where it gives nothing (...)."""
-        return next(iter(self.adapters), None) if adapter is ... else chosen_name(adapter, self.adapters)
+        if adapter is ...:
+            return next(iter(self.adapters), None)
+        if adapter is None or adapter in self.adapters:
+            return adapter
+        from llmkit.llm.adapters import unknown_adapter
+
+        raise unknown_adapter(adapter, self.adapters)
 
     @overload
     def generate(self, prompt: str, *, adapter: AdapterChoice = ..., **sampling: Any) -> Completion: ...
@@ -221,7 +285,7 @@ class LLM:
     def stream(self, prompt: Prompt, *, adapter: AdapterChoice = ..., **sampling: Any) -> Stream:
         """Continue a prompt piece by piece: iterate over the chunks, `print(chunk, end="", flush=True)`.
 
-        Leaving the loop, `close()` or Ctrl-C stops the sequence; `stream.completion` keeps what was said.
+        Leaving the loop, `close()` or Ctrl-C stops the sequence; `stream.completion` keeps what was generated.
         """
         return self._stream(self._encode(prompt), self._request(sampling), self.adapter_name(adapter), continues=True)
 
@@ -258,7 +322,7 @@ class LLM:
         rendered = self.chat_template.render(messages, tools, True, **template_kwargs)
         return self.tokenizer.encode(rendered, bos=False, special=True)  # the template writes its own BOS
 
-    # --- judging --------------------------------------------------------------------------------------------------
+    # --- scoring --------------------------------------------------------------------------------------------------
 
     def logits(self, prompt: Prompt, *, adapter: AdapterChoice = ...) -> np.ndarray:
         """The logits after every token of a prompt: float32 `[seq, vocab_size]`."""
@@ -274,11 +338,11 @@ class LLM:
         return Score(tuple(ids), tuple(logprobs), self._scored_bytes(prompt, ids))
 
     def _scored_bytes(self, prompt: Prompt, ids: list[int]) -> int | None:
-        tokenizer = self.folder.tokenizer
+        tokenizer = self.source.tokenizer
         if tokenizer is None:
             return None
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        unscored = "" if ids[0] == self.folder.bos_id else tokenizer.decode(ids[:1])
+        unscored = "" if ids[0] == self.bos_id else tokenizer.decode(ids[:1])
         return len(text.encode()) - len(unscored.encode())
 
     def _forward(self, ids: list[int], adapter: str | None) -> Iterator[np.ndarray]:
@@ -302,9 +366,9 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         if not ids:
-            if self.folder.bos_id is None:
+            if self.bos_id is None:
                 raise UsageError("the prompt is empty and this model has no BOS token to start from. Give at least one token.")
-            ids = [self.folder.bos_id]
+            ids = [self.bos_id]
         self.check_ids(ids)
         return ids
 
@@ -361,52 +425,13 @@ class LLM:
         if params.max_tokens is None:
             usual = self.defaults.get("max_tokens", MAX_TOKENS)
             params = replace(params, max_tokens=max(params.min_tokens, min(usual, room)))
-        sequences = self._engine.add_samples(ids, params, adapter, eos_ids=self.folder.eos_ids)
-        return [Reply(sequence, self.folder.tokenizer, continues=continues) for sequence in sequences]
+        sequences = self._engine.add_samples(ids, params, adapter, eos_ids=self.eos_ids)
+        return [Reply(sequence, self.source.tokenizer, continues=continues) for sequence in sequences]
 
     def _stream(self, ids: list[int], params: SamplingParams, adapter: str | None, *, continues: bool) -> Stream:
         if params.n != 1:
             raise UsageError(f"a stream carries one reply, not n={params.n}. Use generate for several.")
         return Stream(self._engine, *self._add(ids, params, adapter, continues))
-
-
-class Stream(Iterator[Chunk]):
-    """The chunks of one reply as they are said. Also a context manager that stops the reply when left."""
-
-    def __init__(self, engine: Engine, reply: Reply) -> None:
-        self._engine, self._reply = engine, reply
-
-    @property
-    def completion(self) -> Completion:
-        """What was said so far; the whole reply once the stream has ended."""
-        return self._reply.completion()
-
-    def __next__(self) -> Chunk:
-        reply = self._reply
-        try:
-            while not reply.chunks:
-                if reply.finish_reason is not None:
-                    raise StopIteration
-                reply.advance(self._engine)
-        except BaseException:  # Ctrl-C too: a sequence must not go on without a reader
-            self.close()
-            raise
-        return reply.chunks.popleft()
-
-    def close(self) -> None:
-        """End the reply now, from any thread; `completion` keeps what was said."""
-        with self._engine.lock:
-            self._engine.abort(self._reply.sequence)
-            self._reply.interrupt()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def _are_prompts(prompt: Any) -> bool:

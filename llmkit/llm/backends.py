@@ -6,6 +6,7 @@ torch is imported only where PyTorch runs the model, or may be needed to find a 
 from __future__ import annotations
 
 import ctypes
+import filecmp
 import logging
 import os
 import platform
@@ -17,23 +18,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmkit.checkpoint.arrays import DTYPES, converted, dtype_name
 from llmkit.checkpoint.files import AUTO_MAP
-from llmkit.checkpoint.formats.llmkit import is_bitsandbytes, read_quantized
-from llmkit.config import ModelConfig
+from llmkit.checkpoint.source import ModelSource
 from llmkit.engine.backend import Backend
 from llmkit.errors import DoesNotFit, UsageError, out_of_memory
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.kernels.format import QuantizedMatrix, Weight
-from llmkit.llm.folder import ModelFolder
-from llmkit.lora.adapter import Adapter
+
+if TYPE_CHECKING:
+    from llmkit.lora.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
 KV_BITS = (32, 16, 8)
+SPECULATE = ("auto", "ngram", "off")
 MAX_THREADS = 1024  # of the native kernels' pool
 
 
@@ -50,17 +53,17 @@ class Options:
     def checked(cls, dtype: str | None, device: str | None, threads: int | None, kv_bits: int | None) -> Options:
         """UsageError for a value that no model can have. LLMKIT_THREADS stands for `threads` where it is None."""
         name = "threads"
-        if threads is None and (said := os.environ.get("LLMKIT_THREADS")):
-            name, threads = "LLMKIT_THREADS", int(said) if said.isascii() and said.isdigit() else said  # type: ignore[assignment]
+        if threads is None and (given := os.environ.get("LLMKIT_THREADS")):
+            name, threads = "LLMKIT_THREADS", int(given) if given.isascii() and given.isdigit() else given  # type: ignore[assignment]
         if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
             raise UsageError(f"{name} is {threads!r}; it must be an integer from 1 to {MAX_THREADS}.")
         if kv_bits is not None and (type(kv_bits) is not int or kv_bits not in KV_BITS):
             raise UsageError(f"kv_bits is {kv_bits!r}; a cached number has {', '.join(map(str, KV_BITS[:-1]))} or {KV_BITS[-1]} bits.")
         return cls(None if dtype is None else dtype_name(dtype), device, threads, kv_bits)
 
-    def for_draft(self, draft: ModelFolder) -> Options:
-        """The same for a draft model: the dtype was said of the model, and is left out where the draft is quantized."""
-        return replace(self, dtype=None) if _is_quantized(draft) else self
+    def for_draft(self, draft: ModelSource) -> Options:
+        """The same for a draft model: the dtype was given for the model, and is left out where the draft is quantized."""
+        return replace(self, dtype=None) if draft.quantized else self
 
 
 @dataclass(frozen=True)
@@ -86,44 +89,39 @@ class Runner:
     problem: str | None = None
 
 
-def prepare(model: ModelFolder, options: Options, adapters: Sequence[Adapter] = ()) -> Runner:
+def prepare(source: ModelSource, options: Options, adapters: Sequence[Adapter] = ()) -> Runner:
     """Chooses what runs a model, with these adapters at hand, and maps or reads its weights.
 
     Raises CheckpointError (damaged, or not of this config), UsageError (an option that is wrong or without effect here) and DoesNotFit.
     """
-    folder, config = model.path, model.config
     device = default_device() if options.device is None else str(options.device)
     on_cpu = re.fullmatch(r"cpu(:\d+)?", device) is not None
-    if on_cpu and _is_quantized(model) and options.dtype is not None:
-        raise UsageError(f"dtype {options.dtype!r} has no effect on a CPU where the weights are quantized, as in {folder}. Leave it out.")
-    problem = pytorch_reason(config) if on_cpu else None
+    if on_cpu and source.quantized and options.dtype is not None:
+        raise UsageError(
+            f"dtype {options.dtype!r} has no effect on a CPU where the weights are quantized, as in {source.folder}. Leave it out."
+        )
+    problem = pytorch_reason(source) if on_cpu else None
     if on_cpu and problem is None:
         problem = next((adapter.native_problem for adapter in adapters if adapter.native_problem is not None), None)
     try:
         if on_cpu and problem is None:
-            return _native(folder, config, options, adapters)
-        return _torch(folder, device, options, problem, adapters)
+            return _native(source, options, adapters)
+        return _torch(source, device, options, problem, adapters)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise DoesNotFit(f"{folder} does not fit in the memory of {device}. Take a smaller model or dtype.") from error
+        raise DoesNotFit(f"{source.folder} does not fit in the memory of {device}. Take a smaller model or dtype.") from error
 
 
-def _is_quantized(model: ModelFolder) -> bool:
-    return bool(model.config.hf.get("quantization_config"))
-
-
-def pytorch_reason(config: ModelConfig) -> str | None:
+def pytorch_reason(source: ModelSource) -> str | None:
     """Why PyTorch runs a model on this CPU: what the native kernels lack, here or for its weights; None: they run it."""
-    if (problem := native_problem(config)) is not None:
-        return problem
-    return "they do not run bitsandbytes' 4 bits; a folder of `llmkit quantize --scheme q4` is faster" if is_bitsandbytes(config) else None
+    return native_problem(source.config) or source.format.native_problem
 
 
-def _native(folder: Path, config: ModelConfig, options: Options, adapters: Sequence[Adapter]) -> Runner:
-    if "auto_map" in config.hf:
+def _native(source: ModelSource, options: Options, adapters: Sequence[Adapter]) -> Runner:
+    if "auto_map" in source.config.hf:
         logger.warning(AUTO_MAP)
-    weights = read_quantized(folder)[1]
+    weights = source.weights()
     if options.dtype is not None:
         weights = {name: converted(array, options.dtype) for name, array in weights.items() if isinstance(array, np.ndarray)}
     parameters, stored = _measure(weights)
@@ -132,7 +130,7 @@ def _native(folder: Path, config: ModelConfig, options: Options, adapters: Seque
     terms = {adapter.name: adapter.native_linears for adapter in adapters}
 
     def new_backend() -> Backend:
-        backend = NativeBackend(config, weights, threads=options.threads, kv_bits=kv_bits)
+        backend = NativeBackend(source.config, weights, threads=options.threads, kv_bits=kv_bits)
         for name, linears in terms.items():
             backend.add_adapter(name, linears)
         return backend
@@ -156,7 +154,7 @@ def _measure(weights: Mapping[str, Weight]) -> tuple[int, str]:
     return count, next(name for name, dtype in DTYPES.items() if dtype == most)
 
 
-def _torch(folder: Path, device: str, options: Options, problem: str | None, adapters: Sequence[Adapter]) -> Runner:
+def _torch(source: ModelSource, device: str, options: Options, problem: str | None, adapters: Sequence[Adapter]) -> Runner:
     import torch
 
     from llmkit.checkpoint.load import load_model_with_report, log_report
@@ -165,8 +163,9 @@ def _torch(folder: Path, device: str, options: Options, problem: str | None, ada
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, report = load_model_with_report(folder, options.dtype, device)
+    model, report = load_model_with_report(source, options.dtype, device)
     log_report(report)
+    source.unmap()  # parameters that are used in place keep their map
     backend = TorchBackend(model)
     if options.kv_bits not in (None, backend.kv_bits):
         raise UsageError(
@@ -204,3 +203,42 @@ def _may_have_gpu() -> bool:
     except OSError:
         return Path("/dev/kfd").exists()
     return True
+
+
+# --- speculation -----------------------------------------------------------------------------------------------
+
+
+def check_speculation(speculate: str, model: ModelSource, draft: ModelSource | None) -> None:
+    """Raises UsageError for an unknown mode, for one that a draft model contradicts, and for a draft model with another vocabulary."""
+    if speculate not in SPECULATE:
+        raise UsageError(f"speculate is {speculate!r}; it must be one of {', '.join(SPECULATE)}.")
+    if draft is None:
+        return
+    if speculate != "auto":
+        raise UsageError(f"speculate {speculate!r} leaves the draft model {draft.folder} without effect. Give one of the two.")
+    difference = _difference(model, draft)
+    if difference is not None:
+        raise UsageError(
+            f"the draft model {draft.folder} has another vocabulary than the model: {difference}. "
+            "Take a smaller model of the same family, or speculate 'ngram', which needs no draft model."
+        )
+
+
+def _difference(model: ModelSource, draft: ModelSource) -> str | None:
+    """Where two vocabularies first differ; None where every id stands for the same token."""
+    ours, theirs = model.tokenizer, draft.tokenizer
+    if ours is None or theirs is None:
+        if ours is not theirs:
+            return "only one of them has a tokenizer"
+        sizes = model.config.vocab_size, draft.config.vocab_size
+    else:
+        sizes = ours.vocab_size, theirs.vocab_size  # the models' own may be padded
+    if sizes[0] != sizes[1]:
+        return f"{sizes[1]} tokens, not {sizes[0]}"
+    file, other = (source.folder / "tokenizer.json" for source in (model, draft))
+    if ours is None or theirs is None or (file.is_file() and other.is_file() and filecmp.cmp(file, other, shallow=False)):
+        return None  # equal files are the usual case: no need to look at every token
+    for token_id in range(sizes[0]):
+        if ours.token_bytes(token_id) != theirs.token_bytes(token_id):
+            return f"token {token_id} is {theirs.token(token_id)!r}, not {ours.token(token_id)!r}"
+    return None

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from llmkit.checkpoint.arrays import NUMPY_DTYPES, parameter_array, parameter_shapes
 from llmkit.checkpoint.files import PICKLES, TensorFile, open_safetensors, read_json, read_metadata
-from llmkit.checkpoint.fingerprint import Fingerprint, folder_fingerprint, parse_fingerprint
+from llmkit.checkpoint.fingerprint import Fingerprint, parse_fingerprint
 from llmkit.checkpoint.hub import ADAPTER, resolve
+from llmkit.checkpoint.source import ModelSource
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, Piece, is_transposed, parts_of, reading_rules
 from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError
@@ -121,13 +122,13 @@ def read_adapter(source: str | Path, config: ModelConfig, *, name: str | None = 
     )
 
 
-def check_base(adapter: Adapter, folder: Path, remedy: str = ANY_BASE) -> None:
-    """CheckpointError, with the remedy, where an adapter is proven to have been trained on other weights than those in a model folder."""
-    base = None if adapter.base is None else folder_fingerprint(folder)
+def check_base(adapter: Adapter, model: ModelSource, remedy: str = ANY_BASE) -> None:
+    """CheckpointError, with the remedy, where an adapter is proven to have been trained on other weights than those of a model."""
+    base = None if adapter.base is None else model.fingerprint
     if base is not None and adapter.base is not None and base.differs(adapter.base):
         trained = adapter.settings.base_model_name_or_path
         raise CheckpointError(
-            f"the adapter {adapter.name!r} was trained on another model than {folder}: the weights differ"
+            f"the adapter {adapter.name!r} was trained on another model than {model.folder}: the weights differ"
             f"{'' if trained is None else f' from those of {trained!r:.200}'}. {remedy}"
         )
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmkit.checkpoint.arrays import dtype_name, parameter_array, parameter_shapes
-from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.fingerprint import SOURCE
-from llmkit.checkpoint.formats.bitsandbytes import open_nf4
-from llmkit.checkpoint.formats.llmkit import is_bitsandbytes, read_quantized
-from llmkit.checkpoint.hub import resolve
+from llmkit.checkpoint.arrays import dtype_name
+from llmkit.checkpoint.formats import plain_config
 from llmkit.checkpoint.load import DTYPES
 from llmkit.checkpoint.save import save_weights
+from llmkit.checkpoint.source import ModelSource
 from llmkit.checkpoint.weights import EMBEDDING, HEAD
 from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError, UsageError
-from llmkit.kernels.format import QuantizedMatrix, Weight, widen
+from llmkit.kernels.format import widen
 from llmkit.lora.adapter import Adapter, check_base, read_adapter
-from llmkit.quant.nf4 import Nf4Matrix
+
+if TYPE_CHECKING:
+    from llmkit.checkpoint.formats import StoredWeight
 
 Progress = Callable[[int, int], None]  # weights done, weights in all
 
@@ -39,7 +39,7 @@ class MergeReport:
 
 
 def merge(
-    model: str | Path,
+    model: str | Path | ModelSource,
     adapter: str | Path,
     output: str | Path,
     *,
@@ -55,49 +55,32 @@ def merge(
     any_base: merge an adapter that is proven to have been trained on other weights.
     Raises CheckpointError for what is damaged or does not fit, UsageError for an output that may not be replaced.
     """
-    source = resolve(model)
-    config, weights = _read(source)
+    opened = ModelSource.open(model)
+    source, config = opened.folder, opened.config
+    weights = {name: opened.format.weight(name) for name in opened.shapes}
     wanted = read_adapter(adapter, config)
     if not any_base:
-        check_base(wanted, source)
+        check_base(wanted, opened)
     target = Path(output).expanduser()
     if target.exists() and any(target.resolve() in (one.resolve(), *one.resolve().parents) for one in (source, wanted.folder)):
         raise UsageError(f"{target} would be replaced while it is read. Choose another output folder.")
-    schemes = sorted({scheme for weight in weights.values() if (scheme := _scheme(weight)) is not None})
+    schemes = sorted({weight.scheme for weight in weights.values() if not isinstance(weight, np.ndarray)})
     kind = DTYPES[_dtype(config, weights, bool(schemes)) if dtype is None else dtype_name(dtype)]
     merger = _Merger(config, weights, wanted, progress)
     template = wanted.folder / "chat_template.jinja"  # the one it was trained with, in place of the model's
     more = (template,) if template.is_file() else ()
-    save_weights(merger.config, target, merger.meta(kind), merger.realise, source=source, more=more, dtype=kind, overwrite=overwrite)
+    save_weights(merger.config, target, merger.meta(kind), merger.materialize, source=source, more=more, dtype=kind, overwrite=overwrite)
     nbytes = sum(tensor.nbytes for tensor in merger.meta(kind).values())
     return MergeReport(target, str(kind).removeprefix("torch."), nbytes, " and ".join(schemes))
 
 
-Stored = Weight | Nf4Matrix
-
-
-def _read(folder: Path) -> tuple[ModelConfig, dict[str, Stored]]:
-    """The weights of a folder in whatever layout, mapped."""
-    config = load_config(folder)
-    if not is_bitsandbytes(config):
-        return config, dict(read_quantized(folder)[1])
-    assignment, matrices = open_nf4(folder, config)
-    found = {name: parameter_array(piece) for name, piece in assignment.pieces.items()}
-    return config, {name: matrices[name] if name in matrices else found[name] for name in parameter_shapes(config)}
-
-
-def _scheme(weight: Stored) -> str | None:
-    return weight.scheme if isinstance(weight, QuantizedMatrix) else weight.kind if isinstance(weight, Nf4Matrix) else None
-
-
-def _dense(weight: Stored) -> Tensor:
+def _dense(weight: StoredWeight) -> Tensor:
     """A weight, float32, in memory of its own."""
-    if isinstance(weight, Nf4Matrix):
-        return weight.dequantize()
-    return torch.from_numpy(np.array(weight.dequantize() if isinstance(weight, QuantizedMatrix) else widen(weight), np.float32))
+    dense = widen(weight) if isinstance(weight, np.ndarray) else weight.dequantize()
+    return dense if isinstance(dense, Tensor) else torch.from_numpy(np.array(dense, np.float32))
 
 
-def _dtype(config: ModelConfig, weights: dict[str, Stored], quantized: bool) -> str:
+def _dtype(config: ModelConfig, weights: dict[str, StoredWeight], quantized: bool) -> str:
     if quantized:
         return config.dtype if config.dtype in ("float16", "bfloat16") else "bfloat16"
     largest = max((weight for weight in weights.values() if isinstance(weight, np.ndarray)), key=lambda weight: weight.nbytes)
@@ -107,11 +90,11 @@ def _dtype(config: ModelConfig, weights: dict[str, Stored], quantized: bool) -> 
 class _Merger:
     """The merged weights, each made when it is asked for."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Stored], adapter: Adapter, progress: Progress | None) -> None:
+    def __init__(self, config: ModelConfig, weights: dict[str, StoredWeight], adapter: Adapter, progress: Progress | None) -> None:
         self.weights, self.adapter, self.progress = weights, adapter, progress
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.done, self.config = 0, config
-        hf = {name: value for name, value in config.hf.items() if name not in ("quantization_config", SOURCE)}
+        hf = plain_config(config.hf)
         if config.tie_word_embeddings and self._parts_head():
             self.shapes[HEAD] = self.shapes[EMBEDDING]
             hf["tie_word_embeddings"] = False
@@ -126,7 +109,7 @@ class _Merger:
     def meta(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in self.shapes.items()}
 
-    def realise(self, name: str) -> Tensor:
+    def materialize(self, name: str) -> Tensor:
         """One weight, float32."""
         base = EMBEDDING if name == HEAD and HEAD not in self.weights else name
         out = _dense(self.adapter.replaced[name] if name in self.adapter.replaced else self.weights[base])

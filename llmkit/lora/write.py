@@ -24,7 +24,7 @@ from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.fingerprint import Fingerprint, text_fingerprint
 from llmkit.checkpoint.hub import ADAPTER
 from llmkit.checkpoint.save import copy_side_files, replacing, write_json
-from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, Stored, stored_as, writing_rules
+from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, OutputTensor, stored_as, writing_rules
 from llmkit.config import ModelConfig
 from llmkit.errors import UsageError
 from llmkit.families import family
@@ -153,7 +153,7 @@ class _Writer:
     def tensors(self) -> dict[str, Tensor]:
         """Everything by PEFT's keys."""
         out: dict[str, Tensor] = {}
-        fused: dict[Stored, list[str]] = defaultdict(list)
+        fused: dict[OutputTensor, list[str]] = defaultdict(list)
         experts: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
         for path, (a, b) in self.linears.items():
             shape = self.shapes.get(f"{path}.weight")
@@ -171,10 +171,10 @@ class _Writer:
             self.problems.append("DoRA on experts, routers, embeddings or on some modules only, which PEFT does not run")
         return {PREFIX + name: tensor.contiguous() for name, tensor in out.items()}
 
-    def _place(self, path: str) -> Stored:
+    def _place(self, path: str) -> OutputTensor:
         """Where transformers keeps a linear; a router is found in transformers 5 under our name, whatever the family's files call it."""
         name = f"{path}.weight"
-        return Stored(name, (name,)) if _ROUTER.fullmatch(path) else stored_as(name, self.rules)
+        return OutputTensor(name, (name,)) if _ROUTER.fullmatch(path) else stored_as(name, self.rules)
 
     def _term(self, path: str, scale: float) -> tuple[Tensor, Tensor]:
         """A and B so that `scale` B A is what the linear's own scale makes of them."""
@@ -186,7 +186,7 @@ class _Writer:
         self.ranks[name] = rank
         self.alphas[name] = scale * (rank**0.5 if self.settings.use_rslora else rank)
 
-    def _module(self, stored: Stored, paths: list[str]) -> dict[str, Tensor]:
+    def _module(self, stored: OutputTensor, paths: list[str]) -> dict[str, Tensor]:
         module = stored.name.removesuffix(".weight")
         members = [name.removesuffix(".weight") for name in stored.ours if name.removesuffix(".weight") in paths]
         scale = self.settings.scale(members[0], len(self.linears[members[0]][0]))

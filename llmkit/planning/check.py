@@ -6,13 +6,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from llmkit.checkpoint.hub import locate
-from llmkit.config import ModelConfig
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import DoesNotFit, LLMKitError
-from llmkit.llm.backends import default_device, pytorch_reason
+from llmkit.kernels import native_problem
+from llmkit.llm.backends import default_device
 from llmkit.planning.inference import Change, Run, Terms, cheaper_run, inference, quantizing
 from llmkit.planning.memory import available_bytes, parse_size, shown
 from llmkit.planning.model_info import Facts, read_facts
@@ -67,10 +66,11 @@ def _said(memory: str | None) -> int | None:
     return None if text is None else parse_size(text)
 
 
-def make_run(config: ModelConfig, positions: int, device: str, **rest: Any) -> Run:
+def make_run(facts: Facts, positions: int, device: str, **rest: Any) -> Run:
     """A run of a model as `llmkit.load` would run it on a device."""
     on_cpu = re.fullmatch(r"cpu(:\d+)?", device) is not None
-    return Run(min(positions, config.max_position_embeddings), device=device, native=on_cpu and pytorch_reason(config) is None, **rest)
+    native = on_cpu and facts.native_problem is None and native_problem(facts.config) is None
+    return Run(min(positions, facts.config.max_position_embeddings), device=device, native=native, **rest)
 
 
 def fit_run(facts: Facts, run: Run, available: int, draft: Facts | None = None) -> Fit:
@@ -82,29 +82,29 @@ def fit_run(facts: Facts, run: Run, available: int, draft: Facts | None = None) 
     return fit if fit.fits else replace(fit, change=cheaper_run(facts, run, available - terms.get("draft model", 0)))
 
 
-def check_run(model: str | Path, arguments: Mapping[str, Any]) -> None:
-    """DoesNotFit where a model that is here cannot be loaded with these arguments of `llmkit.load`.
+def check_run(source: ModelSource, arguments: Mapping[str, Any]) -> None:
+    """DoesNotFit where a model cannot be loaded with these arguments of `llmkit.load`.
 
     What is wrong with the model or an argument is left to `load`, which says it better.
     """
     given = _said(None)
     try:
-        facts = read_facts(locate(model, arguments.get("revision")), str(model))
+        facts = read_facts(source)
         named = arguments.get("draft_model")
-        draft = None if named is None else read_facts(locate(named), str(named))
+        draft = None if named is None else read_facts(ModelSource.open(named, download=False))
         device = arguments.get("device") or default_device()
         positions = arguments.get("ctx_size") or LEAST_POSITIONS
-        run = make_run(facts.config, positions, device, dtype=arguments.get("dtype"), kv_bits=arguments.get("kv_bits"))
+        run = make_run(facts, positions, device, dtype=arguments.get("dtype"), kv_bits=arguments.get("kv_bits"))
         fit = fit_run(facts, run, available_bytes(device) if given is None else given, draft)
     except (LLMKitError, OSError, ValueError, RuntimeError):
         return
     fit.refuse()
 
 
-def check_quantizing(folder: Path, scheme: str) -> None:
+def check_quantizing(source: ModelSource, scheme: str) -> None:
     """DoesNotFit where a model cannot be quantized here."""
     try:
-        facts = read_facts(folder)
+        facts = read_facts(source)
     except LLMKitError:  # quantizing says what is wrong
         return
     Fit(f"quantizing {facts.name}", quantizing(facts, scheme), free("cpu")).refuse()

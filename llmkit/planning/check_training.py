@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmkit.checkpoint.hub import locate
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import LLMKitError
 from llmkit.llm.backends import default_device
 from llmkit.planning.check import Fit, free
@@ -53,7 +54,7 @@ def recipe_facts(recipe: Recipe) -> Facts | None:
     """The facts of a recipe's model; None where it is not here, or a file of it cannot be read."""
     try:
         if isinstance(recipe.model, str):
-            return read_facts(locate(recipe.model), recipe.model)
+            return read_facts(ModelSource.open(recipe.model, download=False))
         assert recipe.tokenizer is not None  # the recipe refuses that
         tokenizer = recipe.tokenizer
         entries = tokenizer.vocab_size if isinstance(tokenizer, TokenizerRecipe) else tokenizer_entries(locate(tokenizer))
@@ -67,7 +68,7 @@ def _teacher(recipe: Recipe) -> Facts | None:
     if distill is None:
         return None
     try:
-        facts = read_facts(locate(distill.teacher), distill.teacher)
+        facts = read_facts(ModelSource.open(distill.teacher, download=False))
     except LLMKitError:  # not here yet, or wrong, which the run says better
         return None
     return facts.quantized_as(distill.quantize) if distill.quantize is not None and not facts.quantized else facts

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.checkpoint.arrays import misfit, parameter_shapes
-from llmkit.checkpoint.files import INDEX, SINGLE, load_config, open_checkpoint
-from llmkit.checkpoint.formats.llmkit import PADDING, is_bitsandbytes, quantization
-from llmkit.checkpoint.weights import EMBEDDING, HEAD, assign
+from llmkit.checkpoint.arrays import parameter_shapes
+from llmkit.checkpoint.source import ModelSource
+from llmkit.checkpoint.weights import EMBEDDING, HEAD
 from llmkit.config import LayerConfig, ModelConfig
-from llmkit.families import family, read_config
+from llmkit.families import read_config
 from llmkit.kernels.format import stored_shapes
 from llmkit.quant.schemes import EMBEDDINGS, NF4, PROJECTIONS, Choice, choose
 
@@ -36,6 +35,7 @@ class Facts:
     stored_bytes: int  # of its tensors, in its files, to the byte
     copied_bytes: int = 0  # of those that are not used as they lie in the file (transposed, float64, 8-bit floats), as they will be
     tokenizer_bytes: int = 0  # of tokenizer.json
+    native_problem: str | None = None  # why the native kernels do not take weights stored like this
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -105,41 +105,20 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, columns
 
 
-def read_facts(folder: Path, name: str | None = None) -> Facts:
-    """The facts of a model folder. One with config.json alone (a hub cache before the download) is taken as config.json's dtype.
+def read_facts(source: ModelSource) -> Facts:
+    """The facts of a model. One with config.json alone (a hub cache before the download) is taken as config.json's dtype.
 
     Raises CheckpointError and ConfigError as loading would.
     """
-    config = load_config(folder)
-    shapes = parameter_shapes(config)
-    tokenizer = folder / "tokenizer.json"
-    rest: dict[str, Any] = {"tokenizer_bytes": tokenizer.stat().st_size if tokenizer.is_file() else 0}
-    name = str(folder) if name is None else name
-    if not (folder / SINGLE).exists() and not (folder / INDEX).exists() and (folder / "config.json").is_file():
-        return config_facts(config, name, notes=("its weights are not here: sizes follow from config.json",), **rest)
-    if is_bitsandbytes(config):
-        dense = CODES[config.dtype]
-        storage: dict[str, Storage] = {name: choose(NF4, name, shape) or dense for name, shape in shapes.items()}
-        size = sum(tensor.nbytes for tensor in open_checkpoint(folder).values())
-        return Facts(name, config, shapes, storage, size, **rest)
-    record = quantization(folder, config)
-    if record is not None:
-        tensors = open_checkpoint(folder)
-        size = sum(tensor.nbytes for key, tensor in tensors.items() if not key.startswith(PADDING))
-        storage = {key: tensors[key].dtype for key in shapes if key in tensors}
-        storage |= {key: Choice(entry.scheme, entry.group) for key, entry in record.tensors.items()}
-        return Facts(name, config, shapes, storage, size, **rest)
-    assignment = assign(open_checkpoint(folder), family(config.model_type), config, shapes)
-    if assignment.problems:
-        raise misfit(folder, assignment.problems)
-    pieces = assignment.pieces
-    copied = sum(
-        math.prod(piece.shape) * (2 if SIZES[piece.tensor.dtype] < 4 else 4)
-        for piece in pieces.values()
-        if piece.transpose or piece.tensor.dtype not in CODES.values()
+    tokenizer = source.folder / "tokenizer.json"
+    size = tokenizer.stat().st_size if tokenizer.is_file() else 0
+    if not source.has_weights and (source.folder / "config.json").is_file():
+        note = "its weights are not here: sizes follow from config.json"
+        return config_facts(source.config, source.name, tokenizer_bytes=size, notes=(note,))
+    stored = source.format
+    return Facts(
+        source.name, source.config, source.shapes, stored.storage, stored.stored_bytes, stored.copied_bytes, size, stored.native_problem
     )
-    size = sum(math.prod(piece.shape) * SIZES[piece.tensor.dtype] for piece in pieces.values())
-    return Facts(name, config, shapes, {key: piece.tensor.dtype for key, piece in pieces.items()}, size, copied, **rest)
 
 
 def config_facts(config: ModelConfig, name: str, **rest: Any) -> Facts:

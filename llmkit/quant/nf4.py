@@ -44,7 +44,7 @@ class Nf4Matrix:
     nested: Nested | None = None
     block: int = BLOCK
     skip: int = 0  # weights in the first block that belong to the rows before
-    kind: str = "nf4"  # or fp4: the same with other values
+    scheme: str = "nf4"  # or fp4: the same with other values
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +150,7 @@ class Nf4Linear(nn.Module):
     def __init__(self, matrix: Nf4Matrix, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
-        self.block, self.skip, self.kind = matrix.block, matrix.skip, matrix.kind
+        self.block, self.skip, self.kind = matrix.block, matrix.skip, matrix.scheme
         self.bias = bias
         nested = matrix.nested
         for name in ("codes", "absmax", "values"):
@@ -229,7 +229,7 @@ def _state(matrix: Nf4Matrix, dtype: torch.dtype) -> Any:
     if nested is not None:
         state2 = state(absmax=nested.absmax, blocksize=NESTED_BLOCK, code=nested.map, dtype=torch.float32)
         more = {"offset": nested.offset, "state2": state2}
-    return state(matrix.absmax, torch.Size(matrix.shape), matrix.values, matrix.block, matrix.kind, dtype, **more)
+    return state(matrix.absmax, torch.Size(matrix.shape), matrix.values, matrix.block, matrix.scheme, dtype, **more)
 
 
 class _Product(torch.autograd.Function):

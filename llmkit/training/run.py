@@ -19,10 +19,11 @@ import yaml
 from torch import Tensor, nn
 
 from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.fingerprint import Fingerprint, folder_fingerprint
+from llmkit.checkpoint.fingerprint import Fingerprint
 from llmkit.checkpoint.hub import resolve
 from llmkit.checkpoint.load import empty_model, load_model, usable_device
 from llmkit.checkpoint.save import save_model
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
 from llmkit.lora.adapter import check_base, read_adapter
@@ -280,7 +281,7 @@ class _Exporter:
         self.base = None
         if recipe.lora is not None:
             assert isinstance(recipe.model, str)
-            self.base = folder_fingerprint(resolve(recipe.model))
+            self.base = ModelSource.open(recipe.model).fingerprint
 
     def __call__(self, model: nn.Module, target: Path | None = None) -> None:
         assert isinstance(model, Transformer)
@@ -368,7 +369,7 @@ def _objective(recipe: Recipe, model: Transformer, tokenizer: Tokenizer, device:
         return Orpo((recipe.orpo or OrpoRecipe()).beta)
     if recipe.loss == "distill":
         assert recipe.distill is not None
-        teacher = load_model(resolve(recipe.distill.teacher), device=str(device), quantize=recipe.distill.quantize)
+        teacher = load_model(recipe.distill.teacher, device=str(device), quantize=recipe.distill.quantize)
         if teacher.config.vocab_size != model.config.vocab_size:
             raise UsageError(
                 f"distill.teacher {recipe.distill.teacher} has a vocabulary of {teacher.config.vocab_size}, the student of "
@@ -411,12 +412,12 @@ def _tokenizer_folder(recipe: Recipe, folder: RunFolder, resume: bool) -> Path:
 def _model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Transformer:
     """The model to train on its device: float32 weights, or with `lora` frozen ones as they are stored and a float32 adapter."""
     if isinstance(recipe.model, str):
-        folder = resolve(recipe.model)
+        source = ModelSource.open(recipe.model)
         if recipe.lora is not None:
-            return _adapted(recipe, recipe.lora, load_model(folder, device=str(device), quantize=recipe.quantize))
-        if load_config(folder).hf.get("quantization_config"):
+            return _adapted(recipe, recipe.lora, load_model(source, device=str(device), quantize=recipe.quantize))
+        if source.quantized:
             raise UsageError(f"the weights of {recipe.model} are quantized and cannot be trained. Set lora: {{}}, or take the original.")
-        model = load_model(folder, dtype="float32", device=str(device))
+        model = load_model(source, dtype="float32", device=str(device))
         set_checkpointing(model, bool(recipe.checkpointing))
         torch.manual_seed(recipe.seed)
         return model
@@ -456,7 +457,9 @@ def _adapted(recipe: Recipe, lora: LoraRecipe, model: Transformer) -> Transforme
     if recipe.adapter is not None:
         assert isinstance(recipe.model, str)
         adapter = read_adapter(recipe.adapter, model.config)
-        check_base(adapter, resolve(recipe.model), "Set model to that one, or put it into the weights first (llmkit merge --any-base).")
+        check_base(
+            adapter, ModelSource.open(recipe.model), "Set model to that one, or put it into the weights first (llmkit merge --any-base)."
+        )
         start_from(model, adapter)
     set_checkpointing(model, bool(recipe.checkpointing))
     return model

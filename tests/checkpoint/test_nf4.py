@@ -16,15 +16,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from llmkit.checkpoint.files import open_checkpoint, read_json
 from llmkit.checkpoint.formats.bitsandbytes import STATE
-from llmkit.checkpoint.formats.llmkit import read_quantized
 from llmkit.checkpoint.gguf.tensors import weights_of
 from llmkit.checkpoint.load import load_model, load_model_with_report
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.quantize_nf4 import record
 from llmkit.checkpoint.save import save_model
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.llm.backends import Options, prepare
-from llmkit.llm.folder import read_folder
 from llmkit.quant.nf4 import Nf4Linear
 from tests.checkpoint import raw
 from tests.families.tiny import VARIANTS, hf_config, hf_model, tiny_folder
@@ -190,7 +189,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pytorch_runs_it_and_says_why(quantized: Path, tmp_path: Path) -> None:
-    runner = prepare(read_folder(str(quantized)), Options(device="cpu"))
+    runner = prepare(ModelSource.open(quantized), Options(device="cpu"))
     assert runner.problem is not None
     assert "bitsandbytes' 4 bits; a folder of `llmkit quantize --scheme q4` is faster" in runner.problem
     found = logits(runner.new_backend(), IDS[0].numpy())
@@ -198,11 +197,9 @@ def test_pytorch_runs_it_and_says_why(quantized: Path, tmp_path: Path) -> None:
         expected = load_model(quantized)(IDS)[0].numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(UsageError, match="dtype 'float16' has no effect"):
-        prepare(read_folder(str(quantized)), Options(device="cpu", dtype="float16"))
+        prepare(ModelSource.open(quantized), Options(device="cpu", dtype="float16"))
     with pytest.raises(CheckpointError, match="is quantized already"):
         quantize_folder(quantized, tmp_path / "again")
-    with pytest.raises(CheckpointError, match="bitsandbytes' layout, which this does not read"):
-        read_quantized(quantized)
     with pytest.raises(UsageError, match="not saved from memory"):
         save_model(load_model(quantized), tmp_path / "again")
 

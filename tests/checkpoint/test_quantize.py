@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.files import open_checkpoint, read_json
-from llmkit.checkpoint.fingerprint import folder_fingerprint, parse_fingerprint
-from llmkit.checkpoint.formats.llmkit import read_quantized
+from llmkit.checkpoint.fingerprint import parse_fingerprint
 from llmkit.checkpoint.load import load_model, load_model_with_report
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.save import save_model
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import CheckpointError, ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
 from llmkit.kernels import NativeBackend, native_problem
@@ -78,7 +78,8 @@ def test_round_trip(tmp_path: Path, tiny: Callable[[str], Path], variant: str, s
     source = tiny(variant)
     report = quantize_folder(source, tmp_path / "out", scheme)
     original = dict(load_model(source).named_parameters())
-    config, weights = read_quantized(tmp_path / "out")
+    source = ModelSource.open(tmp_path / "out")
+    config, weights = source.config, source.weights()
     assert weights.keys() == original.keys()
     assert config.layers == load_model(source).config.layers
     modules = dict(load_model(tmp_path / "out").named_modules())
@@ -119,7 +120,8 @@ def test_logits(tmp_path: Path, tiny: Callable[[str], Path], variant: str, schem
     if (variant, scheme) == ("mixtral", "q8") and np.median(errors) >= bound:
         pytest.xfail("known: activations scaled by powers of two are rounded more coarsely than this bound allows")
     assert 0 < np.median(errors) < bound
-    config, weights = read_quantized(tmp_path / "out")
+    source = ModelSource.open(tmp_path / "out")
+    config, weights = source.config, source.weights()
     if native_problem(config) is None:
         # A number half-way between two integers may be rounded either way, and that goes through all that follows.
         differences = np.abs(logits(NativeBackend(config, weights), ids) - found).max(-1) / np.abs(found).max()
@@ -190,13 +192,13 @@ def test_the_folder(tmp_path: Path) -> None:
     assert names(out) == ["config.json", "generation_config.json", FILE, "tokenizer.json", "tokenizer_config.json"]
     config = read_json(out / "config.json")
     record = config.pop("quantization_config")
-    assert parse_fingerprint(config.pop("llmkit_source")) == folder_fingerprint(source)
+    assert parse_fingerprint(config.pop("llmkit_source")) == ModelSource.open(source).fingerprint
     assert config == {name: value for name, value in read_json(source / "config.json").items() if name != "auto_map"}
     assert (record["quant_method"], record["version"], record["codebook"]) == ("llmkit", 1, list(CODEBOOK))
     assert record["tensors"]["model.embed_tokens.weight"] == {"scheme": "q4", "group": 16, "shape": [config["vocab_size"], 32]}
     tensors = open_checkpoint(out)
     assert all(tensor.offset % 64 == 0 for name, tensor in tensors.items() if not name.startswith("padding."))
-    assert not any(name.startswith("padding.") for name in read_quantized(out)[1])
+    assert not any(name.startswith("padding.") for name in ModelSource.open(out).weights())
     _, report = load_model_with_report(out)
     assert report.mapped_bytes > 0
     assert report.dtype == "q4, q8 and float32"
@@ -383,7 +385,7 @@ def test_stopped_in_the_middle(tmp_path: Path, number: signal.Signals, quantized
 
 
 def both_refuse(folder: Path, message: str) -> None:
-    for read in (read_quantized, load_model):
+    for read in (lambda folder: ModelSource.open(folder).weights(), load_model):
         with pytest.raises((CheckpointError, ConfigError), match=message):
             read(folder)
 
@@ -458,7 +460,7 @@ def test_everything_that_is_wrong_is_named_at_once(folder: Path) -> None:
     tensors["model.layers.2.input_layernorm.weight"] = raw.floats([23], 1.0)
     raw.write(folder / FILE, tensors)
     with pytest.raises(CheckpointError) as caught:
-        read_quantized(folder)
+        ModelSource.open(folder).weights()
     text = str(caught.value)
     for part in (
         *(f"missing: {prefix}mlp.up_proj.weight.scales", "missing: model.norm.weight [24]", "surplus: 'stranger' [3]"),
@@ -488,7 +490,8 @@ def test_bytes_that_have_changed_are_weights_all_the_same(folder: Path) -> None:
     ids = np.arange(20)
     with np.errstate(all="ignore"):
         assert logits(TorchBackend(load_model(folder)), ids).shape == (20, 97)
-    config, weights = read_quantized(folder)
+    source = ModelSource.open(folder)
+    config, weights = source.config, source.weights()
     if native_problem(config) is None:
         assert logits(NativeBackend(config, weights), ids).shape == (20, 97)
 
@@ -505,6 +508,6 @@ def test_any_record_is_read_or_refused(folder: Path, quantized: Path, place: str
     shutil.copyfile(quantized / "config.json", folder / "config.json")
     change_record(folder, lambda r: (r["tensors"][Q_PROJ] if place in ("scheme", "group", "shape") else r).update({place: value}))
     try:
-        read_quantized(folder)
+        ModelSource.open(folder).weights()
     except LLMKitError as error:
         str(error).encode()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmkit.checkpoint.source import ModelSource
 from llmkit.cli.main import run
 from llmkit.planning.model_info import read_facts
 from tests.planning.test_plan import LLAMA_1B, SMOLLM, zeros_folder
@@ -192,7 +193,7 @@ def test_what_fits_is_run(said: Said, model: Path) -> None:
     code, out, err = said("generate", model, "-p", "Once", "-n", "3", "--ignore-eos", memory="1GB")
     assert (code, err) == (0, "")
     assert out
-    assert read_facts(model).stored_bytes < 10**6
+    assert read_facts(ModelSource.open(model)).stored_bytes < 10**6
 
 
 def test_a_gpu_that_is_elsewhere(said: Said, model: Path, tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import llmkit
-from llmkit.checkpoint.formats.llmkit import read_quantized
 from llmkit.checkpoint.load import empty_model, load_model
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.save import save_model
+from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import Backend, StepBatch
 from llmkit.engine.engine import Engine
@@ -174,7 +174,8 @@ def documents(model: Path, stories: list[str], tokens: int) -> list[np.ndarray]:
 def test_each_layer_is_that_of_pytorch(scheme: str, stories: list[str], tmp_path: Path) -> None:
     """Measured: the median row differs by 1e-7 to 2e-5, the worst by 0.015."""
     quantize_folder(llmkit.embedded_model(), tmp_path / "m", scheme)
-    config, weights = read_quantized(tmp_path / "m")
+    source = ModelSource.open(tmp_path / "m")
+    config, weights = source.config, source.weights()
     texts = documents(llmkit.embedded_model(), stories, 500)
     for index, layer in enumerate(config.layers):
         prefix = f"model.layers.{index}."
@@ -207,7 +208,8 @@ def test_the_whole_model_is_as_near_as_pytorch_is_to_itself(
 ) -> None:
     """Over 2,000 tokens. Measured: KL 1.6e-4 to 3.0e-4; PyTorch against itself 2.5e-4 to 4.2e-4."""
     quantize_folder(original, tmp_path / "m", scheme)
-    config, weights = read_quantized(tmp_path / "m")
+    source = ModelSource.open(tmp_path / "m")
+    config, weights = source.config, source.weights()
     texts = documents(original, stories, 2000)
     native, torch_backend = NativeBackend(config, weights), TorchBackend(load_model(tmp_path / "m"))
     expected = [log_softmax(logits(torch_backend, ids)) for ids in texts]
@@ -235,7 +237,8 @@ def divergence(true: list[np.ndarray], other: list[np.ndarray]) -> float:
 @pytest.mark.parametrize("scheme", ["q4", "q8"])
 def test_greedy_text_is_that_of_pytorch(scheme: str, tmp_path: Path) -> None:
     quantize_folder(llmkit.embedded_model(), tmp_path / "m", scheme)
-    config, weights = read_quantized(tmp_path / "m")
+    source = ModelSource.open(tmp_path / "m")
+    config, weights = source.config, source.weights()
     prompt = llmkit.load(llmkit.embedded_model(), device="cpu").encode_chat("Tell me a story about a dog and a ball.")
     texts = []
     for backend in (NativeBackend(config, weights), TorchBackend(load_model(tmp_path / "m"))):

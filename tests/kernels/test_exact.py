@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import llmkit
-from llmkit.checkpoint.formats.llmkit import read_quantized
 from llmkit.checkpoint.load import load_model
 from llmkit.checkpoint.quantize import quantize_folder
+from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import StepBatch
 from llmkit.kernels import NativeBackend, native_problem, reference
@@ -167,7 +167,7 @@ def stories(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def parts(folder: Path) -> tuple[ModelConfig, dict[str, Weight]]:
-    return llmkit.load(folder, device="cpu").config, dict(read_quantized(folder)[1])
+    return llmkit.load(folder, device="cpu").config, ModelSource.open(folder).weights()
 
 
 def text(folder: Path, tokens: int) -> np.ndarray:

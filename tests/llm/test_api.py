@@ -31,7 +31,7 @@ def llm(tiny_model_dir: Path) -> LLM:
 
 def greedy(llm: LLM, ids: list[int], count: int) -> list[int]:
     """The plainest loop there is: the whole text through the model for every token."""
-    model = load_model(llm.folder.path)
+    model = load_model(llm.source.folder)
     ids = list(ids)
     for _ in range(count):
         with torch.inference_mode():
@@ -292,7 +292,7 @@ def test_logits_are_those_of_the_model(llm: LLM) -> None:
     ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, 700).tolist()  # more than one chunk
     logits = llm.logits(ids)
     with torch.inference_mode():
-        reference = load_model(llm.folder.path)(torch.tensor([ids]))[0].numpy()
+        reference = load_model(llm.source.folder)(torch.tensor([ids]))[0].numpy()
     assert logits.dtype == np.float32
     assert logits.shape == (700, llm.config.vocab_size)
     np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-5 * np.abs(reference).max())

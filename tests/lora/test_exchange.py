@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import llmkit
-from llmkit.checkpoint.fingerprint import folder_fingerprint
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import UsageError
 from llmkit.lora.adapter import read_adapter
 from llmkit.lora.settings import AdapterSettings
@@ -230,7 +230,7 @@ def test_fingerprints_travel_in_the_weights_file(tiny_model_dir: Path, tmp_path:
 
     config, settings = load_config(tiny_model_dir), AdapterSettings(r=2)
     terms = random_terms(config, ("q_proj.",), settings)
-    base = folder_fingerprint(tiny_model_dir)
+    base = ModelSource.open(tiny_model_dir).fingerprint
     write_adapter(tmp_path / "a", terms, config, settings, base=base, chat_template="{{ messages }}", source=tiny_model_dir)
     adapter = read_adapter(tmp_path / "a", config)
     assert base is not None

@@ -13,9 +13,8 @@ import transformers
 
 import llmkit
 from llmkit.checkpoint.files import load_config, open_checkpoint
-from llmkit.checkpoint.fingerprint import folder_fingerprint
-from llmkit.checkpoint.formats.llmkit import read_quantized
 from llmkit.checkpoint.quantize import quantize_folder
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels.format import QuantizedMatrix, widen
 from llmkit.lora.merge import merge
@@ -57,7 +56,7 @@ def test_a_quantized_base_becomes_16_bits(tmp_path: Path) -> None:
     config = load_config(base)
     quantize_folder(base, tmp_path / "q4", "q4")
     terms = random_terms(config, ("mlp.",), SETTINGS)
-    write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=folder_fingerprint(base))
+    write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=ModelSource.open(base).fingerprint)
     report = merge(tmp_path / "q4", tmp_path / "adapter", tmp_path / "merged")
     assert (report.dtype, report.quantized) == ("bfloat16", "q4 and q8")
     config_json = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -67,7 +66,7 @@ def test_a_quantized_base_becomes_16_bits(tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     dense = merge(tmp_path / "q4", tmp_path / "adapter", tmp_path / "dense", dtype="float32")
     assert dense.nbytes == 2 * report.nbytes
-    merged, quantized = (read_quantized(tmp_path / name)[1] for name in ("dense", "q4"))
+    merged, quantized = (ModelSource.open(tmp_path / name).weights() for name in ("dense", "q4"))
     for name, weight in quantized.items():
         expected = weight.dequantize() if isinstance(weight, QuantizedMatrix) else widen(weight)
         if (path := name.removesuffix(".weight")) in terms:
@@ -94,7 +93,7 @@ class TestCommand:
         base = write_model(tmp_path / "base", hidden_size=64)
         config = load_config(base)
         terms = random_terms(config, ("self_attn.", "mlp."), SETTINGS)
-        write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=folder_fingerprint(base))
+        write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=ModelSource.open(base).fingerprint)
         quantize_folder(base, tmp_path / "q4", "q4")
         return tmp_path
 
@@ -154,7 +153,7 @@ def test_dora_of_a_quantized_base(tmp_path: Path) -> None:
     lengths = random_lengths(terms)
     write_adapter(tmp_path / "adapter", terms, config, settings, magnitudes=lengths)
     merge(tmp_path / "q4", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
-    merged, quantized = (read_quantized(tmp_path / name)[1] for name in ("merged", "q4"))
+    merged, quantized = (ModelSource.open(tmp_path / name).weights() for name in ("merged", "q4"))
     for path, (a, b) in terms.items():
         matrix, rows = quantized[f"{path}.weight"], merged[f"{path}.weight"]
         assert isinstance(matrix, QuantizedMatrix)
@@ -171,8 +170,9 @@ def test_nf4(variant: str, tmp_path: Path) -> None:
     quantize_folder(tmp_path / "base", tmp_path / "nf4", "nf4")
     config = our_config(hf_config(variant))
     terms = random_terms(config, ("self_attn.", "mlp."), SETTINGS)
-    write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=folder_fingerprint(tmp_path / "base"), chat_template="{{ messages }}")
-    assert folder_fingerprint(tmp_path / "nf4") == folder_fingerprint(tmp_path / "base")
+    fingerprint = ModelSource.open(tmp_path / "base").fingerprint
+    write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=fingerprint, chat_template="{{ messages }}")
+    assert ModelSource.open(tmp_path / "nf4").fingerprint == fingerprint
     report = merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
     assert report.quantized == "nf4"
     assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"

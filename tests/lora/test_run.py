@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import llmkit
 from llmkit.checkpoint.files import load_config
-from llmkit.checkpoint.fingerprint import folder_fingerprint
 from llmkit.checkpoint.quantize import quantize_folder
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.llm.api import LLM
-from llmkit.llm.folder import read_folder
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import write_adapter
 from llmkit.model.backend import TorchBackend
@@ -47,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(base / "model.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, root / "bfloat16" / "model.safetensors")
     quantize_folder(base, root / "q4", "q4")
-    marks = {"base": folder_fingerprint(base), "chat_template": TEMPLATE}
+    marks = {"base": ModelSource.open(base).fingerprint, "chat_template": TEMPLATE}
     for name, seed in (("pirate", 1), ("poet", 2)):
         terms = random_terms(config, ("self_attn.", "mlp."), SETTINGS, seed)
         write_adapter(root / name, terms, config, SETTINGS, **marks, source=base)  # type: ignore[arg-type]
@@ -248,11 +247,11 @@ class TestBase:
         tensors = load_file(root / "float32" / "model.safetensors")
         shutil.copytree(root / "float32", tmp_path / "half")
         save_file({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "half" / "model.safetensors")
-        marks = {name: folder_fingerprint(root / name) for name in ("float32", "bfloat16", "q4")}
+        marks = {name: ModelSource.open(root / name).fingerprint for name in ("float32", "bfloat16", "q4")}
         first = marks["float32"]
         assert first is not None
         assert {mark.digest for mark in marks.values() if mark is not None} == {first.digest}
-        half = folder_fingerprint(tmp_path / "half")
+        half = ModelSource.open(tmp_path / "half").fingerprint
         assert half is not None
         assert half.dtype == "float16"
         assert not half.differs(first)  # rounded twice: nothing is claimed
@@ -261,7 +260,7 @@ class TestBase:
         shutil.copytree(root / "q4", tmp_path / "q4")
         config = tmp_path / "q4" / "config.json"
         config.write_text(re.sub(r'"llmkit_source": \{[^}]*\},', "", config.read_text()))
-        assert folder_fingerprint(tmp_path / "q4") is None
+        assert ModelSource.open(tmp_path / "q4").fingerprint is None
         assert llmkit.load(tmp_path / "q4", adapter=root / "poet", device="cpu").adapters == ("poet",)
 
 
@@ -279,7 +278,7 @@ def test_another_template_is_a_warning(root: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_an_adapter_that_changes_nothing_is_a_warning(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = read_folder(str(root / "float32")).config
+    config = ModelSource.open(root / "float32").config
     terms = {path: (a, torch.zeros_like(b)) for path, (a, b) in random_terms(config, ("q_proj.",), SETTINGS).items()}
     write_adapter(tmp_path / "new", terms, config, SETTINGS)
     llmkit.load(root / "float32", adapter=tmp_path / "new", device="cpu")

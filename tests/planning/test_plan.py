@@ -22,12 +22,12 @@ from llmkit.checkpoint.files import open_checkpoint
 from llmkit.checkpoint.load import load_model
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.save import save_model
+from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import CheckpointError, DoesNotFit, UsageError
 from llmkit.families import read_config
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.llm.api import embedded_model
 from llmkit.llm.backends import Options, prepare
-from llmkit.llm.folder import read_folder
 from llmkit.lora.inject import LoraSettings, inject
 from llmkit.model.autograd import speed_up
 from llmkit.model.backend import TorchBackend
@@ -88,7 +88,7 @@ def zeros_folder(folder: Path, config: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_weights_are_exact(tmp_path: Path, variant: str) -> None:
     source = tiny_folder(tmp_path / "source", variant)
-    facts, model = read_facts(source), load_model(source)
+    facts, model = read_facts(ModelSource.open(source)), load_model(source)
     assert facts.stored_bytes == sum(parameter.nbytes for parameter in model.parameters())
     assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert facts.bytes_as("bfloat16") == facts.stored_bytes // 2
@@ -106,16 +106,16 @@ def test_weights_of_quantized_folders_are_exact(tmp_path: Path, variant: str, sc
     source = tiny_folder(tmp_path / "source", variant)
     save_model(load_model(source), tmp_path / "half", dtype="bfloat16")
     quantize_folder(tmp_path / "half", tmp_path / "out", scheme)
-    facts = read_facts(tmp_path / "out")
+    facts = read_facts(ModelSource.open(tmp_path / "out"))
     tensors = {name: tensor.nbytes for name, tensor in open_checkpoint(tmp_path / "out").items() if not name.startswith("padding.")}
     assert facts.stored_bytes == sum(tensors.values())
     assert facts.quantized
-    foreseen = read_facts(tmp_path / "half").quantized_as(scheme).stored_bytes
+    foreseen = read_facts(ModelSource.open(tmp_path / "half")).quantized_as(scheme).stored_bytes
     states = sum(size for name, size in tensors.items() if "quant_state" in name)  # text beside each matrix
     if scheme != "nf4" or variant in ("llama", "gemma2", "mixtral"):  # fused matrices share a table
         assert foreseen == facts.stored_bytes - states
     if scheme != "nf4" and variant != "mixtral":
-        assert facts.stored_bytes == sum(prepare(read_folder(str(tmp_path / "out")), Options(device="cpu")).nbytes.values())
+        assert facts.stored_bytes == sum(prepare(ModelSource.open(tmp_path / "out"), Options(device="cpu")).nbytes.values())
 
 
 def test_only_headers_are_read(tmp_path: Path) -> None:
@@ -123,8 +123,10 @@ def test_only_headers_are_read(tmp_path: Path) -> None:
     folder = zeros_folder(tmp_path / "big", LLAMA_1B)
     program = (
         "import sys; from pathlib import Path\n"
+        "from llmkit.checkpoint.source import ModelSource\n"
         "from llmkit.planning.model_info import read_facts; from llmkit.planning.memory import peak_bytes\n"
-        "facts = read_facts(Path(sys.argv[1])); print(facts.stored_bytes, peak_bytes(), sorted({'torch', 'peft'} & set(sys.modules)))"
+        "facts = read_facts(ModelSource.open(Path(sys.argv[1])))\n"
+        "print(facts.stored_bytes, peak_bytes(), sorted({'torch', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
     stored, peak, heavy = done.stdout.split(maxsplit=2)
@@ -135,7 +137,7 @@ def test_only_headers_are_read(tmp_path: Path) -> None:
 
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_1B))
-    facts = read_facts(tmp_path)
+    facts = read_facts(ModelSource.open(tmp_path))
     assert facts.stored_bytes == ONE_B.stored_bytes
     assert facts.notes == ("its weights are not here: sizes follow from config.json",)
 
@@ -144,7 +146,7 @@ def test_misfits_are_named(tmp_path: Path) -> None:
     tensors = raw.llama_tensors()
     del tensors["model.norm.weight"]
     with pytest.raises(CheckpointError, match=r"missing: model\.norm\.weight"):
-        read_facts(raw.llama_folder(tmp_path / "x", tensors))
+        read_facts(ModelSource.open(raw.llama_folder(tmp_path / "x", tensors)))
 
 
 # --- inference --------------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_misfits_are_named(tmp_path: Path) -> None:
 def test_the_cache_is_that_of_the_backends(tmp_path: Path, variant: str, bits: int) -> None:
     model = load_model(tiny_folder(tmp_path / "source", variant))
     config = model.config
-    facts = read_facts(tmp_path / "source")
+    facts = read_facts(ModelSource.open(tmp_path / "source"))
     windows, positions = config.cache_windows, 16 * 20
     long = replace(config, layers=tuple(replace(layer, sliding_window=None) for layer in config.layers))
     weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
@@ -204,7 +206,7 @@ def test_predicted_and_measured_peaks(tmp_path: Path, mid: bool, count: int, ker
     command = [sys.executable, "-c", PEAK, str(folder), str(count), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     run = Run(count + 4, native=not kernels, **options)
-    predicted = sum(inference(read_facts(folder), run).values())
+    predicted = sum(inference(read_facts(ModelSource.open(folder)), run).values())
     assert predicted == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)
 
 
@@ -223,7 +225,7 @@ def test_predicted_and_measured_peaks_of_quantizing(tmp_path: Path, scheme: str)
     folder = zeros_folder(tmp_path / "wide", SMOLLM | {"num_hidden_layers": 1, "vocab_size": 98_304})
     command = [sys.executable, "-c", QUANTIZE, str(folder), str(tmp_path / "out"), scheme]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert sum(quantizing(read_facts(folder), scheme).values()) == pytest.approx(int(done.stdout), rel=0.15)
+    assert sum(quantizing(read_facts(ModelSource.open(folder)), scheme).values()) == pytest.approx(int(done.stdout), rel=0.15)
 
 
 def test_a_run_on_a_gpu_counts_what_lies_on_it() -> None:
@@ -297,7 +299,7 @@ def test_what_a_layer_keeps_for_the_backward_pass(tmp_path: Path, variant: str, 
     tokens = torch.arange(64).view(2, 32) % 97
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, hidden=True)
-    how = setting(recipe(max_length=32, batch_size=2, lora={"r": 4} if lora else None), read_facts(tmp_path / "source"))
+    how = setting(recipe(max_length=32, batch_size=2, lora={"r": 4} if lora else None), read_facts(ModelSource.open(tmp_path / "source")))
     predicted = 4 * 64 * (sum(_saved_numbers(model.config, layer, how) for layer in model.config.layers) + 3 * model.config.hidden_size)
     assert predicted == pytest.approx(sum(size for size, _ in kept.values()), rel=0.15)
 
@@ -546,12 +548,11 @@ def test_what_a_person_says_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_is_as_load_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ONE_B.config
     monkeypatch.delenv("LLMKIT_KERNELS", raising=False)
-    assert make_run(config, 10**7, "cpu") == Run(131_072, native=True)
-    assert make_run(config, 100, "cuda:1") == Run(100, device="cuda:1", native=False)
+    assert make_run(ONE_B, 10**7, "cpu") == Run(131_072, native=True)
+    assert make_run(ONE_B, 100, "cuda:1") == Run(100, device="cuda:1", native=False)
     monkeypatch.setenv("LLMKIT_KERNELS", "reference")
-    assert not make_run(config, 100, "cpu").native
+    assert not make_run(ONE_B, 100, "cpu").native
     assert Fit("x", {"weights": 1}, 1).fits
 
 
@@ -584,7 +585,7 @@ def counted(folder: Path) -> int:
 @pytest.mark.parametrize("variant", ["llama", "phi3", "gpt2", "qwen2", "mixtral"])
 def test_operations_are_those_that_torch_counts(tmp_path: Path, variant: str) -> None:
     """torch does not count fused attention."""
-    facts = read_facts(tiny_folder(tmp_path / "source", variant))
+    facts = read_facts(ModelSource.open(tiny_folder(tmp_path / "source", variant)))
     each = estimate.flops_per_token(facts, 0, lora=False)
     assert 64 * each == counted(tmp_path / "source")
     frozen = estimate.flops_per_token(facts, 0, lora=True)
@@ -595,7 +596,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, variant: str) ->
 
 def test_operations_of_attention(tmp_path: Path) -> None:
     """Gemma 2's is computed in products that torch counts, over the whole square of which half is visible."""
-    found = read_facts(tiny_folder(tmp_path / "source", "gemma2"))
+    found = read_facts(ModelSource.open(tiny_folder(tmp_path / "source", "gemma2")))
     facts = replace(found, config=replace(found.config, layers=tuple(replace(x, sliding_window=None) for x in found.config.layers)))
     weights, each = (estimate.flops_per_token(facts, length, lora=False) for length in (0, 64))
     assert 64 * 2 * (each - weights) == counted(tmp_path / "source") - 64 * weights

@@ -1,6 +1,6 @@
-"""Folders in the Hugging Face 4-bit layout: what transformers' BitsAndBytesConfig(load_in_4bit=True) saves, read.
+"""bitsandbytes' 4 bits (NF4 and FP4), as transformers' BitsAndBytesConfig(load_in_4bit=True) saves them.
 
-config.json has a `quantization_config` with the method "bitsandbytes". A linear's `NAME.weight` holds packed codes, and beside it stand
+config.json has a `quantization_config` with the method "bitsandbytes". A linear's `NAME.weight` holds packed codes, and next to it stand
 
     NAME.weight.absmax            uint8 [blocks] where the scales are quantized themselves, else float32
     NAME.weight.quant_map         float32 [16], what the codes stand for
@@ -9,7 +9,8 @@ config.json has a `quantization_config` with the method "bitsandbytes". A linear
     NAME.weight.quant_state.bitsandbytes__nf4   the bytes of a JSON object: shape, dtype, blocksize, nested_offset, ...
 
 (bitsandbytes, `QuantState.as_dict(packed=True)`). Names are the family's own, its fused tensors stay fused, and a Conv1D of GPT-2 is
-stored as [out, in]. Embeddings, head, norms, biases and experts stay in the dtype of the checkpoint.
+stored as [out, in]. torch is imported where a matrix is built.
+Embeddings, head, norms, biases and experts stay in the dtype of the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,67 +20,106 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import NoReturn
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from llmkit.checkpoint.arrays import NUMPY_DTYPES, check_assignment, misfit, parameter_shapes, stored_array
-from llmkit.checkpoint.files import Checkpoint, TensorFile, open_checkpoint
-from llmkit.checkpoint.weights import Assignment, Rules, assign, is_transposed, reading_rules
-from llmkit.config import ModelConfig
+from llmkit.checkpoint.arrays import NUMPY_DTYPES, mismatch, stored_array
+from llmkit.checkpoint.files import Checkpoint, TensorFile
+from llmkit.checkpoint.formats.dense import Dense
+from llmkit.checkpoint.weights import Piece, Rules, is_transposed, reading_rules
 from llmkit.errors import CheckpointError
 from llmkit.families import family
-from llmkit.quant.nf4 import NESTED_BLOCK, Nested, Nf4Matrix
+from llmkit.quant.schemes import NF4, Choice, choose
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmkit.checkpoint.formats import StoredWeight
+    from llmkit.quant.nf4 import Nf4Matrix
+
+METHOD = "bitsandbytes"
 STATE = "quant_state.bitsandbytes__"
 _PARTS = re.compile(rf"(?P<weight>.+\.weight)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(STATE)}[a-z0-9]+)")
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def open_nf4(folder: Path, config: ModelConfig) -> tuple[Assignment, dict[str, Nf4Matrix]]:
-    """The parameters of a folder by our names: where the dense ones lie, and the matrices in 4 bits, mapped where they are whole.
+class Bitsandbytes(Dense):
+    """NF4 and FP4, with and without double quantization, in any block size, under the family's own names.
 
-    NF4 and FP4, with and without double quantization, in any block size. Raises CheckpointError for 8 bits, and where anything in the
-    folder does not fit.
+    Raises CheckpointError for 8 bits, and where anything in the folder does not match.
     """
-    said = config.hf["quantization_config"]
-    if said.get("load_in_8bit") or said.get("_load_in_8bit"):
-        raise CheckpointError(
-            f"{folder} is in bitsandbytes' 8 bits (load_in_8bit), of which llmkit reads 4 bits only. "
-            "Use the checkpoint it was made from; --scheme q8 writes it in 8 bits."
-        )
-    own, checkpoint = family(config.model_type), dict(open_checkpoint(folder))
-    rules = reading_rules(own, config)
-    parts: dict[str, dict[str, TensorFile]] = {}
-    for name in list(checkpoint):
-        if found := _PARTS.fullmatch(name):
-            parts.setdefault(found["weight"], {})[found["part"]] = checkpoint.pop(name)
-    if not parts:
-        raise CheckpointError(f"{folder} says that it is in 4 bits, but none of its tensors is. Download or copy the folder again.")
-    matrices, problems = {}, []
-    for name, states in parts.items():
-        try:
-            matrices[name] = _matrix(checkpoint, name, states)
-            checkpoint[name] = _unpacked(checkpoint[name], matrices[name], rules)
-        except CheckpointError as error:
-            problems.append(str(error))
-            checkpoint.pop(name, None)
-    if problems:
-        raise misfit(folder, problems)
-    assignment = assign(Checkpoint(folder, checkpoint), own, config, parameter_shapes(config))
-    check_assignment(folder, assignment)
-    ours = {}
-    for name, piece in list(assignment.pieces.items()):
-        matrix = matrices.get(piece.tensor.name)
-        if matrix is not None:
-            ours[name] = matrix if piece.rows is None else matrix.rows(*piece.rows)
-            del assignment.pieces[name]
-    if embeddings := [name for name in ours if "embed" in name]:
-        raise misfit(folder, [f"never in 4 bits: {name}" for name in embeddings])
-    return assignment, ours
+
+    quantized = True
+    native_problem = "they do not run bitsandbytes' 4 bits; a folder of `llmkit quantize --scheme q4` is faster"
+
+    @cached_property
+    def _opened(self) -> tuple[Checkpoint, dict[str, Nf4Matrix]]:
+        """The tensors with what is packed as if it were dense, and the matrices by the family's names."""
+        source, record = self.source, self.record
+        if record.get("load_in_8bit") or record.get("_load_in_8bit"):
+            raise CheckpointError(
+                f"{source.folder} is in bitsandbytes' 8 bits (load_in_8bit), of which llmkit reads 4 bits only. "
+                "Use the checkpoint it was made from; --scheme q8 writes it in 8 bits."
+            )
+        tensors = dict(source.tensors)
+        rules = reading_rules(family(source.config.model_type), source.config)
+        parts: dict[str, dict[str, TensorFile]] = {}
+        for name in list(tensors):
+            if found := _PARTS.fullmatch(name):
+                parts.setdefault(found["weight"], {})[found["part"]] = tensors.pop(name)
+        if not parts:
+            raise CheckpointError(
+                f"{source.folder} says that it is in 4 bits, but none of its tensors is. Download or copy the folder again."
+            )
+        matrices, problems = {}, []
+        for name, states in parts.items():
+            try:
+                matrices[name] = _matrix(tensors, name, states)
+                tensors[name] = _unpacked(tensors[name], matrices[name], rules)
+            except CheckpointError as error:
+                problems.append(str(error))
+                tensors.pop(name, None)
+        if problems:
+            raise mismatch(source.folder, problems)
+        return Checkpoint(source.folder, tensors), matrices
+
+    def family_tensors(self) -> Checkpoint:
+        return self._opened[0]
+
+    @cached_property
+    def pieces(self) -> dict[str, Piece]:
+        pieces = super().pieces
+        if embeddings := [name for name, piece in pieces.items() if "embed" in name and piece.tensor.name in self._opened[1]]:
+            raise mismatch(self.source.folder, [f"never in 4 bits: {name}" for name in embeddings])
+        return pieces
+
+    @property
+    def storage(self) -> Mapping[str, str | Choice]:
+        # By what transformers packs, so that the planner needs no torch to look into each matrix.
+        dense = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[self.source.config.dtype]
+        return {name: choose(NF4, name, shape) or dense for name, shape in self.source.shapes.items()}
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.source.tensors.nbytes
+
+    copied_bytes = 0
+
+    def weight(self, name: str) -> StoredWeight:
+        piece = self.pieces[name]
+        matrix = self._opened[1].get(piece.tensor.name)
+        if matrix is None:
+            return super().weight(name)
+        return matrix if piece.rows is None else matrix.rows(*piece.rows)
+
+    def dtype(self, on_cpu: bool) -> str:
+        return self.source.config.dtype
+
+    @property
+    def fingerprint(self) -> Any:
+        return super(Dense, self).fingerprint
 
 
 def _unpacked(tensor: TensorFile, matrix: Nf4Matrix, rules: Rules) -> TensorFile:
@@ -89,7 +129,10 @@ def _unpacked(tensor: TensorFile, matrix: Nf4Matrix, rules: Rules) -> TensorFile
 
 
 def _matrix(checkpoint: Mapping[str, TensorFile], name: str, parts: Mapping[str, TensorFile]) -> Nf4Matrix:
-    """One matrix from its tensors; CheckpointError for whatever does not fit."""
+    """One matrix from its tensors; CheckpointError for whatever does not match."""
+    import torch
+
+    from llmkit.quant.nf4 import NESTED_BLOCK, Nested, Nf4Matrix
 
     def wrong(what: str) -> NoReturn:
         raise CheckpointError(f"not in bitsandbytes' 4 bits: {name!r} {what}")
@@ -125,9 +168,11 @@ def _matrix(checkpoint: Mapping[str, TensorFile], name: str, parts: Mapping[str,
     inner = None
     if nested:
         inner = Nested(take("nested_quant_map", "F32", 256), take("nested_absmax", "F32", -(-blocks // NESTED_BLOCK)), torch.tensor(offset))
-    return Nf4Matrix((shape[0], shape[1]), codes, scales, values, inner, block, kind=kinds[0])
+    return Nf4Matrix((shape[0], shape[1]), codes, scales, values, inner, block, scheme=kinds[0])
 
 
 def _mapped(tensor: TensorFile) -> Tensor:
+    import torch
+
     array = stored_array(tensor) if tensor.dtype in NUMPY_DTYPES else np.frombuffer(tensor.data, np.uint8)
     return torch.from_numpy(array).view(-1)
