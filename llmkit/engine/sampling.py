@@ -289,6 +289,13 @@ def token_logprobs(logits: Logits, token: int, k: int) -> TokenLogprobs:
     return TokenLogprobs(token, float(logits[token]) - log_total, tuple((int(i), float(logits[i]) - log_total) for i in ids))
 
 
+def log_softmax(logits: Logits) -> NDArray[np.float64]:
+    """Return the natural log probabilities of logits `[..., vocab]`, in float64: what texts are scored with."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
 def _weights(logits: Logits, largest: np.floating[Any]) -> Logits:
     """Probabilities up to their sum; in one new array, because fresh memory costs more than the arithmetic."""
     weights: Logits = logits - largest

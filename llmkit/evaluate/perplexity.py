@@ -17,7 +17,9 @@ import numpy as np
 
 import llmkit
 from llmkit.checkpoint.source import ModelSource
-from llmkit.engine.backend import Backend, StepBatch
+from llmkit.engine.backend import Backend
+from llmkit.engine.forward import forward_all
+from llmkit.engine.sampling import log_softmax
 from llmkit.errors import LLMKitError, UsageError
 from llmkit.llm.api import LLM
 from llmkit.training.data.documents import read_documents
@@ -182,18 +184,14 @@ def _documents(llm: LLM, texts: Iterable[str], size: int, max_tokens: int | None
 
 def _logits(backends: Sequence[Backend], adapters: Sequence[str | None], ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
     """The tokens of a window that are scored, chunk by chunk, and the logits `[chunk, vocab]` that every model had for them."""
-    rows = min(512, max(16, LOGITS // backends[0].config.vocab_size))
-    count = len(ids) - 1  # the last token predicts nothing
-    for start in range(0, count, rows):
-        positions = np.arange(start, min(start + rows, count), dtype=np.int32)
-        tokens, order = ids[positions], positions - np.int32(start)
-        found = []
-        for backend, adapter in zip(backends, adapters, strict=True):
-            blocks = -(-len(ids) // backend.block_size)
-            tables = [np.arange(blocks, dtype=np.int32)[None] for _ in backend.cache_windows]
-            context = np.asarray([len(ids)], np.int32)
-            found.append(backend.step(StepBatch(tokens, positions, np.zeros_like(order), tables, context, [adapter], order)))
-        yield ids[positions + 1], found
+    size = min(512, max(16, LOGITS // backends[0].config.vocab_size))
+    wanted = [np.arange(len(ids) - 1)]  # the last token predicts nothing
+    passes = [
+        forward_all(backend, [ids], wanted=wanted, adapters=[adapter], step_tokens=size)
+        for backend, adapter in zip(backends, adapters, strict=True)
+    ]
+    for results in zip(*passes, strict=True):
+        yield ids[results[0][1] + 1], [logits for _, _, logits in results]
 
 
 class _Sums:
@@ -212,7 +210,7 @@ class _Sums:
             goal = targets[start : start + step]
             logs = []
             for number, (every, model) in enumerate(zip(logits, models, strict=True)):
-                logs.append(_log_softmax(every[start : start + step]))
+                logs.append(log_softmax(every[start : start + step]))
                 if not np.isfinite(nats := -logs[-1][np.arange(len(goal)), goal].sum()):
                     raise LLMKitError(f"the logits of {model.name} are not finite. Is the checkpoint damaged?")
                 self.nats[number] += float(nats)
@@ -221,10 +219,3 @@ class _Sums:
                 self.kl[self.tokens : self.tokens + len(goal)] = (np.exp(true) * (true - ours)).sum(-1)
                 self.same += int((ours.argmax(-1) == true.argmax(-1)).sum())
             self.tokens += len(goal)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural log probabilities in float64."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

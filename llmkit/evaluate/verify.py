@@ -17,7 +17,8 @@ import numpy as np
 
 from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
-from llmkit.engine.backend import Backend, StepBatch
+from llmkit.engine.backend import Backend
+from llmkit.engine.forward import forward_all
 from llmkit.errors import LLMKitError, UsageError
 
 if TYPE_CHECKING:
@@ -75,10 +76,10 @@ def verify(
     llm = load(source, dtype=dtype, device=device, threads=threads, kv_bits=32, adapter=adapter, any_base=any_base)
     name = llm.adapter_name(...)
 
-    def run(prompts: list[list[int]], sizes: list[int]) -> list[np.ndarray]:
-        return steps(llm.new_backend(), prompts, sizes, [name] * len(prompts))
+    def run(prompts: list[list[int]], sizes: list[int] | None = None) -> list[np.ndarray]:
+        return logits_of(llm.new_backend(), prompts, sizes, [name] * len(prompts))
 
-    whole = run([ids], [length])[0]
+    whole = run([ids])[0]
     trained = None if name is None else llm.adapter_folders[name]
     checks = _against_transformers(llm, ids, whole, new, trained)
     halves = [length // 3, length - length // 3]
@@ -89,10 +90,10 @@ def verify(
     checks.append(_compare("cached vs uncached", uncached, lambda: run([ids], one_by_one)[0], other))
     checks.append(_compare("chunked vs whole prefill", whole, lambda: run([ids], halves)[0], same))
     ragged = [ids, ids[: length // 2], ids[length // 4 :], ids[-1:]]
-    single = np.concatenate([run([row], [len(row)])[0] for row in ragged])
-    checks.append(_compare("batch vs single", single, lambda: np.concatenate(run(ragged, [length])), same))
+    single = np.concatenate([run([row])[0] for row in ragged])
+    checks.append(_compare("batch vs single", single, lambda: np.concatenate(run(ragged)), same))
     if name is not None:
-        mixed = steps(llm.new_backend(), [ids, ids], [length], [None, name])
+        mixed = logits_of(llm.new_backend(), [ids, ids], adapters=[None, name])
         checks.append(_compare("beside the base vs alone", whole, lambda: mixed[1], same))
     return checks
 
@@ -121,27 +122,14 @@ def default_length(config: ModelConfig) -> int:
     return max(2, min(wanted, config.max_position_embeddings - min(GREEDY_TOKENS, config.max_position_embeddings // 2)))
 
 
-def steps(backend: Backend, prompts: list[list[int]], sizes: list[int], adapters: list[str | None] | None = None) -> list[np.ndarray]:
-    """The logits `[len(prompt), vocab]` of each prompt, all prompts passed side by side in pieces of these sizes.
-
-    adapters: one for each prompt.
-    """
-    blocks = -(-max(map(len, prompts)) // backend.block_size)
-    table = np.arange(blocks * len(prompts), dtype=np.int32).reshape(len(prompts), blocks)
-    contexts = np.asarray([len(prompt) for prompt in prompts], dtype=np.int32)
-    pieces: list[list[np.ndarray]] = [[] for _ in prompts]
-    start = 0
-    for size in sizes:
-        spans = [range(start, min(start + size, len(prompt))) for prompt in prompts]
-        tokens = np.asarray([prompt[i] for prompt, span in zip(prompts, spans, strict=True) for i in span], dtype=np.int32)
-        positions = np.asarray([i for span in spans for i in span], dtype=np.int32)
-        owners = np.repeat(np.arange(len(prompts), dtype=np.int32), [len(span) for span in spans])
-        tables, every = [table for _ in backend.cache_windows], np.arange(len(tokens), dtype=np.int32)
-        logits = backend.step(StepBatch(tokens, positions, owners, tables, contexts, adapters or [None] * len(prompts), every))
-        for row, owner in enumerate(owners):
-            pieces[owner].append(logits[row])
-        start += size
-    return [np.stack(rows) for rows in pieces]
+def logits_of(
+    backend: Backend, prompts: list[list[int]], sizes: list[int] | None = None, adapters: list[str | None] | None = None
+) -> list[np.ndarray]:
+    """Return the logits `[len(prompt), vocab]` of each prompt, computed in steps of these sizes; by default all prompts in one step."""
+    every = sum(map(len, prompts))
+    owners, _, logits = zip(*forward_all(backend, prompts, adapters=adapters, step_tokens=sizes or every), strict=True)
+    rows = np.concatenate(logits)
+    return np.split(rows, np.flatnonzero(np.diff(np.concatenate(owners))) + 1)
 
 
 def relative(ours: np.ndarray, reference: np.ndarray) -> float:

@@ -21,9 +21,10 @@ import numpy as np
 
 from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
-from llmkit.engine.backend import Backend, StepBatch
+from llmkit.engine.backend import Backend
 from llmkit.engine.engine import Engine, tokens_within
-from llmkit.engine.sampling import SamplingParams
+from llmkit.engine.forward import forward_all
+from llmkit.engine.sampling import SamplingParams, log_softmax
 from llmkit.engine.speculative import Drafter, ModelDrafter, NgramDrafter, Speculation
 from llmkit.errors import CheckpointError, ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError
 from llmkit.llm.backends import Options, Runner, check_speculation, prepare
@@ -326,15 +327,15 @@ class LLM:
 
     def logits(self, prompt: Prompt, *, adapter: AdapterChoice = ...) -> np.ndarray:
         """The logits after every token of a prompt: float32 `[seq, vocab_size]`."""
-        return np.concatenate(list(self._forward(self._encode(prompt), self.adapter_name(adapter))))
+        return np.concatenate([logits for _, logits in self._forward(self._encode(prompt), self.adapter_name(adapter))])
 
     def score(self, prompt: Prompt, *, adapter: AdapterChoice = ...) -> Score:
         """Log-likelihood, perplexity and bits per byte of a text (or ids), each token given those before it."""
         ids = self._encode(prompt)
         logprobs: list[float] = []
-        for logits in self._forward(ids, self.adapter_name(adapter)):
-            targets = ids[len(logprobs) + 1 : len(logprobs) + 1 + len(logits)]  # the very last token predicts none of them
-            logprobs += _log_probabilities(logits[: len(targets)], targets)
+        targets = np.asarray(ids[1:])  # the very last token predicts none of them
+        for positions, logits in self._forward(ids, self.adapter_name(adapter), len(targets)):
+            logprobs += log_softmax(logits)[np.arange(len(positions)), targets[positions]].tolist()
         return Score(tuple(ids), tuple(logprobs), self._scored_bytes(prompt, ids))
 
     def _scored_bytes(self, prompt: Prompt, ids: list[int]) -> int | None:
@@ -345,21 +346,16 @@ class LLM:
         unscored = "" if ids[0] == self.bos_id else tokenizer.decode(ids[:1])
         return len(text.encode()) - len(unscored.encode())
 
-    def _forward(self, ids: list[int], adapter: str | None) -> Iterator[np.ndarray]:
-        """Logits of all tokens, PREFILL_CHUNK rows at a time, in a cache of their own."""
+    def _forward(self, ids: list[int], adapter: str | None, count: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield positions and logits of the first `count` tokens (all), PREFILL_CHUNK of them at a time, in a cache of their own."""
         if self.config.learned_positions and len(ids) > self.config.max_position_embeddings:
             raise ContextOverflow(
                 f"the text has {len(ids)} tokens and the model has learned {self.config.max_position_embeddings} positions. "
                 "Shorten the text."
             )
-        backend = self.new_backend()
-        blocks = -(-len(ids) // backend.block_size)
-        tables = [np.arange(blocks, dtype=np.int32)[None] for _ in backend.cache_windows]
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            tokens = np.asarray(ids[start : start + PREFILL_CHUNK], dtype=np.int32)
-            rows = np.arange(len(tokens), dtype=np.int32)
-            context = np.asarray([len(ids)], dtype=np.int32)
-            yield backend.step(StepBatch(tokens, rows + np.int32(start), np.zeros_like(rows), tables, context, [adapter], rows))
+        wanted = [np.arange(len(ids) if count is None else count)]
+        for _, positions, logits in forward_all(self.new_backend(), [ids], wanted=wanted, adapters=[adapter], step_tokens=PREFILL_CHUNK):
+            yield positions, logits
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -474,14 +470,6 @@ def _drafter(guesser: Runner | None, speculate: str, config: ModelConfig, ctx_si
         tokens = _cache_tokens(backend, min(ctx_size, backend.config.max_position_embeddings))
         return ModelDrafter(backend, config.vocab_size, max_cache_tokens=tokens, prefill_chunk=PREFILL_CHUNK)
     return NgramDrafter() if speculate == "ngram" or (speculate == "auto" and exact) else None
-
-
-def _log_probabilities(logits: np.ndarray, targets: list[int]) -> list[float]:
-    """The natural log probability of target i under row i of the logits `[len(targets), vocab]`."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    chosen = wide[np.arange(len(targets)), np.asarray(targets, dtype=np.int64)]
-    return (chosen - np.log(np.exp(wide).sum(axis=-1))).tolist()
 
 
 def _human(count: int) -> str:

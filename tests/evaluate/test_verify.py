@@ -17,7 +17,7 @@ from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.engine.backend import StepBatch
 from llmkit.errors import UsageError
-from llmkit.evaluate.verify import default_length, relative, steps, verify
+from llmkit.evaluate.verify import default_length, logits_of, relative, verify
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import write_adapter
@@ -119,7 +119,7 @@ def test_what_transformers_cannot_load_is_not_checked_and_says_why(tiny_model_di
 def test_steps_agree_with_the_api(tiny_model_dir: Path) -> None:
     llm = llmkit.load(tiny_model_dir, device="cpu")
     ids = list(range(5, 45))
-    (logits,) = steps(llm.new_backend(), [ids], [40])
+    (logits,) = logits_of(llm.new_backend(), [ids], [40])
     np.testing.assert_allclose(logits, llm.logits(ids), atol=1e-6)
 
 
