@@ -7,23 +7,33 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property
 from tempfile import TemporaryFile
 from typing import Any
 
 from llmkit.errors import TokenizerError
-from llmkit.text.codec import CharSpan, TokenizerSettings, library_errors
+from llmkit.text.codec import AddedToken, CharSpan, TokenizerSettings, library_errors
 
 PieceMap = Callable[[str, bool], str]  # (token, whether it is the text's first) -> its text
+
+
+# Classes of transformers that take tokenizer.json as it is; the others (LlamaTokenizer, GPT2Tokenizer, ...) build the steps that put a
+# space before a text from `add_prefix_space` of tokenizer_config.json.
+_GENERIC_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
 
 
 class JsonCodec:
     """A tokenizer.json. Encoding is the library's; decoding follows the file's decoder, token by token."""
 
     def __init__(self, data: bytes, settings: TokenizerSettings, where: str) -> None:
-        from tokenizers import AddedToken, Tokenizer
+        from tokenizers import Tokenizer
 
         with library_errors(f"{where} is not a usable tokenizer.json", "fetch the file again."), panics_unreported():
             self._native = Tokenizer.from_buffer(data)
+            if settings.add_prefix_space is not None and settings.tokenizer_class not in _GENERIC_CLASSES:
+                changed = _with_prefix_space(self._native, data, settings.add_prefix_space)
+                self._native = self._native if changed is None else Tokenizer.from_str(changed)
         # Files saved in training cut and pad; a prompt must never be cut in silence.
         self._native.no_truncation()
         self._native.no_padding()
@@ -35,27 +45,20 @@ class JsonCodec:
         self.strip_leading = self._decoder.strip_leading
         self.replace_each_byte = self._decoder.byte_fallback
 
-        for token_id, token in sorted(settings.added.items()):
-            if self._native.token_to_id(token.content) is None:
-                self._native.add_tokens(
-                    [
-                        AddedToken(
-                            token.content, special=token.special, lstrip=token.lstrip, rstrip=token.rstrip, single_word=token.single_word
-                        )
-                    ]
-                )
-                if self._native.token_to_id(token.content) != token_id:
-                    raise TokenizerError(
-                        f"{where} has no token {token.content!r}, and tokenizer_config.json gives it id {token_id}, "
-                        "which is not the next free one; the two files do not belong together: fetch both again."
-                    )
-        added = self._native.get_added_tokens_decoder()
-        named = (self.token_id(content) for content in settings.special)
-        self.special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(i for i in named if i is not None)
-        self.vocab_size = max([self._native.get_vocab_size(), *(i + 1 for i in added)])
+        # What either file calls special is left out of decoded text, whatever the other says; as in transformers.
+        before = {i for i, token in self._native.get_added_tokens_decoder().items() if token.special}
+        self._add_tokens(settings, where)
+        named = {i for content in settings.special if (i := self.token_id(content)) is not None}
+        self.special_ids = frozenset(before | named | {i for i, token in self._native.get_added_tokens_decoder().items() if token.special})
         self.roles: Mapping[str, int] = {}
         self.prefix, self.suffix = self._added_by_post_processor()
         self._pieces: dict[tuple[int, bool], bytes | None] = {}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        # Not the count: ids may have holes below the largest one. Listing them takes 50 ms for 150,000 tokens, and who only encodes
+        # and decodes never asks.
+        return max(self._native.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, special: bool) -> list[int]:
         return list(self._encode(text, special).ids)
@@ -73,13 +76,46 @@ class JsonCodec:
     def piece(self, token_id: int, first: bool) -> bytes | None:
         key = (token_id, first)
         if key not in self._pieces:
-            token = self._native.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+            token = self._native.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None  # the library's ids are u32
             self._pieces[key] = None if token is None else self._decoder.piece(token, first)
         return self._pieces[key]
 
     def token_id(self, token: str) -> int | None:
         found: int | None = self._native.token_to_id(token)
         return found
+
+    def _add_tokens(self, settings: TokenizerSettings, where: str) -> None:
+        """Make tokens of what the files beside this one name: `added_tokens` here may be empty, or say other flags.
+
+        One call in transformers' order, because a token that is in no vocabulary takes the next free id.
+        """
+        import tokenizers
+
+        present = {
+            token.content: AddedToken(token.content, None, token.special, token.lstrip, token.rstrip, token.single_word, token.normalized)
+            for token in self._native.get_added_tokens_decoder().values()
+        }
+        wanted = {token.content: replace(token, id=None) for token in settings.added}
+        wanted |= {token.content: token for token in settings.named if token.content not in present}
+        by_role = frozenset(settings.roles.values())
+        llama = (settings.tokenizer_class or "").startswith(("Llama", "CodeLlama"))
+        for content, token in present.items():
+            # A role makes a token special. And Llama's older files look for `<s>` in the normalized text, where the sign of a space stands
+            # before it: within a text it would never be found, and Llama's class in transformers does not look there.
+            special = token.special or content in by_role
+            wanted.setdefault(content, replace(token, special=special, normalized=token.normalized and not (llama and special)))
+        changed = [token for token in wanted.values() if token != present.get(token.content)]
+        if changed:
+            self._native.add_tokens(
+                [tokenizers.AddedToken(**{key: value for key, value in asdict(token).items() if key != "id"}) for token in changed]
+            )
+        for token in settings.added:
+            found = self._native.token_to_id(token.content)
+            if found != token.id and token.content not in present:
+                raise TokenizerError(
+                    f"{where} gives the token {token.content!r} the id {found}, and tokenizer_config.json the id {token.id}; "
+                    "the two files do not belong together: fetch both again."
+                )
 
     def _encode(self, text: str, special: bool, add: bool = False) -> Any:
         with self._lock:
@@ -101,6 +137,31 @@ class JsonCodec:
         if not text:  # a vocabulary without the probe's letter
             return tuple(encoding.ids), ()
         return tuple(encoding.ids[: text[0]]), tuple(encoding.ids[text[-1] + 1 :])
+
+
+def _with_prefix_space(native: Any, data: bytes, wanted: bool) -> str | None:
+    """Return the tokenizer.json with or without the space that is put before a text; None where it is as wanted already."""
+
+    def changed(step: Any) -> Any:
+        if not isinstance(step, dict):
+            return step
+        for part in ("normalizers", "pretokenizers", "decoders"):
+            if isinstance(step.get(part), list):  # a Sequence
+                return {**step, part: [new for new in map(changed, step[part]) if new is not None]}
+        if step.get("type") == "ByteLevel" and "add_prefix_space" in step:
+            return {**step, "add_prefix_space": wanted}
+        if step.get("type") == "Metaspace" and (step.get("prepend_scheme") == "never") == wanted:
+            return {**step, "prepend_scheme": "first" if wanted else "never", "add_prefix_space": wanted}
+        # Llama's pair of steps: a sign is put before the text in the normalizer, and its space cut off again by the decoder.
+        if not wanted and (step.get("type") == "Prepend" or (step.get("type") == "Strip" and step.get("start"))):
+            return None
+        return step
+
+    # The pickled state of a step is its JSON: the whole file, up to 20 MB, is parsed only where something changes.
+    parts = {name: getattr(native, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    steps = {name: json.loads(part.__getstate__()) for name, part in parts.items() if part is not None}
+    new = {name: changed(step) for name, step in steps.items()}
+    return None if new == steps else json.dumps({**json.loads(data), **new})
 
 
 class _Decoder:

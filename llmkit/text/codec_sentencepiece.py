@@ -7,12 +7,12 @@ from typing import Any
 
 from llmkit.errors import TokenizerError
 from llmkit.text.codec import AddedToken, CharSpan, TokenizerSettings, library_errors
-from llmkit.text.splitter import OneByOne, Splitter
+from llmkit.text.splitter import OneByOne, Splitter, tokens_by_id
 
 SPACE = "▁"
-# Appended to a serialized ModelProto this sets normalizer_spec.add_dummy_prefix to false: protobuf merges a message
-# field that occurs twice (field 3 of ModelProto, in it field 3), and the library has no setting for it.
-_NO_PREFIX = b"\x1a\x02\x18\x00"
+# Appended to a serialized ModelProto this sets normalizer_spec.add_dummy_prefix: protobuf merges a message field that
+# occurs twice (field 3 of ModelProto, in it field 3), and the library has no setting for it.
+_PREFIX, _NO_PREFIX = b"\x1a\x02\x18\x01", b"\x1a\x02\x18\x00"
 
 
 class SentencePieceCodec(OneByOne):
@@ -29,15 +29,19 @@ class SentencePieceCodec(OneByOne):
         with library_errors(f"{where} has a piece that is not UTF-8", "fetch the file again."):
             self._pieces: list[str] = self._model.id_to_piece(list(range(size)))
         self._legacy = settings.legacy
+        # Gemma's tokenizer knows no such setting, and its files say `false` of a model that adds none anyway.
+        wanted = None if (settings.tokenizer_class or "").startswith("Gemma") else settings.add_prefix_space
         probe = self._model.encode_as_pieces("a")
         self._adds_space = bool(probe) and probe[0].startswith(SPACE)
+        if wanted is not None and wanted != self._adds_space:
+            self._model, self._adds_space = _processor(data + (_PREFIX if wanted else _NO_PREFIX), where), wanted
         # Text after a special token gets no space where the configuration says `"legacy": false`.
         self._unprefixed = _processor(data + _NO_PREFIX, where) if self._adds_space and not self._legacy else self._model
 
         self._added: dict[int, AddedToken] = {
             i: AddedToken(self._pieces[i]) for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)
         }
-        for token_id, token in settings.added.items():
+        for token_id, token in tokens_by_id(settings, self._own_id, size).items():
             if token_id < size and self._pieces[token_id] != token.content:
                 raise TokenizerError(
                     f"{where}: id {token_id} is {self._pieces[token_id]!r}, but tokenizer_config.json calls it "
@@ -92,10 +96,12 @@ class SentencePieceCodec(OneByOne):
         return piece.replace(SPACE, " ").encode("utf-8")
 
     def token_id(self, token: str) -> int | None:
-        if token in self._ids:
-            return self._ids[token]
+        return self._ids[token] if token in self._ids else self._own_id(token)
+
+    def _own_id(self, token: str) -> int | None:
         found: int = self._model.piece_to_id(token)
-        return None if self._model.is_unknown(found) else found
+        # What is no piece is given the unknown piece's id, which may be asked for by its own name, too.
+        return None if self._model.is_unknown(found) and token != self._pieces[found] else found
 
     def _model_at(self, start: int) -> Any:
         return self._model if start == 0 or self._legacy else self._unprefixed

@@ -21,7 +21,7 @@ def merges_as_json(file: Path, settings: TokenizerSettings) -> bytes:
     """
     folder = file.parent
     kind = settings.tokenizer_class or str(read_object(folder / "config.json").get("model_type", "gpt2"))
-    byte_level = {"type": "ByteLevel", "add_prefix_space": settings.add_prefix_space, "trim_offsets": True, "use_regex": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": settings.add_prefix_space is True, "trim_offsets": True, "use_regex": True}
     normalizer, pre_tokenizer = None, byte_level
     if kind.lower().startswith("qwen"):
         words = {"type": "Split", "pattern": {"Regex": QWEN.pattern}, "behavior": "Isolated", "invert": False}

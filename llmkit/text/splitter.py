@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from llmkit.text.codec import AddedToken, CharSpan, Codec
+from llmkit.text.codec import AddedToken, CharSpan, Codec, TokenizerSettings
 
 
 class OneByOne:
@@ -18,8 +18,24 @@ class OneByOne:
         return [self.encode_spans(text) for text in texts]
 
 
+def tokens_by_id(settings: TokenizerSettings, token_id: Callable[[str], int | None], size: int) -> dict[int, AddedToken]:
+    """Return the tokens that the files beside a vocabulary name, by their ids.
+
+    token_id: finds a token of the vocabulary itself. size: its number of ids; a token without an id that it does not have takes the
+    next one after all that are declared.
+    """
+    found = {token.id: token for token in settings.added if token.id is not None}
+    following = max([size, *(number + 1 for number in found)])
+    for token in settings.named:
+        number = token_id(token.content)
+        if number is None:
+            number, following = following, following + 1
+        found[number] = token
+    return found
+
+
 class Splitter:
-    """Cuts a text at its added tokens, longest first, honouring lstrip, rstrip and single_word."""
+    """Cut a text at its added tokens, longest first, honouring lstrip, rstrip and single_word."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self.tokens = {token.content: token for token in tokens}
@@ -29,8 +45,9 @@ class Splitter:
             inner = f"(?P<t{number}>{re.escape(content)})"
             if token.single_word:
                 inner = rf"(?<!\w){inner}(?!\w)"
-            # The possessive quantifier keeps a long run of spaces without a token after it from being quadratic.
-            alternatives.append((r"(?<!\s)\s*+" if token.lstrip else "") + inner + (r"\s*" if token.rstrip else ""))
+            # From the first space of a run on, and possessive: a long run without a token after it would else be quadratic. A run that
+            # the token before has swallowed is none.
+            alternatives.append((r"(?:(?<!\s)\s++)?" if token.lstrip else "") + inner + (r"\s*" if token.rstrip else ""))
         pattern = "|".join(alternatives)
         if self.tokens and all(self.tokens) and not any(token.lstrip for token in self.tokens.values()):
             # Mistral has 771 alternatives; without this each would be tried at every character.

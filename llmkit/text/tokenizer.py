@@ -36,7 +36,6 @@ class Tokenizer:
     def __init__(self, codec: Codec, settings: TokenizerSettings | None = None) -> None:
         settings = settings or TokenizerSettings()
         self._codec = codec
-        self.vocab_size = codec.vocab_size
         self.special_ids = codec.special_ids
         ids = dict(codec.roles)
         for role, content in settings.roles.items():
@@ -58,6 +57,10 @@ class Tokenizer:
             self._suffix = list(self.eos_ids) if settings.add_eos_token else []
         self.special_tokens = {**{role: self.token(i) for role, i in ids.items()}, **settings.roles}
         self._templates = settings.templates
+
+    @property
+    def vocab_size(self) -> int:
+        return self._codec.vocab_size
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:

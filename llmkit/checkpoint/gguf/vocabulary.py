@@ -150,8 +150,8 @@ def _from_json(description: dict[str, Any], settings: TokenizerSettings, where: 
     texts = {number: token for token, number in model["vocab"].items()}
     special = {token["id"]: bool(token["special"]) for token in description.get("added_tokens", ())}
     texts |= {token["id"]: token["content"] for token in description.get("added_tokens", ())}
-    special |= {number: token.special for number, token in settings.added.items()}
-    texts |= {number: token.content for number, token in settings.added.items()}
+    special |= {token.id: token.special for token in settings.added if token.id is not None}
+    texts |= {token.id: token.content for token in settings.added if token.id is not None}
     tokens = [texts.get(number, f"[PAD{number}]") for number in range(max(texts) + 1)]
     types = [
         UNUSED if number not in texts else NORMAL if number not in special else CONTROL if special[number] else USER_DEFINED
@@ -227,7 +227,7 @@ def _from_sentencepiece(data: bytes, settings: TokenizerSettings, folder: Path) 
         scores.append(float(pieces.get_score(number)))
         known = ((pieces.is_unknown, UNKNOWN), (pieces.is_control, CONTROL), (pieces.is_unused, UNUSED), (pieces.is_byte, BYTE))
         types.append(next((kind for test, kind in known if test(number)), NORMAL))
-    added = {number: (token.content, token.special) for number, token in settings.added.items()}
+    added = {token.id: (token.content, token.special) for token in settings.added if token.id is not None}
     if (folder / "tokenizer.json").is_file():
         description = json.loads((folder / "tokenizer.json").read_bytes())
         added |= {token["id"]: (token["content"], bool(token["special"])) for token in description.get("added_tokens", ())}
