@@ -38,13 +38,18 @@ Floats = NDArray[np.float32]
 LowRank = tuple[NDArray[np.float32], NDArray[np.float32]]  # A [rank, in], B [out, rank], scaled: y += B (A x)
 
 
-def native_problem(config: ModelConfig | None = None) -> str | None:
-    """Why the native kernels cannot run this model here, or None if they can.
+def chosen_kernels() -> str | None:
+    """Return what the environment variable LLMKIT_KERNELS chooses: None is the best instruction set of this processor.
 
-    The environment variable LLMKIT_KERNELS chooses: "reference" is PyTorch, the name of an instruction set
-    (avx512_vnni, avxvnni, avx2, neon_i8mm, neon_dotprod, portable) is that one.
+    "reference" is PyTorch; the name of an instruction set (avx512_vnni, avxvnni, avx2, neon_i8mm, neon_dotprod, portable) is that one.
+    Asked where a backend or the operations of a model are built, and passed on from there: no kernel call reads the environment.
     """
-    wanted = os.environ.get("LLMKIT_KERNELS")
+    return os.environ.get("LLMKIT_KERNELS") or None
+
+
+def native_problem(config: ModelConfig | None = None) -> str | None:
+    """Return why the native kernels cannot run this model here, or None if they can."""
+    wanted = chosen_kernels()
     if wanted == "reference":
         return "LLMKIT_KERNELS=reference asks for PyTorch"
     try:
@@ -59,6 +64,8 @@ def native_problem(config: ModelConfig | None = None) -> str | None:
         raise UsageError(f"LLMKIT_KERNELS is {wanted!r}, which this processor does not run. Use one of {', '.join(names)} or reference.")
     if config is None:
         return None
+    if any(state.kind != "kv" for states in config.states for state in states):
+        return "layers with a recurrent state are not part of the native step"
     if any(layer.moe is not None for layer in config.layers):
         return "mixtures of experts are not part of the native step"
     if config.hidden_act not in ACTIVATIONS:
@@ -89,7 +96,7 @@ class NativeBackend:
         plan = _Description(config, weights)
         try:
             self.plan: Plan = _native.Plan(
-                os.environ.get("LLMKIT_KERNELS") or None,
+                chosen_kernels(),
                 _native.physical_cores() if threads is None else threads,
                 plan.of_model(CACHE_KINDS[kv_bits]),
                 [plan.of_layer(index, layer, self._ropes) for index, layer in enumerate(config.layers)],
@@ -174,7 +181,7 @@ def product(weight: Weight, bias: Floats | None, x: Floats, threads: int, out: F
     from llmkit.kernels.cpu import _native
 
     out = np.empty((len(x), weight.shape[0]), np.float32) if out is None else out
-    _native.product(os.environ.get("LLMKIT_KERNELS") or None, threads, _linear(weight, bias), x, out)
+    _native.product(chosen_kernels(), threads, _linear(weight, bias), x, out)
     return out
 
 
@@ -200,7 +207,7 @@ def matmul(
     from llmkit.kernels.cpu import _native
 
     parts = tuple((_linear(one.weight, one.bias), one.a, one.b, one.scale) for one in factors)
-    _native.matmul(os.environ.get("LLMKIT_KERNELS") or None, threads, back, parts, tuple(x), tuple(y))
+    _native.matmul(chosen_kernels(), threads, back, parts, tuple(x), tuple(y))
 
 
 def learn(
@@ -220,7 +227,7 @@ def learn(
     from llmkit.kernels.cpu import _native
 
     parts = tuple((b, *b.shape, scale) for b, scale in factors)
-    _native.learn(os.environ.get("LLMKIT_KERNELS") or None, threads, parts, x, xa, tuple(dy), da, tuple(db))
+    _native.learn(chosen_kernels(), threads, parts, x, xa, tuple(dy), da, tuple(db))
 
 
 def attend_documents(
@@ -240,7 +247,7 @@ def attend_documents(
     """
     from llmkit.kernels.cpu import _native
 
-    _native.attend(os.environ.get("LLMKIT_KERNELS") or None, threads, sizes, lengths, key_lengths, *arrays, gradients)
+    _native.attend(chosen_kernels(), threads, sizes, lengths, key_lengths, *arrays, gradients)
 
 
 def norm(x: Floats, weight: Floats, eps: float, y: Floats, threads: int) -> None:
@@ -271,7 +278,7 @@ def gate_back(gate: Floats, up: Floats, dh: Floats, dgate: Floats, dup: Floats, 
 def _rows(name: str, threads: int, *arguments: Any) -> None:
     from llmkit.kernels.cpu import _native
 
-    getattr(_native, name)(os.environ.get("LLMKIT_KERNELS") or None, threads, *arguments)
+    getattr(_native, name)(chosen_kernels(), threads, *arguments)
 
 
 def lend(parallel: int, thread: int, threads: int) -> None:
