@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -101,9 +102,9 @@ class Backend(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One prompt and the reply to it: the state of one request, and of it alone."""
+    """One prompt and the reply to it: everything about one request, and about it alone."""
 
-    ids: NDArray[np.int32]  # [prompt + max_tokens]; the first `length` are there, guesses (speculative.py) may stand behind them
+    ids: NDArray[np.int32]  # [prompt + max_tokens]; the first `length` are there, draft tokens (speculative.py) may stand behind them
     prompt_length: int
     params: SamplingParams
     seed: int  # params.seed or the fresh one drawn for it: with it the reply can be had again
@@ -117,7 +118,7 @@ class Sequence:
     length: int
     computed: int = 0  # tokens whose keys and values are in the cache
     cached_tokens: int = 0  # of the prompt, found in the cache
-    drafted: int = 0  # tokens guessed, and how many of them were right: see speculative.py
+    drafted: int = 0  # draft tokens, and how many of them were accepted: see speculative.py
     accepted: int = 0
     logprobs: list[TokenLogprobs] | None = None  # one per reply token where params.logprobs asks for them
     finish_reason: EndReason | None = None
@@ -150,7 +151,7 @@ class Sequence:
         return None if self.first_token_at is None or self.finished_at is None else self.finished_at - self.first_token_at
 
     def draw(self, logits: NDArray[np.float32], position: int) -> int:
-        """The token at `position`, given those before it in `ids`, from its logits `[vocab]`. Changes nothing.
+        """Return the token at `position`, given those before it in `ids`, from its logits `[vocab]`. Changes nothing.
 
         Raises LLMKitError where the logits are no numbers or no token is left.
         """
@@ -163,7 +164,7 @@ class Sequence:
 
 
 class Work(NamedTuple):
-    """What one sequence computes in one step: tokens [start, end), those from `sequence.length` being guesses."""
+    """What one sequence computes in one step: tokens [start, end), those from `sequence.length` on being draft tokens."""
 
     sequence: Sequence
     start: int
@@ -171,11 +172,11 @@ class Work(NamedTuple):
 
 
 class BatchBuilder:
-    """The arrays of a step. They are kept from step to step, and only what changed is written again.
+    """Makes the `StepBatch` of a step. Its arrays are kept from step to step, and only what changed is written again.
 
     Args:
         cache: of the sequences.
-        rewind: how many computed tokens a sequence may take back: as far behind, sliding windows keep their blocks.
+        rewind: how many computed tokens a sequence may take back: so far behind its start, sliding windows keep their blocks.
     """
 
     def __init__(self, cache: CacheManager, rewind: int = 0):
@@ -186,21 +187,21 @@ class BatchBuilder:
         self._tokens = self._positions = self._sequences = np.empty(0, dtype=np.int32)
         self._contexts = np.empty(0, dtype=np.int32)
         self._adapters: list[str | None] = []
-        self.asked: list[Work] = []  # those that reach their last token, whose rows are wanted; in the order of the rows
+        self.asked: list[Work] = []  # those that reach their last token, in the order of their results
 
     def fill(self, work: list[Work]) -> StepBatch:
         """Take the blocks that the step needs and return its arrays.
 
-        Results are wanted of the last token and of the guesses of each sequence in `asked`.
-
-        The arrays are overwritten by the next call.
+        Results are wanted of the last token and of the draft tokens of each sequence in `asked`. The arrays are overwritten by the
+        next call.
         """
         self._match_members([item.sequence for item in work])
         total = sum(item.end - item.start for item in work)
         if total > len(self._tokens):
+            # Twice what is needed: a step that grows by a token must not allocate each time.
             self._tokens, self._positions, self._sequences = (np.empty(2 * total, dtype=np.int32) for _ in range(3))
         size = longest = 0
-        rows: list[int] = []
+        wanted: list[int] = []
         self.asked = []
         for row, item in enumerate(work):
             sequence, start, end = item
@@ -213,8 +214,9 @@ class BatchBuilder:
             size = stop
             longest = max(longest, end)
             if end >= sequence.length:
-                rows.extend(range(size - (end - sequence.length) - 1, size))
+                wanted.extend(range(size - (end - sequence.length) - 1, size))
                 self.asked.append(item)
+        # Cut to the blocks in use, or a request with a long reply ahead of it would send its whole table in every step.
         width = blocks_for(longest, self._cache.block_size)
         state_in, state_out = self._states(work, size)
         return StepBatch(
@@ -224,7 +226,7 @@ class BatchBuilder:
             block_tables=[np.ascontiguousarray(table[: len(work), :width]) for table in self._tables],
             contexts=self._contexts,
             adapters=self._adapters,
-            logits_indices=np.array(rows, dtype=np.int32),
+            logits_indices=np.array(wanted, dtype=np.int32),
             state_in=state_in,
             state_out=state_out,
         )
@@ -243,7 +245,7 @@ class BatchBuilder:
         return np.array([item.sequence.cache.state for item in work], dtype=np.int32), state_out
 
     def _match_members(self, members: list[Sequence]) -> None:
-        if members == self._members:
+        if members == self._members:  # the usual case: the same sequences decode step after step
             return
         width = max((len(table) for sequence in members for table in sequence.cache.tables), default=0)
         self._tables = [np.full((len(members), width), ABSENT, dtype=np.int32) for _ in self._tables]
@@ -256,3 +258,19 @@ class BatchBuilder:
     def _write_tables(self, row: int, sequence: Sequence) -> None:
         for table, own in zip(self._tables, sequence.cache.tables, strict=True):
             table[row, : len(own)] = own
+
+
+def prefix_root(config: ModelConfig, adapter: str | None, context: int) -> bytes:
+    """Return what the hashes of a request's blocks start from: requests with equal roots and equal tokens may share blocks.
+
+    Rotary frequencies may depend on the length of the request: dynamic ones change with every length beyond the original
+    context; longrope has one set up to it and one beyond.
+    """
+    key: list[object] = []
+    for rope in {layer.rope for layer in config.layers if layer.rope is not None}:
+        original = min(rope.original_max_position_embeddings or config.max_position_embeddings, config.max_position_embeddings)
+        if rope.rope_type == "dynamic":
+            key.append(max(context, original))
+        elif rope.rope_type == "longrope":
+            key.append(context > original)
+    return blake2b(repr((adapter, tuple(key))).encode(), digest_size=16).digest()

@@ -19,12 +19,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from llmkit.config import ModelConfig
-
 Tokens = NDArray[np.int32]
 Table = NDArray[np.int32]
 
-AHEAD = 64  # blocks a growing sequence takes at once, so that its ids stay consecutive beside other growing sequences
+AHEAD = 64  # blocks a growing sequence takes at once, so that its ids stay consecutive while other sequences grow, too
 STATE_INTERVAL = 512  # tokens of a prompt from one kept state to the next
 STATE_SLOTS = (4, 64)  # least and most: a slot is tens of megabytes, and two of them run one sequence
 HELD = np.iinfo(np.int64).max
@@ -35,7 +33,7 @@ class BlockPool:
     """The blocks of one group, or the state slots: ids 0 to num_blocks - 1 with reference counts.
 
     A block nobody holds is *free*; while its contents are still known by a hash it is also *cached*: a later
-    sequence may take it back, and it is emptied only when no run of empty blocks is left that is long enough.
+    sequence may take it again, and it is emptied only when no run of empty blocks is left that is long enough.
     """
 
     def __init__(self, num_blocks: int):
@@ -51,14 +49,14 @@ class BlockPool:
         return self.references[block] == 0
 
     def hold(self, block: int) -> None:
-        """One more reference to a block that is known."""
+        """Add a reference to a block that is known."""
         if self.references[block] == 0:
             self._last_used[block] = HELD
             self.num_free -= 1
         self.references[block] += 1
 
     def release(self, block: int) -> None:
-        """One reference less; the last one leaves the block cached if its contents are known, else empty."""
+        """Take a reference away; the last one leaves the block cached if its contents are known, else empty."""
         self.references[block] -= 1
         if self.references[block] == 0:
             self._releases += 1
@@ -66,7 +64,7 @@ class BlockPool:
             self.num_free += 1
 
     def publish(self, block: int, block_hash: bytes) -> None:
-        """Makes the contents of a held block findable; where another block already has them, that one stays."""
+        """Make the contents of a held block findable; where another block already has them, that one stays."""
         if block_hash not in self.known:
             self.known[block_hash] = block
             self._hashes[block] = block_hash
@@ -80,9 +78,10 @@ class BlockPool:
             self._last_used[block] = 0
 
     def allocate(self, count: int, after: int = ABSENT) -> list[int]:
-        """`count` blocks with one reference each, in one run of ids if there is one, at best the ids following `after`.
+        """Return `count` blocks with one reference each, in one run of ids if there is one, at best the ids following `after`.
 
-        The caller has made sure that `count` blocks are free.
+        Backends read a run in place and gather scattered blocks, so consecutive ids are worth a search. The caller has made sure
+        that `count` blocks are free.
         """
         blocks: list[int] = []
         while len(blocks) < count:
@@ -93,7 +92,7 @@ class BlockPool:
         return blocks
 
     def _place(self, count: int, following: int) -> tuple[int, int]:
-        """Start and length of the run to take next.
+        """Return start and length of the run to take next.
 
         First choice are empty blocks. Where cached ones must go, it is the run at `following`, so that the sequence stays
         in one piece, or else the run whose most recently used block is the oldest.
@@ -101,7 +100,7 @@ class BlockPool:
         continues = 0 < following <= self.num_blocks - count
         if continues and not self._last_used[following : following + count].any():
             return following, count
-        newest = sliding_window_view(self._last_used, count).max(axis=1)
+        newest = sliding_window_view(self._last_used, count).max(axis=1)  # of each run of `count` blocks, its most recent use
         best = int(newest.argmin())
         if continues and newest[best] > 0 and newest[following] < HELD:
             return following, count
@@ -130,7 +129,7 @@ class SequenceCache:
     hashes: list[bytes]  # chained, one per full block whose tokens are known
     first: list[int] = field(default_factory=list)  # per group: table entries [first, stop) are held
     stop: list[int] = field(default_factory=list)
-    reserved: list[int] = field(default_factory=list)  # per group: see CacheManager.admit
+    reserved: list[int] = field(default_factory=list)  # per group, blocks: see CacheManager.admit
     published: int = 0  # blocks whose contents are computed and findable
     root: bytes = b""
     prompt_blocks: int = 0  # of the prompt without its last token, which is always computed for its logits
@@ -174,14 +173,14 @@ class CacheManager:
 
     @property
     def capacity(self) -> int | None:
-        """Most tokens of one sequence; None where windows alone bound what it holds."""
+        """The most tokens of one sequence; None where windows alone bound what it holds."""
         for pool, window in zip(self.pools, self.windows, strict=True):
             if window is None or most_held(window, self.block_size, self._max_step_tokens) > pool.num_blocks:
                 return self.max_tokens
         return None
 
     def open(self, root: bytes, prompt: Tokens, total: int) -> SequenceCache:
-        """Empty tables for a request of `total` tokens, and the hashes of its prompt. Takes no block yet."""
+        """Return empty tables for a request of `total` tokens, with the hashes of its prompt. No block is taken yet."""
         count = blocks_for(total, self.block_size)
         tables = SequenceCache([np.full(count, ABSENT, dtype=np.int32) for _ in self.windows], [], root=root)
         tables.prompt_blocks = (len(prompt) - 1) // self.block_size
@@ -231,10 +230,10 @@ class CacheManager:
         return count
 
     def admit(self, tables: SequenceCache, count: int) -> bool:
-        """Takes the `count` leading blocks that `match` found and reservations the rest; False, and nothing done, if there is no room.
+        """Take the `count` leading blocks that `match` found and reserve the rest; False, and nothing done, if there is no room.
 
-        Full attention holds every block to the end, so its reservation is the blocks still to be taken: it shrinks as they are.
-        A windowed group's reservation is the most it ever holds at once, and stands to the end: blocks it shares and lets go of
+        Full attention holds every block to the end, so what is reserved is the blocks still to be taken: it shrinks as they are.
+        For a windowed group it is the most it ever holds at once, and stands to the end: blocks that it shares and gives back
         may stay with another sequence, so that sharing frees nothing for certain.
         """
         if self.states is not None and 2 * (self._admitted + 1) > self.states.num_blocks:
@@ -269,9 +268,9 @@ class CacheManager:
         return True
 
     def prepare(self, tables: SequenceCache, start: int, end: int) -> bool:
-        """Makes room for the tokens up to position `end` and lets go of what those from `start` on no longer see.
+        """Make room for the tokens up to position `end` and give back what those from `start` on no longer see.
 
-        True if a table changed.
+        Returns whether a table changed.
         """
         needed = blocks_for(end, self.block_size)
         changed = False
@@ -295,7 +294,7 @@ class CacheManager:
         return changed
 
     def publish(self, tables: SequenceCache, tokens: Tokens) -> None:
-        """Makes the full blocks among the computed `tokens` (all from position 0) findable."""
+        """Make the full blocks among the computed `tokens` (all from position 0) findable."""
         self._extend_hashes(tables, tokens)
         for index in range(tables.published, len(tokens) // self.block_size):
             for pool, table in zip(self.pools, tables.tables, strict=True):
@@ -356,13 +355,14 @@ class CacheManager:
         cache.written = {}
 
     def close(self, tables: SequenceCache) -> None:
-        """Give everything back; what was published stays cached. The end of a sequence is forgotten before its beginning."""
+        """Give everything back; what was published stays cached."""
         self._admitted -= 1
         self._release_written(tables)
         if self.states is not None and tables.state != ABSENT:
             self.states.release(tables.state)
         tables.state = ABSENT
         for group, pool in enumerate(self.pools):
+            # The end first: the least recently released is emptied first, and a prefix without its beginning would be of no use.
             for block in tables.tables[group][tables.first[group] : tables.stop[group]][::-1].tolist():
                 pool.release(block)
             tables.tables[group][:] = ABSENT
@@ -377,7 +377,7 @@ class CacheManager:
         tables.first[group] = first
 
     def _first_needed(self, window: int | None, position: int) -> int:
-        """The first block that a query at `position` or later can see: keys with query - key < window."""
+        """Return the first block that a query at `position` or later can see: keys with query - key < window."""
         return 0 if window is None else max(0, position - window + 1) // self.block_size
 
     def _extend_hashes(self, tables: SequenceCache, tokens: Tokens) -> None:
@@ -389,17 +389,17 @@ class CacheManager:
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
-    """Blocks that hold `tokens` tokens from position 0."""
+    """Return how many blocks hold `tokens` tokens from position 0."""
     return -(-tokens // block_size)
 
 
 def most_held(window: int, block_size: int, step_tokens: int) -> int:
-    """Most blocks a sequence holds at once in a windowed group: a window and a step, at the worst alignment."""
+    """Return the most blocks that a sequence holds at once in a windowed group: a window and a step, at the worst alignment."""
     return (window + step_tokens + block_size - 3) // block_size + 1
 
 
 def pool_sizes(windows: Sequence[int | None], block_size: int, max_tokens: int, max_step_tokens: int) -> list[int]:
-    """Blocks per group for a cache of `max_tokens`; see CacheManager."""
+    """Return the blocks of each group for a cache of `max_tokens`; see CacheManager."""
     whole = max_tokens // block_size
     sizes = [whole for _ in windows[:1]]
     for window in windows[1:]:
@@ -412,19 +412,3 @@ def state_slots(max_tokens: int, interval: int = STATE_INTERVAL) -> int:
     """Return how many state slots go with a cache of `max_tokens`, for a model with recurrent states."""
     least, most = STATE_SLOTS
     return min(least + max_tokens // interval, most)
-
-
-def prefix_root(config: ModelConfig, adapter: str | None, context: int) -> bytes:
-    """Return what the hashes of a request's blocks start from: requests with equal roots and equal tokens may share blocks.
-
-    Rotary frequencies may depend on the length of the request: dynamic ones change with every length beyond the original
-    context; longrope has one set up to it and one beyond.
-    """
-    key: list[object] = []
-    for rope in {layer.rope for layer in config.layers if layer.rope is not None}:
-        original = min(rope.original_max_position_embeddings or config.max_position_embeddings, config.max_position_embeddings)
-        if rope.rope_type == "dynamic":
-            key.append(max(context, original))
-        elif rope.rope_type == "longrope":
-            key.append(context > original)
-    return blake2b(repr((adapter, tuple(key))).encode(), digest_size=16).digest()

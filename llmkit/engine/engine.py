@@ -1,8 +1,8 @@
 """Continuous batching: many requests, one backend step after another (Orca, OSDI 2022).
 
-`Engine.step()` is schedule, run, sample: every running sequence gets the rows it needs, one for a reply under way, a
-chunk for a prompt still to be read; the backend computes them together; each sequence that reached its last token gets
-one more. A sequence does not know the others, and its tokens do not depend on them.
+`Engine.step()` is schedule, run, sample: every running sequence gets the tokens it needs computed, one for a reply under way, a
+chunk for a prompt still to be read (chunked prefill, arXiv:2308.16369); the backend computes them together; each sequence that
+reached its last token gets one more. A sequence does not know the others, and its tokens do not depend on them.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.engine import sampling
-from llmkit.engine.backend import Backend, BatchBuilder, EndReason, Sequence, Work
-from llmkit.engine.cache import STATE_INTERVAL, CacheManager, blocks_for, pool_sizes, prefix_root, state_slots
+from llmkit.engine.backend import Backend, BatchBuilder, EndReason, Sequence, Work, prefix_root
+from llmkit.engine.cache import STATE_INTERVAL, CacheManager, blocks_for, pool_sizes, state_slots
 from llmkit.engine.sampling import SamplingParams, TokenLogprobs
 from llmkit.engine.speculative import MAX_DRAFT_TOKENS, Speculation
 from llmkit.errors import ContextOverflow, LLMKitError, UsageError
 
 PromptIds = Iterable[int] | NDArray[np.integer]
-Drawn = tuple[int, TokenLogprobs | None]
+Drawn = tuple[int, TokenLogprobs | None]  # a token, and its log probabilities where the request asks for them
 
 
 class Scheduler:
-    """Which sequences run, in the order they came: a request that does not fit now waits, and those behind it wait too."""
+    """Decides which sequences run, in the order they came: one that does not fit now waits, and those behind it wait too."""
 
     def __init__(self, cache: CacheManager, prefill_chunk: int):
         self.cache = cache
         self.prefill_chunk = prefill_chunk
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._no_room = False  # for the head of the queue, until a sequence ends
+        # Nothing fits until a sequence ends: without this the head of the queue would be matched against the cache in every step.
+        self._no_room = False
 
     def plan(self) -> list[Work]:
-        """The next step: one token for every reply under way, and prompt tokens up to `prefill_chunk` in all."""
+        """Return the next step: one token for every reply under way, and prompt tokens up to `prefill_chunk` in all."""
         budget = self.prefill_chunk
         work = []
         for sequence in self.running:
             start, end = sequence.computed, sequence.length
-            if end - start > 1:
+            if end - start > 1:  # a prompt still to be read; a reply under way lacks its last token alone, and never waits
                 end = min(end, start + budget)
                 budget -= end - start
             if end > start:
@@ -59,7 +60,7 @@ class Scheduler:
         return work
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out of the queue or the batch and frees its blocks."""
+        """Take a sequence out of the queue or the batch and free its blocks."""
         if sequence.started_at is None:
             self.waiting.remove(sequence)
         else:
@@ -71,8 +72,9 @@ class Scheduler:
         if self._no_room:
             return False
         found = self.cache.match(sequence.cache)
+        # Samples of one prompt and questions to one document come together: the first computes what the others then find.
         if any(self.cache.coming(sequence.cache, found, other.cache) for other in self.running):
-            return False  # waiting for it saves computing it twice
+            return False
         if not self.cache.admit(sequence.cache, found):
             self._no_room = True
             return False
@@ -82,7 +84,7 @@ class Scheduler:
 
 
 class _LostLock:
-    """In the place of a lock that another thread held when this process was forked off: that thread is not here to release it."""
+    """In the place of a lock that another thread held when this process was forked off: a fork takes no other thread along."""
 
     def __enter__(self) -> None:
         raise LLMKitError("The process was forked while this model computed. Load it again in the new process.")
@@ -144,12 +146,12 @@ class Engine:
 
     @property
     def lock(self) -> threading.RLock | _LostLock:
-        """Held by whoever changes the engine, or reads a sequence that another thread may change.
+        """The lock of whoever changes the engine, or reads a sequence that another thread may change.
 
         In a process forked off while another thread held it, entering it is an LLMKitError and not a wait for ever.
         """
         if self._process != os.getpid() and not isinstance(self._lock, _LostLock):
-            # The first use in this process. A thread of this process that checks at the same moment holds the lock for no longer.
+            # The first use after a fork. Half a second: another thread of this process may be checking, too, at this very moment.
             if self._lock.acquire(timeout=0.5):
                 self._process = os.getpid()
                 self._lock.release()
@@ -171,7 +173,7 @@ class Engine:
         eos_ids: Iterable[int] = (),
         sample: int = 0,
     ) -> Sequence:
-        """Queues one sample of the reply to a prompt.
+        """Queue one sample of the reply to a prompt.
 
         Args:
             prompt_ids: at least one token id.
@@ -187,8 +189,9 @@ class Engine:
         prompt = self._check_ids("the prompt", _as_array(prompt_ids))
         if len(prompt) == 0:
             raise UsageError("The prompt has no tokens; give at least one, such as the beginning-of-text token.")
+        # Beyond the vocabulary numpy would add the bias to another token (negative ids count from the end) or fail in the first step.
         self._check_ids("logit_bias", np.array(list(params.logit_bias), dtype=np.int64))
-        total = self._total(len(prompt), params.max_tokens)
+        total = self._total(len(prompt), params.max_tokens)  # checked now, so that no sequence runs out of room half-way
         ids = np.empty(total, dtype=np.int32)
         ids[: len(prompt)] = prompt
         root = prefix_root(self.backend.config, adapter, total)
@@ -214,7 +217,7 @@ class Engine:
     def add_samples(
         self, prompt_ids: PromptIds, params: SamplingParams, adapter: str | None = None, *, eos_ids: Iterable[int] = ()
     ) -> list[Sequence]:
-        """Queues `params.n` samples of one prompt; they share its blocks and one seed, and differ in `sample_index`."""
+        """Queue `params.n` samples of one prompt; they share its blocks and one seed, and differ in `sample_index`."""
         if params.seed is None:
             params = replace(params, seed=sampling.fresh_seed())
         prompt, eos_ids = _as_array(prompt_ids), tuple(eos_ids)
@@ -237,19 +240,21 @@ class Engine:
         batch = self._batch
         logits = self.backend.step(batch.fill(work))
         drawn = []
-        for item in batch.asked:
-            count = item.end - item.sequence.length + 1
+        for item in batch.asked:  # those that have reached their last token; the others' prompts go on in the next step
+            count = item.end - item.sequence.length + 1  # logits after the last token and after each draft token
             drawn.append(self._draw(item.sequence, logits[:count]))
             logits = logits[count:]
         if self.speculation is not None:
             self.speculation.observe(batch.asked, [[token for token, _ in tokens] for tokens, _ in drawn])
+        # Nothing above has changed a sequence: where the backend raises or Ctrl-C comes, the step can be repeated.
         now = time.perf_counter()
         for item in work:
             item.sequence.computed = item.end
-        for item, (tokens, _) in zip(batch.asked, drawn, strict=True):  # of the guesses those that became tokens
+        for item, (tokens, _) in zip(batch.asked, drawn, strict=True):  # keys of refused draft tokens do not count; they are overwritten
             item.sequence.computed = item.sequence.length + max(len(tokens), 1) - 1
         for item in work:
             cache, computed = item.sequence.cache, item.sequence.computed
+            # Before the tokens are committed: that may end the sequence, and what it leaves in the cache must be findable.
             if computed // self.cache.block_size > cache.published:
                 self.cache.publish(cache, item.sequence.ids[:computed])
             if self.cache.states is not None:
@@ -276,10 +281,10 @@ class Engine:
                 self._finish(sequence, reason, time.perf_counter())
 
     def _draw(self, sequence: Sequence, rows: NDArray[np.float32]) -> tuple[list[Drawn], LLMKitError | None]:
-        """The next tokens of a sequence from the logits `[1 + guesses, vocab]` after its last token and after each guess.
+        """Return the next tokens of a sequence, from the logits `[1 + drafted, vocab]` after its last token and after each draft token.
 
-        The first row always counts, one after a guess only if that guess is the token drawn there. An error concerns this
-        sequence alone.
+        The first row always counts, one after a draft token only if that is the token drawn there. An error concerns this sequence
+        alone.
         """
         drawn: list[Drawn] = []
         count = sequence.params.logprobs
@@ -318,7 +323,7 @@ class Engine:
         sequence.finished_at = now
 
     def _total(self, prompt_length: int, max_tokens: int | None) -> int:
-        """Tokens of prompt and reply together; ContextOverflow where they cannot fit."""
+        """Return how many tokens prompt and reply have together at most; ContextOverflow where they cannot fit."""
         limit, what, remedy = self.backend.config.max_position_embeddings, "the model's context", "choose a model with a longer one"
         capacity = self.cache.capacity
         if capacity is not None and capacity < limit:
@@ -360,6 +365,7 @@ def tokens_within(backend: Backend, cache_bytes: int, max_step_tokens: int, stat
         states = state_slots(blocks * backend.block_size, state_interval) * backend.state_bytes
         return states + sum(size * cost for size, cost in zip(sizes, costs, strict=True)) <= cache_bytes
 
+    # Windowed groups and state slots stop growing, so the bytes of a token are no constant: bisect over whole blocks.
     low, high = 0, cache_bytes // max(1, min(costs, default=1)) + 1  # fits(low), not fits(high)
     while high - low > 1:
         middle = (low + high) // 2

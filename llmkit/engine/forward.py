@@ -38,16 +38,15 @@ def forward_all(
         int32 `[R]` and `[R]`, which prompt and which position each result is of; float32 `[R, vocab]`, or `[R, hidden_size]`. R may be 0.
     """
     ids = [np.asarray(prompt, dtype=np.int32) for prompt in prompts]
-    positions = [np.arange(len(one), dtype=np.int32) for one in ids]
-    asked = positions if wanted is None else [np.asarray(one, dtype=np.int32) for one in wanted]
-    computed = [int(one[-1]) + 1 if len(one) else 0 for one in asked]
-    # All tokens behind one another: a step is a slice of these.
-    tokens = np.concatenate([one[:count] for one, count in zip(ids, computed, strict=True)])
-    places = np.concatenate([one[:count] for one, count in zip(positions, computed, strict=True)])
-    owners = np.repeat(np.arange(len(ids), dtype=np.int32), computed)
-    is_wanted = np.concatenate([np.isin(one[:count], own) for one, count, own in zip(positions, computed, asked, strict=True)])
-    table = _block_table(computed, backend.block_size)
     lengths = np.array([len(one) for one in ids], dtype=np.int32)
+    asked = [np.arange(length) for length in lengths] if wanted is None else [np.asarray(one, dtype=np.int64) for one in wanted]
+    computed = [int(one[-1]) + 1 if len(one) else 0 for one in asked]
+    # All tokens behind one another: a step is a slice of these four.
+    tokens = np.concatenate([one[:count] for one, count in zip(ids, computed, strict=True)])
+    places = np.concatenate([np.arange(count, dtype=np.int32) for count in computed])
+    owners = np.repeat(np.arange(len(ids), dtype=np.int32), computed)
+    is_wanted = np.concatenate([np.isin(np.arange(count), one) for count, one in zip(computed, asked, strict=True)])
+    table = _block_table(computed, backend.block_size)
     sizes = [step_tokens] if isinstance(step_tokens, int) else step_tokens
     # state: the slot, 0 or 1, with the state of the sequence that the last step ended within; no more than one is ever unfinished.
     start = state = 0
@@ -64,16 +63,10 @@ def forward_all(
             state = 1 - state
             state_out[-1] = state
         indices = np.flatnonzero(is_wanted[part]).astype(np.int32)
+        tables = [table[here]] * len(backend.cache_windows)
+        names = [None if adapters is None else adapters[owner] for owner in here]
         batch = StepBatch(
-            tokens=tokens[part],
-            positions=places[part],
-            sequences=rows.astype(np.int32),
-            block_tables=[np.ascontiguousarray(table[here])] * len(backend.cache_windows),
-            contexts=lengths[here],
-            adapters=[None if adapters is None else adapters[owner] for owner in here],
-            logits_indices=indices,
-            state_in=state_in,
-            state_out=state_out,
+            tokens[part], places[part], rows.astype(np.int32), tables, lengths[here], names, indices, state_in=state_in, state_out=state_out
         )
         yield owners[part][indices], places[part][indices], backend.step(batch, hidden)
         start += size

@@ -1,16 +1,16 @@
-"""Speculation: tokens are guessed cheaply and checked together, one backend step for several tokens of a sequence.
+"""Speculative decoding: tokens are drafted cheaply and checked together, one backend step for several tokens of a sequence.
 
-Guesses come from the text itself (prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding) or from a small
-*draft model*. The step computes one row for the last token and one for every guess; row by row the engine draws the token
-that belongs there, from all the same processors and the same (seed, position) as without speculation. A guess that equals
-the draw is accepted and the next row is valid too; at the first that differs the draw takes its place and the rest is
-dropped. The reply is therefore the very one of plain decoding, greedy or sampled, whatever is guessed and however many,
-as far as the backend's rows do not depend on the batch.
+Draft tokens come from the text itself (prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding) or from a small
+*draft model*. The step computes logits after the last token and after every draft token; one by one the engine draws the token
+that belongs there, from all the same processors and the same (seed, position) as without speculation. A draft token that equals
+the draw is accepted and the next logits are valid too; at the first that differs the draw takes its place and the rest is
+dropped. The reply is therefore the very one of plain decoding, greedy or sampled, whatever is drafted and however much,
+as far as the logits of a token do not depend on what else is in the batch.
 
-For a guess that is certain this is the rejection sampling of Leviathan et al. (arXiv:2211.17192): token x is accepted with
+For a draft token that is certain this is the rejection sampling of Leviathan et al. (arXiv:2211.17192): token x is accepted with
 probability p(x), and otherwise the token is distributed as p without x. A draft model's own sampling q would be accepted
-more often with their rule (1 - TV(p, q), the most any rule can reach), but then a seeded reply depends on where guesses
-were made, which here depends on measured times. Instead both models draw with the same random number ("drafter-invariant
+more often with their rule (1 - TV(p, q), the most any rule can reach), but then a seeded reply depends on where tokens
+were drafted, which here depends on measured times. Instead both models draw with the same random number ("drafter-invariant
 speculative decoding", arXiv:2408.07978), and agree where their distributions do. With the inverse CDF of `sampling.choose`
 that is less often than with Gumbel noise, which costs a random number for each token of the vocabulary. Measured on
 stories260K at temperature 1, drafts being its own logits with noise of deviation 0.3 and 0.6: Leviathan's rule accepts 94%
@@ -29,39 +29,39 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.engine.backend import Backend, BatchBuilder, Sequence, Work
-from llmkit.engine.cache import CacheManager, prefix_root
+from llmkit.engine.backend import Backend, BatchBuilder, Sequence, Work, prefix_root
+from llmkit.engine.cache import CacheManager
 from llmkit.errors import LLMKitError, UsageError
 
 MAX_DRAFT_TOKENS = 7  # for one sequence and step; with the row of its last token 8 rows, a usual tile of matrix kernels
-MAX_ROWS = 32  # of a step with guesses: where more sequences than that run at once, arithmetic is the limit and no row is cheap
+MAX_STEP_TOKENS = 32  # of a step with draft tokens: where more sequences than that run at once, arithmetic is the limit, none is cheap
 MAX_MATCH = 8  # tokens of the text's end that are looked for; a longer match says no more
-PROBE = 2  # guesses made now and then where they do not pay, to see whether they would now
+PROBE = 2  # draft tokens now and then where they do not pay, to see whether they would now
 FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # steps of a sequence between two probes; each that changes nothing doubles the pause
 COST_MEMORY = 256  # decode steps after which a measured time is no longer believed
 
 
 class Drafter(Protocol):
-    """Where guesses come from."""
+    """Where draft tokens come from."""
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
-        """Writes guesses behind the last token of each sequence, `ids[length:]`, at most as many as wanted; returns how many."""
+        """Write draft tokens behind the last token of each sequence, `ids[length:]`, at most as many as wanted; return how many."""
         ...
 
     def close(self, sequence: Sequence) -> None:
-        """The sequence has ended; also called for those never seen."""
+        """Forget a sequence that has ended; also called for those never seen."""
         ...
 
 
 class NgramDrafter:
-    """Guesses that the text goes on as it did after an earlier place like its end."""
+    """Drafts what followed an earlier place like the end of the text."""
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
         written = {}
         for sequence, count in wanted.items():
-            guesses = continuation(sequence.ids[: sequence.length], count)
-            sequence.ids[sequence.length : sequence.length + len(guesses)] = guesses
-            written[sequence] = len(guesses)
+            tokens = continuation(sequence.ids[: sequence.length], count)
+            sequence.ids[sequence.length : sequence.length + len(tokens)] = tokens
+            written[sequence] = len(tokens)
         return written
 
     def close(self, sequence: Sequence) -> None:
@@ -69,9 +69,9 @@ class NgramDrafter:
 
 
 def continuation(history: NDArray[np.int32], count: int) -> NDArray[np.int32]:
-    """What followed the last earlier place where the longest end of `history` `[length]` stood before.
+    """Return what followed the last earlier place where the longest end of `history` `[length]` stood before.
 
-    Two tokens must match, and no more are guessed than matched, nor more than `count`: in held-out English text the token
+    Two tokens must match, and no more are drafted than matched, nor more than `count`: in held-out English text the token
     after a match of two is right in a third of the cases, after one of eight in nine of ten. A match that overlaps the end
     is a repetition, and is taken to go on.
     """
@@ -89,19 +89,19 @@ def continuation(history: NDArray[np.int32], count: int) -> NDArray[np.int32]:
 
 @dataclass(slots=True, eq=False)
 class _Mirror:
-    """A sequence as the draft model has it: the same tokens, and guesses behind them; other blocks."""
+    """A sequence as the draft model has it: the same tokens, with draft tokens behind them, and other blocks."""
 
     own: Sequence
     confirmed: int  # tokens of `own` known to be those of the sequence it follows
 
 
 class ModelDrafter:
-    """Guesses what a smaller model with the same vocabulary would say; it has a KV cache of its own.
+    """Drafts what a smaller model with the same vocabulary would say; it has a KV cache of its own.
 
     Args:
         backend: the draft model. Its logits may be padded to another length than the target's.
         vocab_size: of the target model.
-        max_cache_tokens: size of its KV cache; a sequence that finds no room in it is not guessed.
+        max_cache_tokens: size of its KV cache; a sequence that finds no room in it is decoded without drafts.
         prefill_chunk: most tokens that are read in one call, while the target model waits.
     """
 
@@ -109,7 +109,7 @@ class ModelDrafter:
         if backend.state_bytes:
             raise UsageError(
                 f"The draft model ({backend.config.model_type}) keeps a recurrent state, which cannot be taken back where its tokens are "
-                "refused. Take one without, or --speculate lookup."
+                "refused. Take one without, or --speculate ngram."
             )
         self._backend = backend
         self._vocab_size = vocab_size
@@ -128,7 +128,7 @@ class ModelDrafter:
                 budget -= end - own.computed
                 work.append(Work(own, own.computed, end))
         last = {own: min(sequence.length + wanted[sequence], own.context) for sequence, own in mirrors.items()}
-        while work:  # what is unread, and then guess after guess
+        while work:  # what is unread, and then draft token after draft token
             growing = self._extend(work)
             work = [Work(own, own.length - 1, own.length) for own in growing if own.length < last[own]]
         for sequence, own in mirrors.items():
@@ -142,7 +142,7 @@ class ModelDrafter:
             self._cache.close(mirror.own.cache)
 
     def _extend(self, work: list[Work]) -> list[Sequence]:
-        """Computes one step; returns those that have got a guess by it and may get another."""
+        """Compute one step; return those that have got a draft token by it and may get another."""
         batch = self._batch
         logits = self._backend.step(batch.fill(work))
         for own, _, end in work:
@@ -160,12 +160,12 @@ class ModelDrafter:
         return growing
 
     def _as_target(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits `[vocab]` over the ids of the target model."""
+        """Return the logits `[vocab]` over the ids of the target model."""
         missing = self._vocab_size - len(logits)
         return np.pad(logits, (0, missing), constant_values=-np.inf) if missing > 0 else logits[: self._vocab_size]
 
     def _follow(self, sequence: Sequence) -> _Mirror | None:
-        """The mirror, with the tokens the sequence has by now; None where the draft model cannot read them or has no room."""
+        """Return the mirror, with the tokens the sequence has by now; None where the draft model cannot read them or has no room."""
         mirror = self._mirrors.get(sequence) or self._open(sequence)
         if mirror is None or sequence.length >= mirror.own.context or not self._reads(sequence.ids[mirror.confirmed : sequence.length]):
             return None
@@ -189,17 +189,17 @@ class ModelDrafter:
         return mirror
 
     def _reads(self, ids: NDArray[np.int32]) -> bool:
-        """Whether the draft model has embeddings for all of them: the target's may be padded further."""
+        """Return whether the draft model has embeddings for all of them: the target's may be padded further."""
         return int(ids.max(initial=0)) < self._backend.config.vocab_size
 
     def _confirm(self, mirror: _Mirror, sequence: Sequence) -> None:
-        """Takes over the tokens that are new; keys and values of guesses that were not among them are forgotten."""
+        """Take over the tokens that are new; keys and values of draft tokens that were not among them are forgotten."""
         own, start, length = mirror.own, mirror.confirmed, min(sequence.length, mirror.own.context)
-        guessed = own.ids[start : min(own.length, length)]
-        wrong = np.flatnonzero(guessed != sequence.ids[start : start + len(guessed)])
-        agreed = start + (int(wrong[0]) if len(wrong) else len(guessed))
+        drafted = own.ids[start : min(own.length, length)]
+        wrong = np.flatnonzero(drafted != sequence.ids[start : start + len(drafted)])
+        agreed = start + (int(wrong[0]) if len(wrong) else len(drafted))
         own.ids[start:length] = sequence.ids[start:length]
-        # The last token is computed in any case: its logits are where guessing starts.
+        # The last token is computed in any case: its logits are where drafting starts.
         own.computed = min(own.computed, agreed, length - 1)
         own.length = mirror.confirmed = length
         if own.computed // self._cache.block_size > own.cache.published:
@@ -208,24 +208,27 @@ class ModelDrafter:
 
 @dataclass(slots=True)
 class _Times:
+    """The seconds of steps of one shape."""
+
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     usual: float | None = None  # their median
     measured: int = 0  # the step of the last one
 
 
 class StepTimes:
-    """What a decode step of S sequences with R rows takes, as the median of the last few."""
+    """Measures what a decode step of S sequences with N tokens takes, as the median of the last few."""
 
     def __init__(self) -> None:
         self._times: dict[int, dict[int, _Times]] = {}
         self._steps = 0
 
-    def add(self, sequences: int, rows: int, seconds: float) -> None:
+    def add(self, sequences: int, tokens: int, seconds: float) -> None:
+        """Count a step."""
         self._steps += 1
-        of_rows = self._times.setdefault(sequences, {})
-        times = of_rows.get(rows)
+        of_tokens = self._times.setdefault(sequences, {})
+        times = of_tokens.get(tokens)
         if times is None:
-            times = of_rows[rows] = _Times()  # the first one is not counted: it may have had to take memory or compile
+            times = of_tokens[tokens] = _Times()  # the first one is not counted: it may have had to take memory or compile
         else:
             if self._old(times):
                 times.recent.clear()
@@ -234,18 +237,18 @@ class StepTimes:
         times.measured = self._steps
 
     def curve(self, sequences: int) -> list[float]:
-        """Seconds of a step with 0, 1, 2, ... rows of guesses.
+        """Return the seconds of a step with 0, 1, 2, ... draft tokens.
 
-        It ends one row beyond what was measured, and that one is said to take no longer, so that it is tried. Empty while
+        It ends one token beyond what was measured, and that one is taken to cost nothing more, so that it is tried. Empty while
         the plain step, which all is compared with, is unknown.
         """
-        of_rows = self._times.get(sequences, {})
-        known = {rows: times.usual for rows, times in of_rows.items() if times.usual is not None and not self._old(times)}
+        of_tokens = self._times.get(sequences, {})
+        known = {tokens: times.usual for tokens, times in of_tokens.items() if times.usual is not None and not self._old(times)}
         if sequences not in known:
             return []
         measured = sorted(known)
-        wanted = range(sequences, min(measured[-1] + 1, MAX_ROWS) + 1)
-        return np.interp(wanted, measured, [known[rows] for rows in measured]).tolist()
+        wanted = range(sequences, min(measured[-1] + 1, MAX_STEP_TOKENS) + 1)
+        return np.interp(wanted, measured, [known[tokens] for tokens in measured]).tolist()
 
     def _old(self, times: _Times) -> bool:
         return self._steps - times.measured > COST_MEMORY
@@ -253,17 +256,17 @@ class StepTimes:
 
 @dataclass(slots=True)
 class _Record:
-    """How the guesses for one sequence fared, the later ones counting more; it starts with a little confidence."""
+    """How the draft tokens of one sequence fared, the later ones counting more; it starts with a little confidence."""
 
     accepted: float = 2.0
     tried: float = 3.0
-    idle: int = 0  # steps without guesses
+    idle: int = 0  # steps without draft tokens
     pause: int = FIRST_PAUSE
     probing: bool = False
 
     @property
     def rate(self) -> float:
-        """The chance that a guess is accepted if those before it are."""
+        """The chance that a draft token is accepted if those before it are."""
         return self.accepted / self.tried
 
     def add(self, accepted: int, tried: int) -> None:
@@ -276,12 +279,12 @@ class _Record:
 
 
 class Speculation:
-    """Decides how many tokens are guessed in a step, from what it measures: how often guesses are right and what rows cost.
+    """Decides how many tokens are drafted in a step, from what it measures: how often they are accepted and what a longer step costs.
 
     Steps that read a prompt are left as they are.
 
     Args:
-        drafter: where guesses come from.
+        drafter: where draft tokens come from.
         clock: seconds.
     """
 
@@ -289,13 +292,13 @@ class Speculation:
         self._drafter = drafter
         self._clock = clock
         self._step_times = StepTimes()
-        self._draft_times: deque[float] = deque(maxlen=5)  # of one guess for each sequence
+        self._draft_times: deque[float] = deque(maxlen=5)  # of one draft token for each sequence
         self._records: dict[Sequence, _Record] = {}
         self._timed = False
         self._began = 0.0
 
     def extend(self, work: list[Work]) -> list[Work]:
-        """The step with guesses in it: they are in `ids` behind the last token, and `end` goes beyond `length`."""
+        """Return the step with draft tokens in it: they are in `ids` behind the last token, and `end` goes beyond `length`."""
         self._timed = all(start == sequence.length - 1 for sequence, start, _ in work)
         if self._timed:
             wanted = self._wanted([item.sequence for item in work])
@@ -309,16 +312,16 @@ class Speculation:
         return work
 
     def observe(self, asked: list[Work], drawn: list[list[int]]) -> None:
-        """What came of a step, before its tokens are written: per sequence the tokens drawn, the last one after the last agreement."""
+        """Learn from a step, before its tokens are written: per sequence the tokens drawn, the last one after the last agreement."""
         if self._timed:
             self._step_times.add(len(asked), sum(item.end - item.start for item in asked), self._clock() - self._began)
         for (sequence, _, end), tokens in zip(asked, drawn, strict=True):
-            guesses = sequence.ids[sequence.length : end][: len(tokens)]
-            if len(guesses):
-                accepted = int(np.count_nonzero(guesses == tokens[: len(guesses)]))
+            drafted = sequence.ids[sequence.length : end][: len(tokens)]
+            if len(drafted):
+                accepted = int(np.count_nonzero(drafted == tokens[: len(drafted)]))
                 sequence.drafted += end - sequence.length
                 sequence.accepted += accepted
-                self._records[sequence].add(accepted, len(guesses))
+                self._records[sequence].add(accepted, len(drafted))
 
     def close(self, sequence: Sequence) -> None:
         """The sequence has ended."""
@@ -326,16 +329,17 @@ class Speculation:
         self._drafter.close(sequence)
 
     def _wanted(self, sequences: list[Sequence]) -> dict[Sequence, int]:
-        """How many guesses each sequence should get.
+        """Return how many draft tokens each sequence should get; those that get none are left out.
 
-        Guess j of a sequence is worth rate**j tokens. In the order of their worth guesses are added to the step, and as many
-        are made as give the most tokens per second.
+        The j-th draft token of a sequence is worth rate**j tokens. In the order of their worth they are added to the step, and as
+        many are taken as give the most tokens per second.
         """
-        if len(sequences) >= MAX_ROWS:
+        if len(sequences) >= MAX_STEP_TOKENS:
             return {}
         seconds = self._step_times.curve(len(sequences))
         records = [self._records.setdefault(sequence, _Record()) for sequence in sequences]
         room = [min(MAX_DRAFT_TOKENS, sequence.context - sequence.length - 1) for sequence in sequences]
+        # A draft token counts only if all before it are accepted, hence the power.
         worth = [(record.rate**j, index) for index, record in enumerate(records) for j in range(1, room[index] + 1)]
         worth.sort(key=lambda pair: -pair[0])
         draft_seconds = median(self._draft_times) if self._draft_times else 0.0
@@ -349,15 +353,15 @@ class Speculation:
             speed = tokens / (cost + deepest * draft_seconds)
             if speed > fastest:
                 fastest, best = speed, list(counts)
-        rows = len(sequences) + sum(best)
+        total = len(sequences) + sum(best)
         for index, record in enumerate(records):
             record.probing = False
             if best[index]:
                 record.idle, record.pause = 0, FIRST_PAUSE
                 continue
             record.idle += 1
-            if seconds and record.idle > record.pause and room[index] and rows + PROBE <= MAX_ROWS:
+            if seconds and record.idle > record.pause and room[index] and total + PROBE <= MAX_STEP_TOKENS:
                 best[index] = min(PROBE, room[index])
                 record.probing = True
-                rows += best[index]
+                total += best[index]
         return {sequence: count for sequence, count in zip(sequences, best, strict=True) if count > 0}

@@ -5,16 +5,20 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from llmkit.config import ModelConfig
-from llmkit.engine.backend import StepBatch
 from llmkit.errors import UsageError
 from llmkit.model.cache import CacheStorage, StepCaches
 from llmkit.model.decode import Capture, StaticDecode, capturable, cuda_graphs
 from llmkit.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from llmkit.engine.backend import StepBatch
 
 
 class TorchBackend:
@@ -116,7 +120,8 @@ def _only(batch: StepBatch, own: np.ndarray) -> StepBatch:
     """Return the part of a step that concerns some sequences: own bool `[S]`."""
     numbers = np.cumsum(own, dtype=np.int32) - 1  # their rows among themselves
     picked, wanted = own[batch.sequences], own[batch.sequences[batch.logits_indices]]
-    return StepBatch(
+    return replace(
+        batch,
         tokens=batch.tokens[picked],
         positions=batch.positions[picked],
         sequences=numbers[batch.sequences[picked]],

@@ -15,14 +15,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmkit.config import ModelConfig
-from llmkit.engine.backend import StepBatch
 from llmkit.model.attention import Recurrence, attention, attention_scale, visible
+
+if TYPE_CHECKING:
+    from llmkit.engine.backend import StepBatch
 
 Places = slice | Tensor  # rows of a layer's storage
 

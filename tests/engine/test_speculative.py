@@ -18,7 +18,7 @@ from llmkit.engine.cache import BlockPool
 from llmkit.engine.sampling import process
 from llmkit.engine.speculative import (
     MAX_DRAFT_TOKENS,
-    MAX_ROWS,
+    MAX_STEP_TOKENS,
     Drafter,
     ModelDrafter,
     NgramDrafter,
@@ -561,10 +561,10 @@ def test_a_step_has_no_more_rows_than_pay() -> None:
     params = SamplingParams(temperature=0, max_tokens=50)
     drafter.replies = {(token,): backend.reply([token], params, seed=0) for token in range(23)}
     run(engine, *[engine.add([token % 23], params) for token in range(20)])
-    assert max(rows) == MAX_ROWS
+    assert max(rows) == MAX_STEP_TOKENS
     rows.clear()
-    run(engine, *[engine.add([token % 23], params) for token in range(MAX_ROWS + 1)])
-    assert rows == [MAX_ROWS + 1] * 50
+    run(engine, *[engine.add([token % 23], params) for token in range(MAX_STEP_TOKENS + 1)])
+    assert rows == [MAX_STEP_TOKENS + 1] * 50
 
 
 def test_the_first_time_of_a_shape_does_not_count_and_old_ones_are_forgotten() -> None:
