@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "llmkit.config": ("ModelConfig",),
-    "llmkit.engine.sampling": ("SamplingParams",),
-    "llmkit.errors": ("LLMKitError",),
-    "llmkit.finetuning": ("finetune",),
-    "llmkit.llm.api": ("LLM", "embedded_model", "load"),
-    "llmkit.llm.outputs": ("Chunk", "Completion", "Score", "Stream", "Timings", "TokenLogprob", "Usage"),
+_HOME_OF = {
+    "ModelConfig": "llmkit.config",
+    "SamplingParams": "llmkit.engine.sampling",
+    "LLMKitError": "llmkit.errors",
+    "finetune": "llmkit.finetuning",
+    **dict.fromkeys(("LLM", "embedded_model", "load"), "llmkit.llm.api"),
+    **dict.fromkeys(("Chunk", "Completion", "Score", "Stream", "Timings", "TokenLogprob", "Usage"), "llmkit.llm.outputs"),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "LLM",

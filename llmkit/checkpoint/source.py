@@ -6,6 +6,7 @@ safetensors file are parsed on first use and kept. Tensors are mapped, not read,
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -15,14 +16,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.files import INDEX, SINGLE, Checkpoint, load_config, open_checkpoint, read_json
-from llmkit.checkpoint.formats import FORMATS, Format, FormatEntry, find_format
-from llmkit.checkpoint.hub import locate, resolve
+from llmkit.checkpoint.formats import FORMATS, RECORD
 from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError
 from llmkit.kernels.format import Weight
 
 if TYPE_CHECKING:
     from llmkit.checkpoint.fingerprint import Fingerprint
+    from llmkit.checkpoint.formats import FormatEntry
+    from llmkit.checkpoint.formats.dense import Dense
     from llmkit.text.tokenizer import Tokenizer
 
 # Any of these in a folder means that there is a tokenizer to load.
@@ -61,6 +63,10 @@ class ModelSource:
         """
         if isinstance(model, ModelSource):
             return model
+        if revision is None and os.path.isdir(folder := os.path.expanduser(model)):
+            return cls(Path(folder), str(model), formats)
+        from llmkit.checkpoint.hub import locate, resolve  # and every name that is wrong is named there
+
         return cls((resolve if download else locate)(model, revision), str(model), formats)
 
     def __repr__(self) -> str:
@@ -128,9 +134,19 @@ class ModelSource:
         return parameter_shapes(self.config)
 
     @cached_property
-    def format(self) -> Format:
-        """How the weights are stored, and what reads them."""
-        return find_format(self, self._formats)
+    def format(self) -> Dense:
+        """How the weights are stored, and what reads them; CheckpointError for a format that is not among those given."""
+        record = self.config.hf.get(RECORD) or {"quant_method": ""}
+        method = record.get("quant_method") if isinstance(record, Mapping) else record
+        entry = self._formats.get(method) if isinstance(record, Mapping) and isinstance(method, str) else None
+        if entry is None:
+            raise CheckpointError(
+                f"{self.folder} is quantized ({method!r:.80}), which llmkit does not read. Use the checkpoint it was made from."
+            )
+        if isinstance(entry, str):
+            module, _, name = entry.partition(":")
+            entry = cast("type[Dense]", getattr(importlib.import_module(module), name))
+        return entry(self)
 
     @property
     def quantized(self) -> bool:

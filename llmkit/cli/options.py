@@ -208,13 +208,18 @@ def load_model(default: Callable[[], Path] | None = None) -> LLM:
     """Open MODEL and the draft model, each once, and load them, unless they do not fit into memory."""
     from llmkit.checkpoint.source import ModelSource
     from llmkit.llm.api import load
-    from llmkit.planning.check import check_run
+    from llmkit.llm.backends import default_device
+    from llmkit.planning.memory import clearly_fits
 
     arguments = load_arguments()
     source = ModelSource.open(model_name(default), arguments.pop("revision", None))
     if (draft := arguments.get("draft_model")) is not None:
         arguments["draft_model"] = ModelSource.open(draft)
-    check_run(source, arguments)
+    on_cpu = (arguments.get("device") or default_device()) == "cpu"
+    if draft is not None or not on_cpu or not clearly_fits(source, arguments.get("ctx_size") or 2048):
+        from llmkit.planning.check import check_run
+
+        check_run(source, arguments)
     return load(source, **arguments)
 
 

@@ -6,8 +6,12 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmkit.checkpoint.source import ModelSource
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _CGROUPS = (  # limit and use of a container: version 2, version 1
@@ -54,6 +58,18 @@ def available_bytes(device: str = "cpu") -> int:
 
         free = psutil.virtual_memory().available
     return min([free, *(left for paths in _CGROUPS if (left := _left_in(*paths)) is not None)])
+
+
+def clearly_fits(source: ModelSource, positions: int) -> bool:
+    """Whether a model fits into the memory of this CPU by so wide a margin that nothing has to be counted: most small ones do.
+
+    False where somebody says how much memory there is (LLMKIT_MEMORY).
+    """
+    config = source.config
+    # Weights of 4 bits may become float32. A position has keys and values of float32 in each layer, together at most 4 times as wide as
+    # the hidden state in every family (Gemma's heads are the widest).
+    need = 8 * source.format.stored_bytes + 16 * config.hidden_size * config.num_hidden_layers * positions + 2**30
+    return not os.environ.get("LLMKIT_MEMORY") and need < available_bytes()
 
 
 def _left_in(limit: str, used: str, stat: str, reclaimable: str) -> int | None:

@@ -42,10 +42,10 @@ def audit(event, args):
         if args[0].endswith((".json", ".safetensors")):
             opens[args[0]] += 1
 sys.addaudithook(audit)
-from llmkit.checkpoint import hub
+from llmkit.checkpoint.source import ModelSource
 names = Counter()
 def profile(frame, event, arg):
-    if event == "call" and frame.f_code is hub._read_name.__code__:
+    if event == "call" and frame.f_code is ModelSource.open.__func__.__code__ and not isinstance(frame.f_locals["model"], ModelSource):
         names[str(frame.f_locals["model"])] += 1
 sys.setprofile(profile)
 from llmkit.cli.main import run

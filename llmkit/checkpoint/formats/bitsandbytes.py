@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -116,10 +116,6 @@ class Bitsandbytes(Dense):
 
     def dtype(self, on_cpu: bool) -> str:
         return self.source.config.dtype
-
-    @property
-    def fingerprint(self) -> Any:
-        return super(Dense, self).fingerprint
 
 
 def _unpacked(tensor: TensorFile, matrix: Nf4Matrix, rules: Rules) -> TensorFile:

@@ -22,7 +22,7 @@ import numpy as np
 
 from llmkit.checkpoint.arrays import mismatch, parameter_array, release, stored_array
 from llmkit.checkpoint.files import TensorFile
-from llmkit.checkpoint.formats import Format
+from llmkit.checkpoint.formats.dense import Dense
 from llmkit.checkpoint.weights import Piece
 from llmkit.errors import CheckpointError
 from llmkit.kernels.format import QuantizedMatrix, Weight, check_codebook, stored_shapes
@@ -94,10 +94,13 @@ def _parse_entry(name: str, entry: Any, damaged: Callable[[str], CheckpointError
     return PackedEntry(scheme, group, (shape[0], shape[1]))
 
 
-class Packed(Format):
+class Packed(Dense):
     """Codes and scales by our own parameter names; what is not packed stays in the dtype it had."""
 
+    quantized = True
     transformers_reads = False
+    copied_bytes = 0
+    skipped = ()
 
     @cached_property
     def quantization(self) -> Quantization:
