@@ -165,7 +165,7 @@ def _check_folder(folder: Path) -> None:
     source = ModelSource(folder)
     if source.quantized:
         raise UsageError(f"{folder} is quantized, so there is nothing to compare it with. Give the checkpoint it was made from.")
-    if any(layer.moe is not None for layer in source.config.layers):
+    if source.config.sparse:
         raise UsageError(f"{folder} is a mixture of experts, and a token reads only some. Give a dense model.")
 
 

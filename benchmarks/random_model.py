@@ -65,6 +65,6 @@ def write_random_nf4(folder: Path, hf: Mapping[str, Any], progress: Callable[[in
         values = (ones if len(shape) == 1 else numbers)[: math.prod(shape)]
         pieces[name] = Piece(TensorFile(name, "BF16", shape, values.view(np.uint8).data, path, 0), shape)
     with replacing(folder) as partial:
-        write_nf4(partial / SINGLE, config, pieces, {name: choose(NF4, name, shape) for name, shape in shapes.items()}, None, progress)
+        write_nf4(partial / SINGLE, config, pieces, {name: choose(NF4, param) for name, param in config.parameters.items()}, None, progress)
         write_json(partial / "config.json", {**hf, RECORD: record("bfloat16")})
     return folder

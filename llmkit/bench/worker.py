@@ -63,11 +63,9 @@ class OwnDecoding:
                 config.tie_word_embeddings and name.startswith("model.embed_tokens")
             ):
                 continue  # one row of the table; a tied one is read whole as the head
-            if ".experts." in name:
-                moe = config.layers[int(name.split(".")[2])].moe
-                assert moe is not None
-                size = size * moe.num_experts_per_tok // moe.num_experts
-            read += size
+            described = config.parameters.get(f"{name.rpartition('.')[0]}.weight")  # the name may be that of codes or scales
+            chosen, experts = (1, 1) if described is None else described.experts
+            read += size * chosen // experts
         windows = backend.cache_windows
         return {
             "variants": [""],

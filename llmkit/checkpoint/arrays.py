@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from llmkit.checkpoint.files import TensorFile
-from llmkit.checkpoint.weights import EMBEDDING, HEAD, Assignment, Piece
-from llmkit.config import NORM_NAMES, ModelConfig
+from llmkit.checkpoint.weights import EMBEDDING, Assignment, Piece
+from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels.format import widen
 
@@ -26,53 +26,8 @@ MAX_LISTED = 1000  # problems in one message
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the `Transformer` of a config and its shape, in its order: what a checkpoint must give."""
-    return dict(_parameters(config))
-
-
-def _parameters(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, dim = config.hidden_size, config.head_dim
-    q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
-
-    def linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{name}.weight", (rows, columns)
-        if bias:
-            yield f"{name}.bias", (rows,)
-
-    def norm(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{name}.weight", (size,)
-        if config.norm == "layer":
-            yield f"{name}.bias", (size,)
-
-    def mlp(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for proj in ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",):
-            yield from linear(f"{name}.{proj}", size, hidden, config.mlp_bias)
-        yield from linear(f"{name}.down_proj", hidden, size, config.mlp_bias)
-
-    yield EMBEDDING, (config.vocab_size, hidden)
-    if config.learned_positions:
-        yield "model.embed_positions.weight", (config.max_position_embeddings, hidden)
-    for i, layer in enumerate(config.layers):
-        attention, feed = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        yield from linear(f"{attention}.q_proj", q_size, hidden, config.qkv_bias)
-        yield from linear(f"{attention}.k_proj", kv_size, hidden, config.qkv_bias)
-        yield from linear(f"{attention}.v_proj", kv_size, hidden, config.qkv_bias)
-        yield from linear(f"{attention}.o_proj", hidden, q_size, config.o_bias)
-        if config.qk_norm is not None:
-            yield from norm(f"{attention}.q_norm", q_size if config.qk_norm == "full" else dim)
-            yield from norm(f"{attention}.k_norm", kv_size if config.qk_norm == "full" else dim)
-        if layer.moe is None:
-            yield from mlp(feed, config.intermediate_size)
-        else:
-            yield f"{feed}.gate.weight", (layer.moe.num_experts, hidden)
-            for j in range(layer.moe.num_experts):
-                yield from mlp(f"{feed}.experts.{j}", layer.moe.moe_intermediate_size)
-        for name in NORM_NAMES[config.norm_placement]:
-            if name is not None:
-                yield from norm(f"model.layers.{i}.{name}", hidden)
-    yield from norm("model.norm", hidden)
-    if not config.tie_word_embeddings:
-        yield HEAD, (config.vocab_size, hidden)
+    """Return the shape of every parameter of the `Transformer` of a config, in its order: what a checkpoint must give."""
+    return {name: param.shape for name, param in config.parameters.items()}
 
 
 def stored_array(tensor: TensorFile) -> np.ndarray:

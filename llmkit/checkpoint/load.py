@@ -101,9 +101,9 @@ def load_model_with_report(
     state: dict[str, Tensor] = {}
     schemes: set[str] = set()
     mapped = copied = 0
-    for name, shape in source.shapes.items():
+    for name, param in source.config.parameters.items():
         weight = weights.weight(name)
-        choice = None if quantize is None else choose(quantize, name, shape)
+        choice = None if quantize is None else choose(quantize, param)
         if isinstance(weight, np.ndarray) and choice is not None:
             weight = quantize_matrix(_parameter(weight, wanted, torch.device("cpu"))[0], choice)
             weights.release(name)

@@ -85,7 +85,7 @@ def quantize_folder(
         raise CheckpointError(f"{source} is quantized already, and quantizing again only loses more. Use the checkpoint it was made from.")
     assert isinstance(opened.format, Dense)
     config, pieces = opened.config, opened.format.pieces
-    choices = {name: choose(scheme, name, piece.shape) for name, piece in pieces.items()}
+    choices = {name: choose(scheme, config.parameters[name]) for name in pieces}
     # The code that auto_map points to is not part of what we read, and so not of what we write.
     hf = {name: value for name, value in config.hf.items() if name != "auto_map"}
     with replacing(folder) as partial:

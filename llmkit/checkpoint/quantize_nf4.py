@@ -103,7 +103,7 @@ def write_nf4(
     progress: Progress | None,
 ) -> int:
     """The safetensors file, in one pass over the checkpoint; returns the bytes of its tensors."""
-    if any(layer.moe is not None for layer in config.layers):
+    if config.sparse:
         logger.warning("The experts stay in %s, as in transformers' 4-bit layout; --scheme q4 quantizes them too.", config.dtype)
     tensors = [
         _Tensor(stored.name, tuple(pieces[name] for name in stored.ours), stored.transpose, choices[stored.ours[0]] is not None)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from llmkit.checkpoint.files import Checkpoint, TensorFile
-from llmkit.config import ModelConfig, MoEConfig
+from llmkit.config import ModelConfig
 from llmkit.families import Family, Rule
 
 BODY = "model."
@@ -19,14 +19,9 @@ STACKED_EXPERTS = (
     Rule(
         "model.layers.{i}.mlp.experts.gate_up_proj",
         ("model.layers.{i}.mlp.experts.{j}.gate_proj.weight", "model.layers.{i}.mlp.experts.{j}.up_proj.weight"),
-        lambda config: (_moe(config).moe_intermediate_size,) * 2,
     ),
     Rule("model.layers.{i}.mlp.experts.down_proj", ("model.layers.{i}.mlp.experts.{j}.down_proj.weight",)),
 )
-
-
-def _moe(config: ModelConfig) -> MoEConfig:
-    return next(layer.moe for layer in config.layers if layer.moe is not None)
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ Rules = list[tuple[_Pattern, Rule]]
 
 def reading_rules(family: Family, config: ModelConfig) -> Rules:
     """The rules by which stored names become ours."""
-    stacked = STACKED_EXPERTS if any(layer.moe is not None for layer in config.layers) else ()
+    stacked = STACKED_EXPERTS if config.sparse else ()
     return [(_Pattern.of(rule.theirs), rule) for rule in (*family.rules, *stacked)]
 
 
@@ -125,8 +120,11 @@ def _parts(tensor: TensorFile, rules: Rules, config: ModelConfig, problems: list
         shape = tensor.shape[1:] if stacked else tensor.shape
         if rule.transpose:
             shape = shape[::-1]
-        sizes = shape[:1] if rule.sizes is None else rule.sizes(config)
-        if len(sizes) != len(rule.ours) or sum(sizes) != sum(shape[:1]) or (stacked and tensor.shape[0] != _moe(config).num_experts):
+        # As many rows each as the parameters have; of a name that the model has not, which whoever asks will say, any.
+        wanted = [config.parameters.get(ours.format(**numbers, **({"j": 0} if stacked else {}))) for ours in rule.ours]
+        sizes = shape[:1] if len(wanted) == 1 else [sum(shape[:1]) // len(wanted) if one is None else one.shape[0] for one in wanted]
+        experts = wanted[0].experts[1] if stacked and wanted[0] is not None else tensor.shape[0]
+        if sum(sizes) != sum(shape[:1]) or (stacked and tensor.shape[0] != experts):
             problems.append(f"wrong shape: {tensor.name!r} {list(tensor.shape)} cannot be cut into {', '.join(rule.ours)}")
             return
         for j in range(tensor.shape[0]) if stacked else (None,):

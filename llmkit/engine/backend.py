@@ -267,7 +267,7 @@ def prefix_root(config: ModelConfig, adapter: str | None, context: int) -> bytes
     context; longrope has one set up to it and one beyond.
     """
     key: list[object] = []
-    for rope in {layer.rope for layer in config.layers if layer.rope is not None}:
+    for rope in {rope for rope, _ in config.rotaries}:
         original = min(rope.original_max_position_embeddings or config.max_position_embeddings, config.max_position_embeddings)
         if rope.rope_type == "dynamic":
             key.append(max(context, original))

@@ -40,13 +40,12 @@ MODEL_TYPES: dict[str, str] = {
 class Rule:
     """One of their tensors as one or several of ours; `{i}` and `{j}` stand for numbers (layer, expert).
 
-    `ours` with several names cuts the tensor along its rows, after the transpose, into `sizes(config)` rows each.
+    `ours` with several names cuts the tensor along its rows, after the transpose, into as many rows each as ours have.
     The rule runs backwards on saving; where several rules give the same of ours (old and new names), the first is written.
     """
 
     theirs: str
     ours: tuple[str, ...]
-    sizes: Callable[[ModelConfig], tuple[int, ...]] | None = None
     transpose: bool = False  # theirs is [in, out] (GPT-2's Conv1D), ours [out, in]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from llmkit.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
+from llmkit.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig, NormPlacement, PartConfig, RopeConfig
 from llmkit.errors import ConfigError
 
 # Buffers that old checkpoints carry and every reader recomputes.
@@ -217,15 +217,29 @@ class Fields:
             raise self.error(name, f"but it must be a list of 0 or 1 for each of the {self.num_hidden_layers} layers; correct it")
         return [bool(item) for item in value]
 
-    def moe(self, num_experts: str, intermediate_size: str, *, norm_topk_prob: bool) -> MoEConfig:
-        """The mixture of experts, from the fields in which the family says their number and width."""
+    def attention(self, *, bias: bool = False, **more: Any) -> AttentionConfig:
+        """Return the attention of a layer. bias: of query, key, value and output at once (`attention_bias` of Hugging Face)."""
+        heads = self.integer("num_attention_heads")
+        kv_heads = heads if self.get("num_key_value_heads") is None else self.integer("num_key_value_heads")
+        if heads % kv_heads:
+            raise self.error("num_key_value_heads", f"which does not divide num_attention_heads = {heads}; correct one of the two")
+        shared: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": self.head_dim}
+        return AttentionConfig(**(shared | {"qkv_bias": bias, "o_bias": bias} | more))
+
+    def mlp(self, size: str = "intermediate_size", **more: Any) -> MLPConfig:
+        """Return the MLP of a layer; `size` names the field with its width."""
+        act = ACTIVATIONS[self.choice("hidden_act", ACTIVATIONS)]
+        return MLPConfig(intermediate_size=self.integer(size), hidden_act=act, **more)
+
+    def moe(self, num_experts: str, size: str, *, norm_topk_prob: bool) -> MoEConfig:
+        """Return the mixture of experts, from the fields in which the family says their number and width."""
         experts = self.integer(num_experts)
         if experts * self.num_hidden_layers > MAX_EXPERT_MODULES:
             raise self.error(num_experts, f"which in {self.num_hidden_layers} layers is more than any model has; correct it")
         chosen = self.integer("num_experts_per_tok")
         if chosen > experts:
             raise self.error("num_experts_per_tok", f"but there are only {experts} experts; correct one of the two")
-        return MoEConfig(experts, chosen, self.integer(intermediate_size), norm_topk_prob)
+        return MoEConfig(num_experts=experts, num_experts_per_tok=chosen, expert=self.mlp(size), norm_topk_prob=norm_topk_prob)
 
     def rope(
         self,
@@ -253,25 +267,27 @@ class Fields:
         given.setdefault("original_max_position_embeddings", positions)
         return _rope(Fields(given, {}, where=f"rope_parameters in {self.where}"), self.head_dim, positions, partial=partial)
 
-    def model(self, *, layers: Iterable[LayerConfig], **fields: Any) -> ModelConfig:
-        """The ModelConfig: the fields all families share, and the ones given here, which win."""
-        layers = tuple(layers)
-        heads = self.integer("num_attention_heads")
-        kv_heads = heads if self.get("num_key_value_heads") is None else self.integer("num_key_value_heads")
-        if heads % kv_heads:
-            raise self.error("num_key_value_heads", f"which does not divide num_attention_heads = {heads}; correct one of the two")
+    def model(
+        self,
+        mixers: PartConfig | Sequence[PartConfig],
+        feed_forwards: PartConfig | Sequence[PartConfig],
+        norm_placement: NormPlacement = "pre",
+        **fields: Any,
+    ) -> ModelConfig:
+        """Return the ModelConfig of these mixers and feed-forwards, one for each layer or one for all.
+
+        What concerns the whole model are the fields all families share, and the ones given here, which win.
+        """
+        count = self.num_hidden_layers
+        mixers, feed_forwards = ([part] * count if isinstance(part, PartConfig) else part for part in (mixers, feed_forwards))
+        layers = tuple(LayerConfig(mixer, feed, norm_placement) for mixer, feed in zip(mixers, feed_forwards, strict=True))
         self.refuse("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention", "per_layer_config")
         dtype = "dtype" if self.get("dtype") is not None else "torch_dtype"
         shared: dict[str, Any] = {
             "model_type": self.hf["model_type"],
             "vocab_size": self.integer("vocab_size"),
             "hidden_size": self.integer("hidden_size"),
-            "intermediate_size": self.integer("intermediate_size"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": self.head_dim,
             "max_position_embeddings": max(self.integer("max_position_embeddings", maximum=MAX_POSITIONS), *map(_reach, layers)),
-            "hidden_act": ACTIVATIONS[self.choice("hidden_act", ACTIVATIONS)],
             "norm_eps": self.number("rms_norm_eps"),
             "tie_word_embeddings": self.flag("tie_word_embeddings"),
             "dtype": "float32" if self.get(dtype) is None else self.choice(dtype, DTYPES),
@@ -280,14 +296,9 @@ class Fields:
         return ModelConfig(layers=layers, **(shared | fields))
 
 
-def uniform(fields: Fields, **layer: Any) -> Sequence[LayerConfig]:
-    """Layers that are all alike."""
-    return [LayerConfig(**layer)] * fields.num_hidden_layers
-
-
 def _reach(layer: LayerConfig) -> int:
-    """Positions that a dynamic or yarn RoPE was stretched to: config.json may still give those of the original context."""
-    rope = layer.rope
+    """Return the positions that a dynamic or yarn RoPE was stretched to: config.json may still give those of the original context."""
+    rope = None if layer.mixer.rotary is None else layer.mixer.rotary[0]
     if rope is None or rope.rope_type not in ("dynamic", "yarn") or rope.original_max_position_embeddings is None:
         return 0
     return min(MAX_POSITIONS, int(rope.original_max_position_embeddings * rope.factor))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from llmkit.config import LayerConfig, ModelConfig
+from llmkit.config import AttentionConfig, ModelConfig
 from llmkit.families import Family
 from llmkit.families.common import IGNORE, Fields
 
@@ -29,26 +30,28 @@ DEFAULTS = {
 SPELLING = {"hidden_act": "hidden_activation"}  # released configs carry a stale hidden_act too
 
 
-def gemma(fields: Fields, layers: list[LayerConfig], **more: Any) -> ModelConfig:
-    """What Gemma 2 and 3 have in common."""
+def attention(fields: Fields, **more: Any) -> AttentionConfig:
+    """What Gemma 2 and 3 have in common: the scale of the scores is no head's, and they may have a soft cap."""
+    scale, softcap = fields.number("query_pre_attn_scalar") ** -0.5, fields.optional_number("attn_logit_softcapping")
+    return fields.attention(scale=scale, softcap=softcap, bias=fields.flag("attention_bias"), **more)
+
+
+def model(fields: Fields, layers: list[AttentionConfig]) -> ModelConfig:
+    """What the whole of a Gemma 2 or 3 is, with these layers."""
     return fields.model(
-        layers=layers,
+        layers,
+        fields.mlp(),
         norm_placement="sandwich",
         norm_offset=1.0,
         embedding_multiplier=fields.integer("hidden_size") ** 0.5,
-        attn_logit_softcapping=fields.optional_number("attn_logit_softcapping"),
         final_logit_softcapping=fields.optional_number("final_logit_softcapping"),
-        qkv_bias=fields.flag("attention_bias"),
-        o_bias=fields.flag("attention_bias"),
-        **more,
     )
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS, SPELLING)
-    rope, scale = fields.rope(), fields.number("query_pre_attn_scalar") ** -0.5
-    windows = fields.windows(lambda i: i % 2 == 0)
-    return gemma(fields, [LayerConfig(rope, window, attention_scale=scale) for window in windows])
+    every = attention(fields, rope=fields.rope())
+    return model(fields, [replace(every, sliding_window=window) for window in fields.windows(lambda i: i % 2 == 0)])
 
 
 FAMILY = Family(config, ignore=IGNORE)

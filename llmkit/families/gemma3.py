@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from llmkit.config import LayerConfig, ModelConfig
+from llmkit.config import ModelConfig
 from llmkit.families import Family, Rule, gemma2
 from llmkit.families.common import FULL, IGNORE, NAMES, SLIDING, Fields
 
@@ -39,9 +40,9 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     # In the old spelling `rope_theta` and `rope_scaling` are those of the global layers alone.
     full = fields.rope({**ropes.mapping(FULL), **fields.mapping("rope_scaling")})
     local = fields.rope(ropes.mapping(SLIDING), theta="rope_local_base_freq")
-    scale = fields.number("query_pre_attn_scalar") ** -0.5
-    layers = [LayerConfig(full if window is None else local, window, attention_scale=scale) for window in windows]
-    return gemma2.gemma(fields, layers, qk_norm="head")
+    every = gemma2.attention(fields, qk_norm="head")
+    layers = [replace(every, rope=full if window is None else local, sliding_window=window) for window in windows]
+    return gemma2.model(fields, layers)
 
 
 FAMILY = Family(config, rules=tuple(RULES), ignore=IGNORE + IMAGES)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from llmkit.config import LayerConfig, ModelConfig
+from llmkit.config import ModelConfig
 from llmkit.families import Family, Rule
 from llmkit.families.common import Fields
 
@@ -25,9 +26,9 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         fields.values["n_inner"] = 4 * fields.integer("hidden_size")
     scale = fields.head_dim**-0.5 if fields.flag("scale_attn_weights") else 1.0
     by_depth = fields.flag("scale_attn_by_inverse_layer_idx")
-    layers = [LayerConfig(attention_scale=scale / (i + 1) if by_depth else scale) for i in range(fields.num_hidden_layers)]
-    biases = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
-    return fields.model(layers=layers, learned_positions=True, gated_mlp=False, norm="layer", **biases)
+    attention = fields.attention(bias=True)
+    layers = [replace(attention, scale=scale / (i + 1) if by_depth else scale) for i in range(fields.num_hidden_layers)]
+    return fields.model(layers, fields.mlp(gated=False, bias=True), learned_positions=True, norm="layer")
 
 
 def rules(prefix: str) -> list[Rule]:
@@ -39,7 +40,7 @@ def rules(prefix: str) -> list[Rule]:
         found += [Rule(prefix + "ln_f" + end, ("model.norm" + end,))]
         found += [Rule(layer + a + end, (ours + b + end,)) for a, b in NORMS.items()]
         found += [Rule(layer + a + end, (ours + b + end,), transpose=end == ".weight") for a, b in LINEARS.items()]
-        found += [Rule(layer + "attn.c_attn" + end, qkv, lambda config: (config.hidden_size,) * 3, transpose=end == ".weight")]
+        found += [Rule(layer + "attn.c_attn" + end, qkv, transpose=end == ".weight")]
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmkit.config import ModelConfig
 from llmkit.families import Family, llama
-from llmkit.families.common import IGNORE, Fields, uniform
+from llmkit.families.common import IGNORE, Fields
 
 DEFAULTS = {
     **llama.DEFAULTS,
@@ -20,14 +20,13 @@ DEFAULTS = {
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS)
+    bias, scale = fields.flag("attention_bias"), fields.number("attention_multiplier")
     return fields.model(
-        layers=uniform(fields, rope=fields.rope(), attention_scale=fields.number("attention_multiplier")),
+        fields.attention(rope=fields.rope(), bias=bias, scale=scale),
+        fields.mlp(bias=fields.flag("mlp_bias")),
         embedding_multiplier=fields.number("embedding_multiplier"),
         residual_multiplier=fields.number("residual_multiplier"),
         logits_scaling=fields.number("logits_scaling"),
-        qkv_bias=fields.flag("attention_bias"),
-        o_bias=fields.flag("attention_bias"),
-        mlp_bias=fields.flag("mlp_bias"),
     )
 
 

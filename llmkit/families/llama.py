@@ -7,7 +7,7 @@ from typing import Any
 
 from llmkit.config import ModelConfig
 from llmkit.families import Family
-from llmkit.families.common import IGNORE, Fields, uniform
+from llmkit.families.common import IGNORE, Fields
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -21,12 +21,8 @@ DEFAULTS = {
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS)
-    return fields.model(
-        layers=uniform(fields, rope=fields.rope()),
-        qkv_bias=fields.flag("attention_bias"),
-        o_bias=fields.flag("attention_bias"),
-        mlp_bias=fields.flag("mlp_bias"),
-    )
+    attention = fields.attention(rope=fields.rope(), bias=fields.flag("attention_bias"))
+    return fields.model(attention, fields.mlp(bias=fields.flag("mlp_bias")))
 
 
 FAMILY = Family(config, ignore=IGNORE)

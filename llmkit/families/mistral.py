@@ -7,7 +7,7 @@ from typing import Any
 
 from llmkit.config import ModelConfig
 from llmkit.families import Family
-from llmkit.families.common import IGNORE, Fields, uniform
+from llmkit.families.common import IGNORE, Fields
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -24,7 +24,7 @@ DEFAULTS = {
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS)
     fields.refuse("layer_types")  # alternating windows are the model_type ministral
-    return fields.model(layers=uniform(fields, rope=fields.rope(), sliding_window=fields.sliding_window))
+    return fields.model(fields.attention(rope=fields.rope(), sliding_window=fields.sliding_window), fields.mlp())
 
 
 FAMILY = Family(config, ignore=IGNORE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmkit.config import ModelConfig
 from llmkit.families import Family, Rule
-from llmkit.families.common import IGNORE, Fields, uniform
+from llmkit.families.common import IGNORE, Fields
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -32,7 +32,7 @@ RULES += [Rule(f"{THEIRS}experts.{{j}}.{a}.weight", (f"{OURS}experts.{{j}}.{b}.w
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS)
     moe = fields.moe("num_local_experts", "intermediate_size", norm_topk_prob=True)
-    return fields.model(layers=uniform(fields, rope=fields.rope(), sliding_window=fields.sliding_window, moe=moe))
+    return fields.model(fields.attention(rope=fields.rope(), sliding_window=fields.sliding_window), moe)
 
 
 FAMILY = Family(config, rules=tuple(RULES), ignore=IGNORE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmkit.config import ModelConfig
 from llmkit.families import Family
-from llmkit.families.common import IGNORE, Fields, uniform
+from llmkit.families.common import IGNORE, Fields
 
 DEFAULTS = {
     "vocab_size": 50304,
@@ -22,8 +22,8 @@ DEFAULTS = {
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS)
-    bias = fields.flag("attention_bias")
-    return fields.model(layers=uniform(fields, rope=fields.rope()), norm_placement="post", qk_norm="full", qkv_bias=bias, o_bias=bias)
+    attention = fields.attention(rope=fields.rope(), qk_norm="full", bias=fields.flag("attention_bias"))
+    return fields.model(attention, fields.mlp(), norm_placement="post")
 
 
 FAMILY = Family(config, ignore=IGNORE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmkit.config import ModelConfig
 from llmkit.families import Family, Rule
-from llmkit.families.common import IGNORE, Fields, uniform
+from llmkit.families.common import IGNORE, Fields
 
 DEFAULTS = {
     "vocab_size": 32064,
@@ -22,20 +22,15 @@ DEFAULTS = {
 
 ATTENTION, MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
 RULES = (
-    Rule(ATTENTION + "qkv_proj.weight", tuple(f"{ATTENTION}{name}_proj.weight" for name in "qkv"), lambda c: qkv_sizes(c)),
-    Rule(MLP + "gate_up_proj.weight", (MLP + "gate_proj.weight", MLP + "up_proj.weight"), lambda c: (c.intermediate_size,) * 2),
+    Rule(ATTENTION + "qkv_proj.weight", tuple(f"{ATTENTION}{name}_proj.weight" for name in "qkv")),
+    Rule(MLP + "gate_up_proj.weight", (MLP + "gate_proj.weight", MLP + "up_proj.weight")),
 )
-
-
-def qkv_sizes(config: ModelConfig) -> tuple[int, int, int]:
-    shared = config.num_key_value_heads * config.head_dim
-    return config.num_attention_heads * config.head_dim, shared, shared
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS)
     rope = fields.rope(partial=True, renamed={"su": "longrope", "yarn": "longrope"})  # longrope before it had its name
-    return fields.model(layers=uniform(fields, rope=rope, sliding_window=fields.sliding_window))
+    return fields.model(fields.attention(rope=rope, sliding_window=fields.sliding_window), fields.mlp())
 
 
 FAMILY = Family(config, rules=RULES, ignore=IGNORE)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from llmkit.config import LayerConfig, ModelConfig
+from llmkit.config import ModelConfig
 from llmkit.families import Family
 from llmkit.families.common import IGNORE, Fields
 
@@ -33,8 +34,8 @@ def upper_windows(fields: Fields) -> tuple[int | None, ...]:
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS)
-    rope = fields.rope()
-    return fields.model(layers=[LayerConfig(rope, window) for window in upper_windows(fields)], qkv_bias=True)
+    attention = fields.attention(rope=fields.rope(), qkv_bias=True)
+    return fields.model([replace(attention, sliding_window=window) for window in upper_windows(fields)], fields.mlp())
 
 
 FAMILY = Family(config, ignore=IGNORE)

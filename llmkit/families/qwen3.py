@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from llmkit.config import LayerConfig, ModelConfig
+from llmkit.config import ModelConfig
 from llmkit.families import Family, qwen2
 from llmkit.families.common import IGNORE, Fields
 
@@ -14,9 +15,8 @@ DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS)
-    rope, bias = fields.rope(), fields.flag("attention_bias")
-    layers = [LayerConfig(rope, window) for window in qwen2.upper_windows(fields)]
-    return fields.model(layers=layers, qk_norm="head", qkv_bias=bias, o_bias=bias)
+    attention = fields.attention(rope=fields.rope(), qk_norm="head", bias=fields.flag("attention_bias"))
+    return fields.model([replace(attention, sliding_window=window) for window in qwen2.upper_windows(fields)], fields.mlp())
 
 
 FAMILY = Family(config, ignore=IGNORE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmkit.config import LayerConfig, ModelConfig
+from llmkit.config import ModelConfig
 from llmkit.families import Family
 from llmkit.families.common import IGNORE, Fields
 
@@ -30,11 +30,10 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf, DEFAULTS, {"num_experts": "num_local_experts"} if "num_local_experts" in hf else {})
     window = fields.sliding_window if fields.flag("use_sliding_window") else None
     moe = fields.moe("num_experts", "moe_intermediate_size", norm_topk_prob=fields.flag("norm_topk_prob"))
-    rope, bias = fields.rope(), fields.flag("attention_bias")
-    step, dense = fields.integer("decoder_sparse_step"), fields.indices("mlp_only_layers")
+    attention = fields.attention(rope=fields.rope(), sliding_window=window, qk_norm="head", bias=fields.flag("attention_bias"))
+    step, dense, mlp = fields.integer("decoder_sparse_step"), fields.indices("mlp_only_layers"), fields.mlp()
     sparse = [(i + 1) % step == 0 and i not in dense for i in range(fields.num_hidden_layers)]
-    layers = [LayerConfig(rope, window, moe if chosen else None) for chosen in sparse]
-    return fields.model(layers=layers, qk_norm="head", qkv_bias=bias, o_bias=bias)
+    return fields.model(attention, [moe if chosen else mlp for chosen in sparse])
 
 
 FAMILY = Family(config, ignore=IGNORE)

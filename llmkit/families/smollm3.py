@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from llmkit.config import LayerConfig, ModelConfig
+from llmkit.config import ModelConfig
 from llmkit.families import Family
 from llmkit.families.common import IGNORE, Fields
 
@@ -32,12 +33,9 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         rotated = [(i + 1) % interval != 0 for i in range(count)]
     slides = fields.flag("use_sliding_window") and fields.sliding_window is not None
     windows = fields.windows(lambda i: slides and not rotated[i])
-    return fields.model(
-        layers=[LayerConfig(rope if rotated[i] else None, windows[i]) for i in range(count)],
-        qkv_bias=fields.flag("attention_bias"),
-        o_bias=fields.flag("attention_bias"),
-        mlp_bias=fields.flag("mlp_bias"),
-    )
+    plain = fields.attention(bias=fields.flag("attention_bias"))
+    layers = [replace(plain, rope=rope if rotated[i] else None, sliding_window=windows[i]) for i in range(count)]
+    return fields.model(layers, fields.mlp(bias=fields.flag("mlp_bias")))
 
 
 FAMILY = Family(config, ignore=IGNORE)

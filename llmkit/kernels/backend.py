@@ -15,26 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.config import NORM_NAMES, LayerConfig, ModelConfig, RopeConfig
+from llmkit.config import ModelConfig, RopeConfig
 from llmkit.errors import DoesNotFit, LLMKitError, UsageError
 from llmkit.kernels.format import QuantizedMatrix, Weight
+from llmkit.kernels.plan import CACHE_KINDS, Description, Floats, adapter_terms, linear, plan_problem
 from llmkit.rope import inverse_frequencies
 
 if TYPE_CHECKING:
     from llmkit.engine.backend import StepBatch
     from llmkit.kernels.cpu._native import Plan
 
-# The numbers of plan.h.
-KINDS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}  # bfloat16 travels as uint16
-Q4, Q8 = 3, 4
-ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_tanh": 2, "relu": 3}
-CACHE_KINDS = {32: 0, 16: 1, 8: Q8}
-SLOTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 # What an extension of an older llmkit may lack.
 _FUNCTIONS = ("product", "dequantize", "matmul", "learn", "attend", "norm", "norm_back", "rotate", "gate", "gate_back", "lend")
 
-Floats = NDArray[np.float32]
 LowRank = tuple[NDArray[np.float32], NDArray[np.float32]]  # A [rank, in], B [out, rank], scaled: y += B (A x)
 
 
@@ -62,15 +55,7 @@ def native_problem(config: ModelConfig | None = None) -> str | None:
     names = _native.available()
     if wanted and wanted not in names:
         raise UsageError(f"LLMKIT_KERNELS is {wanted!r}, which this processor does not run. Use one of {', '.join(names)} or reference.")
-    if config is None:
-        return None
-    if any(state.kind != "kv" for states in config.states for state in states):
-        return "layers with a recurrent state are not part of the native step"
-    if any(layer.moe is not None for layer in config.layers):
-        return "mixtures of experts are not part of the native step"
-    if config.hidden_act not in ACTIVATIONS:
-        return f"the activation {config.hidden_act} is not part of the native step"
-    return None
+    return None if config is None else plan_problem(config)
 
 
 class NativeBackend:
@@ -91,15 +76,14 @@ class NativeBackend:
             raise UsageError(f"kv_bits is {kv_bits}; the cache keeps 32, 16 or 8 bits a number.")
         self.config = config
         self.kv_bits = kv_bits
-        self._ropes = list(dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None))
         self._adapters: dict[str, int] = {}
-        plan = _Description(config, weights)
+        description = Description(config, weights)
         try:
             self.plan: Plan = _native.Plan(
                 chosen_kernels(),
                 _native.physical_cores() if threads is None else threads,
-                plan.of_model(CACHE_KINDS[kv_bits]),
-                [plan.of_layer(index, layer, self._ropes) for index, layer in enumerate(config.layers)],
+                description.model(CACHE_KINDS[kv_bits]),
+                [description.layer(index) for index in range(config.num_hidden_layers)],
             )
         except ValueError as error:
             raise LLMKitError(f"the native kernels cannot run this model: {error}. Use LLMKIT_KERNELS=reference.") from error
@@ -120,11 +104,10 @@ class NativeBackend:
     def block_bytes(self, group: int) -> int:
         return self.plan.block_bytes(group)
 
-    def add_adapter(self, name: str, linears: Mapping[tuple[int, str], LowRank]) -> None:
-        """Makes a low-rank adapter known by name: (layer, "q_proj" ... "down_proj") -> A and B, float32, B scaled."""
-        parts = [(layer * len(SLOTS) + SLOTS.index(slot), len(a), _floats(a), _floats(b)) for (layer, slot), (a, b) in linears.items()]
+    def add_adapter(self, name: str, linears: Mapping[str, LowRank]) -> None:
+        """Make a low-rank adapter known by name: A and B, float32, by the path of their linear; B with the scale in it."""
         try:
-            self._adapters[name] = self.plan.add_adapter(parts)
+            self._adapters[name] = self.plan.add_adapter(adapter_terms(linears))
         except ValueError as error:
             raise UsageError(f"adapter {name!r} does not fit this model: {error}. Was it trained on another one?") from error
 
@@ -152,12 +135,12 @@ class NativeBackend:
     def _rotary(self, contexts: NDArray[np.int32]) -> list[tuple[NDArray[np.float32], int, NDArray[np.int32]]]:
         """Per kind of rotation: the sets of frequencies (the factor on cos and sin last in each) and which one each sequence uses."""
         out = []
-        for rope in self._ropes:
+        for rope, dim in self.config.rotaries:
             if rope.by_length:
                 lengths, which = np.unique(contexts, return_inverse=True)
             else:
                 lengths, which = np.zeros(1, np.int32), np.zeros(len(contexts), np.int32)
-            sets = _frequencies(rope, self.config.head_dim, tuple(lengths.tolist()))
+            sets = _frequencies(rope, dim, tuple(lengths.tolist()))
             out.append((sets, len(sets), which.astype(np.int32, copy=False)))
         return out
 
@@ -181,7 +164,7 @@ def product(weight: Weight, bias: Floats | None, x: Floats, threads: int, out: F
     from llmkit.kernels.cpu import _native
 
     out = np.empty((len(x), weight.shape[0]), np.float32) if out is None else out
-    _native.product(chosen_kernels(), threads, _linear(weight, bias), x, out)
+    _native.product(chosen_kernels(), threads, linear(weight, bias), x, out)
     return out
 
 
@@ -206,7 +189,7 @@ def matmul(
     """
     from llmkit.kernels.cpu import _native
 
-    parts = tuple((_linear(one.weight, one.bias), one.a, one.b, one.scale) for one in factors)
+    parts = tuple((linear(one.weight, one.bias), one.a, one.b, one.scale) for one in factors)
     _native.matmul(chosen_kernels(), threads, back, parts, tuple(x), tuple(y))
 
 
@@ -294,82 +277,8 @@ def dequantize(weight: QuantizedMatrix, threads: int) -> NDArray[np.float32]:
     from llmkit.kernels.cpu import _native
 
     out = np.empty(weight.shape, np.float32)
-    _native.dequantize(threads, _linear(weight, None), out)
+    _native.dequantize(threads, linear(weight, None), out)
     return out
-
-
-def _linear(weight: Weight, bias: NDArray[np.float32] | None) -> tuple[Any, ...]:
-    """A linear in the words of the plan."""
-    rows, columns = weight.shape
-    if isinstance(weight, QuantizedMatrix):
-        kind = Q4 if weight.scheme == "q4" else Q8
-        return kind, rows, columns, weight.codes, weight.scales, _in_place(weight.row_scale), bias, weight.group, weight.codebook
-    return KINDS[weight.dtype], rows, columns, _in_place(weight), None, None, bias, 32, None
-
-
-class _Description:
-    """A model in the words of the plan: dicts of numbers and arrays."""
-
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight]) -> None:
-        self.config, self.weights = config, weights
-
-    def of_model(self, cache: int) -> dict[str, Any]:
-        c = self.config
-        positions = self.weights.get("model.embed_positions.weight")
-        return {
-            **{name: getattr(c, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")},
-            **{name: getattr(c, name) for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "norm_eps")},
-            **{name: getattr(c, name) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")},
-            "activation": ACTIVATIONS[c.hidden_act],
-            "attn_logit_softcapping": c.attn_logit_softcapping or 0.0,
-            "final_logit_softcapping": c.final_logit_softcapping or 0.0,
-            "norm_before_heads": c.qk_norm == "full",
-            "cache": cache,
-            "windows": tuple(window or 0 for window in c.cache_windows),
-            "embedding": self._linear("model.embed_tokens"),
-            "head": None if c.tie_word_embeddings else self._linear("lm_head"),
-            "final_norm": self._norm("model.norm"),
-            "positions_table": None if positions is None else _floats(positions),
-        }
-
-    def of_layer(self, index: int, layer: LayerConfig, ropes: list[Any]) -> dict[str, Any]:
-        c, prefix = self.config, f"model.layers.{index}"
-        slots = ("before_attention", "after_attention", "before_mlp", "after_mlp")
-        norms = zip(slots, NORM_NAMES[c.norm_placement], strict=True)
-        scale = c.head_dim**-0.5 if layer.attention_scale is None else layer.attention_scale
-        return {
-            **{slot: self._linear(f"{prefix}.{'self_attn' if position < 4 else 'mlp'}.{slot}") for position, slot in enumerate(SLOTS)},
-            **{slot: self._norm(f"{prefix}.{name}") if name else None for slot, name in norms},
-            "q_norm": self._norm(f"{prefix}.self_attn.q_norm") if c.qk_norm else None,
-            "k_norm": self._norm(f"{prefix}.self_attn.k_norm") if c.qk_norm else None,
-            "rope": -1 if layer.rope is None else ropes.index(layer.rope),
-            "group": c.cache_windows.index(layer.sliding_window),
-            "window": layer.sliding_window or 0,
-            "attention_scale": scale,
-        }
-
-    def _linear(self, name: str) -> tuple[Any, ...] | None:
-        weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
-        if weight is None:
-            return None
-        return _linear(weight, None if bias is None else _floats(bias))
-
-    def _norm(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        bias = self.weights.get(f"{name}.bias") if self.config.norm == "layer" else None
-        return _floats(self.weights[f"{name}.weight"]) + np.float32(self.config.norm_offset), None if bias is None else _floats(bias)
-
-
-def _in_place(array: np.ndarray) -> np.ndarray:
-    """The array itself where C++ can read it; a file may hold numbers at addresses that are no multiple of their size."""
-    return np.require(array, requirements=("C_CONTIGUOUS", "ALIGNED"))
-
-
-def _floats(array: Weight) -> NDArray[np.float32]:
-    """The numbers as contiguous float32; uint16 are the bits of bfloat16."""
-    assert isinstance(array, np.ndarray)
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return np.ascontiguousarray(array, np.float32)
 
 
 def _integers(array: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -102,7 +102,7 @@ def prepare(source: ModelSource, options: Options, adapters: Sequence[Adapter] =
         )
     problem = pytorch_reason(source) if on_cpu else None
     if on_cpu and problem is None:
-        problem = next((adapter.native_problem for adapter in adapters if adapter.native_problem is not None), None)
+        problem = next(filter(None, (adapter.native_problem(source.config) for adapter in adapters)), None)
     try:
         if on_cpu and problem is None:
             return _native(source, options, adapters)
@@ -127,12 +127,11 @@ def _native(source: ModelSource, options: Options, adapters: Sequence[Adapter]) 
     parameters, stored = _measure(weights)
     # A float32 checkpoint is as exact as its cache; weights that were rounded themselves lose nothing by one of 16 bits.
     kv_bits = options.kv_bits or (32 if stored == "float32" else 16)
-    terms = {adapter.name: adapter.native_linears for adapter in adapters}
 
     def new_backend() -> Backend:
         backend = NativeBackend(source.config, weights, threads=options.threads, kv_bits=kv_bits)
-        for name, linears in terms.items():
-            backend.add_adapter(name, linears)
+        for adapter in adapters:
+            backend.add_adapter(adapter.name, adapter.linears)
         return backend
 
     sizes = {name: weight.nbytes for name, weight in weights.items()}

@@ -4,9 +4,8 @@ A folder holds adapter_config.json and adapter_model.safetensors with keys `base
 `lora_B.weight [out, r]`; `<module>.weight` alone is a weight that was trained as a whole (modules_to_save, biases). Where a family's
 tensor is several of ours, A is shared and B is cut by rows:
 
-    qkv_proj:  W + B A      B = [Bq      q_proj: Wq + Bq A
-                                 Bk      k_proj: Wk + Bk A
-                                 Bv]     v_proj: Wv + Bv A
+    gate_up_proj:  W + B A      B = [Bg      gate_proj: Wg + Bg A
+                                     Bu]     up_proj:   Wu + Bu A
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ from llmkit.checkpoint.fingerprint import Fingerprint, parse_fingerprint
 from llmkit.checkpoint.hub import ADAPTER, resolve
 from llmkit.checkpoint.source import ModelSource
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, Piece, is_transposed, parts_of, reading_rules
-from llmkit.config import ModelConfig
+from llmkit.config import ModelConfig, MoEConfig
 from llmkit.errors import CheckpointError
 from llmkit.families import family
-from llmkit.kernels.backend import SLOTS
 from llmkit.kernels.format import widen
 from llmkit.lora.settings import AdapterSettings, parse_settings
 
@@ -39,7 +37,6 @@ METADATA = "llmkit"  # in the safetensors header: the fingerprints, as JSON; PEF
 PREFIX = "base_model.model."
 _KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _EXPERTS = re.compile(r"model\.layers\.(\d{1,9})\.mlp\.experts(\.base_layer)?")
-_NATIVE = re.compile(rf"model\.layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(SLOTS)})")
 _LONGEST_KEY = 300  # characters; patterns are matched against it
 _MAX_LISTED = 100
 
@@ -55,7 +52,7 @@ class LowRank(NamedTuple):
 class Adapter:
     """What an adapter changes of a model, by our names.
 
-    linears: low-rank terms by the path of the linear, "model.layers.0.self_attn.q_proj"; of an embedding too, whose weight is
+    linears: low-rank terms by the path of the linear, "model.layers.0.mlp.up_proj"; of an embedding too, whose weight is
         `[vocab, hidden]`.
     magnitudes: where it is a DoRA, the length that each row of W + b @ a is scaled to, float32 `[out]`, by the same paths.
     replaced: weights and biases that were trained as a whole, by parameter name, as they are stored (bfloat16 as uint16).
@@ -71,18 +68,12 @@ class Adapter:
     base: Fingerprint | None = None
     template: str | None = None
 
-    @property
-    def native_problem(self) -> str | None:
-        """Why the native step cannot run it, or None."""
-        other = next((path for path in self.linears if _NATIVE.fullmatch(path) is None), None)
+    def native_problem(self, config: ModelConfig) -> str | None:
+        """Return why the native step cannot run it with a model of this config, or None."""
+        runs = {name for name, param in config.parameters.items() if param.role == "linear"}
+        other = next((path for path in self.linears if f"{path}.weight" not in runs), None)
         what = "DoRA magnitudes" if self.magnitudes else "weights trained as a whole" if self.replaced else other and f"a term on {other}"
         return f"the adapter {self.name!r} has {what}, which the native step does not run" if what else None
-
-    @property
-    def native_linears(self) -> dict[tuple[int, str], LowRank]:
-        """The terms as `NativeBackend.add_adapter` takes them; only where there is no `native_problem`."""
-        places = {path: _NATIVE.fullmatch(path) for path in self.linears}
-        return {(int(place[1]), place[2]): self.linears[path] for path, place in places.items() if place is not None}
 
     @property
     def does_nothing(self) -> bool:
@@ -268,10 +259,10 @@ class _Reader:
 
         a [experts * r, in] is ordered by experts, b [out, r * experts] by ranks (peft/tuners/lora/layer.py, ParamWrapper).
         """
-        moe = self.config.layers[layer].moe if layer < self.config.num_hidden_layers else None
-        if moe is None:
+        moe = self.config.layers[layer].feed_forward if layer < self.config.num_hidden_layers else None
+        if not isinstance(moe, MoEConfig):
             return self.problems.append(f"unknown: {module} is no part of this model, whose layer {layer} has no experts")
-        hidden, size, count = self.config.hidden_size, moe.moe_intermediate_size, moe.num_experts
+        hidden, size, count = self.config.hidden_size, moe.expert.intermediate_size, moe.num_experts
         shape = (len(b), a.shape[1])
         names = {(2 * size, hidden): "gate_up_proj", (hidden, size): "down_proj"}
         if shape not in names or len(a) % count or len(a) != b.shape[1] or dora:

@@ -39,7 +39,7 @@ HEAD = "lm_head"
 class LoraSettings:
     """What an adapter is made of, by PEFT's names (`r`, `lora_alpha`, ...).
 
-    target_modules: "all-linear" (every linear of the blocks), or names: `q_proj`, or the end of a path, `layers.0.mlp.up_proj`.
+    target_modules: "all-linear" (every linear of the layers), or names: `up_proj`, or the end of a path, `layers.0.mlp.up_proj`.
     init_lora_weights: True (A as nn.Linear, B zero) or "gaussian". modules_to_save: modules trained whole beside the adapter.
     """
 
@@ -169,7 +169,7 @@ def inject(model: Transformer, settings: LoraSettings) -> None:
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The linears with an adapter, by our path: `model.layers.0.self_attn.q_proj`."""
+    """The linears with an adapter, by our path: `model.layers.0.mlp.up_proj`."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 

@@ -2,9 +2,8 @@
 
 Where the family keeps several of our linears in one, the terms are put together exactly, rank beside rank:
 
-    qkv_proj:  [Bq 0  0       [Aq
-                0  Bk 0    @   Ak
-                0  0  Bv]      Av]
+    gate_up_proj:  [Bg 0       [Ag
+                    0  Bu]  @   Au]
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from llmkit.checkpoint.fingerprint import Fingerprint, text_fingerprint
 from llmkit.checkpoint.hub import ADAPTER
 from llmkit.checkpoint.save import copy_side_files, replacing, write_json
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, OutputTensor, stored_as, writing_rules
-from llmkit.config import ModelConfig
+from llmkit.config import ModelConfig, MoEConfig
 from llmkit.errors import UsageError
 from llmkit.families import family
 from llmkit.lora.adapter import METADATA, PREFIX
@@ -56,7 +55,7 @@ def write_adapter(
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors.
 
-    linears: A `[rank, in]` and B `[out, rank]`, without the scale, by our paths ("model.layers.0.self_attn.q_proj"); of an embedding too.
+    linears: A `[rank, in]` and B `[out, rank]`, without the scale, by our paths ("model.layers.0.mlp.up_proj"); of an embedding too.
     settings: their r, lora_alpha and so on; its patterns are of our paths.
     magnitudes: of a DoRA, `[out]` by the same paths. modules_to_save: weights and biases trained as a whole, by parameter name.
     base: fingerprint of the model it was trained on (see `checkpoint/fingerprint.py`). chat_template: the text of the template it was
@@ -135,7 +134,7 @@ class _Writer:
         self.config, self.settings = config, settings
         self.shapes = parameter_shapes(config)
         self.shapes.setdefault(HEAD, self.shapes[EMBEDDING])
-        self.sparse = any(layer.moe is not None for layer in config.layers)
+        self.sparse = config.sparse
         self.rules = writing_rules(family(config.model_type))
         self.linears = {path: (_plain(a), _plain(b)) for path, (a, b) in linears.items()}
         self.magnitudes = {path: _plain(magnitude) for path, magnitude in magnitudes.items()}
@@ -232,12 +231,12 @@ class _Writer:
         ranks = {part: max((len(self.linears[path][0]) for layer in experts.values() for path in layer.get(part, {}).values()), default=0)
                  for parts in _SPREAD.values() for part in parts}  # fmt: skip
         for index, layer in enumerate(self.config.layers):
-            if layer.moe is None:
+            if not isinstance(layer.feed_forward, MoEConfig):
                 continue
             module = f"model.layers.{index}.mlp.experts"
             for stacked in sorted(used, reverse=True):  # PEFT wraps gate_up_proj first, and down_proj around it
                 parts = _SPREAD[stacked]
-                each = [self._expert(f"{module}.{j}", parts, ranks, scale) for j in range(layer.moe.num_experts)]
+                each = [self._expert(f"{module}.{j}", parts, ranks, scale) for j in range(layer.feed_forward.num_experts)]
                 a, b = torch.stack([a for a, _ in each]), torch.stack([b for _, b in each])  # [experts, r, in], [experts, out, r]
                 name = f"{module}.base_layer" if len(used) > 1 and stacked == "gate_up_proj" else module
                 out[f"{name}.lora_A.weight"] = a.flatten(0, 1)

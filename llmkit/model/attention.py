@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.config import ModelConfig
+from llmkit.config import AttentionConfig, ModelConfig
 from llmkit.errors import UsageError
 from llmkit.model.layers import Linear, Products, make_norm
 
@@ -101,11 +101,6 @@ def attention(
     return torch.cat(parts, 2).transpose(1, 2)
 
 
-def attention_scale(config: ModelConfig, layer: int) -> float:
-    scale = config.layers[layer].attention_scale
-    return config.head_dim**-0.5 if scale is None else scale
-
-
 @dataclass(frozen=True)
 class Documents:
     """Where the documents of a flattened batch lie, one behind the other, and where their keys.
@@ -177,8 +172,8 @@ class NoCache:
             self.parents = [names.index(follows[name]) if name in follows else None for name in names]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        window = self.config.layers[layer].sliding_window
-        scale, softcap = attention_scale(self.config, layer), self.config.attn_logit_softcapping
+        part = self.config.attention(layer)
+        window, scale, softcap = part.sliding_window, part.score_scale, part.softcap
         if self.of_documents is not None and softcap is None and not self.scattered and not torch.compiler.is_compiling():
             rows = (q.shape[1],) * q.shape[0]
             return self.of_documents(q, k, v, self.documents or Documents(rows, rows), window, scale)
@@ -232,22 +227,22 @@ def _documents(bounds: Sequence[int], segments: Tensor | None, follows: Mapping[
 class Attention(nn.Module):
     """The attention block of one layer: project, normalise, rotate, attend, project back."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, part: AttentionConfig, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = config.head_dim
+        self.head_dim = part.head_dim
         self.products = Products()
-        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size, config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, config.qkv_bias)
-        self.o_proj = Linear(q_size, config.hidden_size, config.o_bias)
-        self.norm_before_heads = config.qk_norm == "full"  # OLMo 2 normalises all heads at once
+        q_size, kv_size = part.query_size, part.kv_size
+        self.q_proj = Linear(config.hidden_size, q_size, part.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, part.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, part.qkv_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, part.o_bias)
+        self.norm_before_heads = part.qk_norm == "full"  # OLMo 2 normalizes all heads at once
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
-        if config.qk_norm is not None:
-            self.q_norm = make_norm(config, q_size if config.qk_norm == "full" else config.head_dim)
-            self.k_norm = make_norm(config, kv_size if config.qk_norm == "full" else config.head_dim)
+        if part.qk_norm is not None:
+            self.q_norm = make_norm(config, q_size if part.qk_norm == "full" else part.head_dim)
+            self.k_norm = make_norm(config, kv_size if part.qk_norm == "full" else part.head_dim)
 
     def forward(self, x: Tensor, rotary: Rotary | None, caches: LayerCaches, rows: Tensor | None = None) -> Tensor:
         """x `[batch, seq, hidden]`; rotary None: this layer does not rotate. rows: of the flattened batch, those that are returned."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmkit.config import ModelConfig
-from llmkit.model.attention import Recurrence, attention, attention_scale, visible
+from llmkit.model.attention import Recurrence, attention, visible
 
 if TYPE_CHECKING:
     from llmkit.engine.backend import StepBatch
@@ -139,7 +139,8 @@ class StepCaches:
         for part in self.parts[group]:
             keys[part.written] = k[0, part.tokens]
             values[part.written] = v[0, part.tokens]
-        scale, softcap = attention_scale(cache.config, layer), cache.config.attn_logit_softcapping
+        own = cache.config.attention(layer)
+        scale, softcap = own.score_scale, own.softcap
         out = [
             attention(
                 q[:, part.tokens], keys[part.keys].unsqueeze(0), values[part.keys].unsqueeze(0), part.mask, part.causal, scale, softcap

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmkit.config import ModelConfig
-from llmkit.model.attention import Recurrence, attention, attention_scale
+from llmkit.model.attention import Recurrence, attention
 from llmkit.model.cache import CacheStorage, state_shapes
 from llmkit.model.transformer import Transformer
 
@@ -36,7 +36,7 @@ def capturable(config: ModelConfig) -> bool:
     Not so for routed experts and for frequencies chosen by length. Recurrent states are left out too: their slots change from step
     to step, and nothing here copies them into fixed memory yet.
     """
-    return not config.rope_depends_on_length and not state_shapes(config) and all(layer.moe is None for layer in config.layers)
+    return not config.rope_depends_on_length and not state_shapes(config) and not config.sparse
 
 
 def cuda_graphs(device: torch.device) -> Capture:
@@ -94,8 +94,8 @@ class StaticCaches:
         keys[self.write[group]] = k[0].to(keys.dtype)
         values[self.write[group]] = v[0].to(values.dtype)
         read = self.read[group]
-        scale, softcap = attention_scale(cache.config, layer), cache.config.attn_logit_softcapping
-        out = attention(q.transpose(0, 1), keys[read], values[read], self.mask[group], scale=scale, softcap=softcap)
+        own, mask = cache.config.attention(layer), self.mask[group]
+        out = attention(q.transpose(0, 1), keys[read], values[read], mask, scale=own.score_scale, softcap=own.softcap)
         return out.transpose(0, 1)
 
     def recur(self, layer: int, inputs: Tensor, recurrence: Recurrence) -> Tensor:

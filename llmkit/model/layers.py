@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.config import ModelConfig, MoEConfig
+from llmkit.config import MLPConfig, ModelConfig, MoEConfig
 from llmkit.errors import ConfigError
 from llmkit.model.rope import rotate
 
@@ -152,14 +152,14 @@ def make_norm(config: ModelConfig, dim: int) -> nn.Module:
 class MLP(nn.Module):
     """`down(act(gate(x)) * up(x))` (SwiGLU, arXiv:2002.05202), or plain `down(act(up(x)))`."""
 
-    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+    def __init__(self, part: MLPConfig, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        if config.hidden_act not in ACTIVATIONS:
-            raise ConfigError(f"hidden_act {config.hidden_act!r} is unknown; known are {', '.join(ACTIVATIONS)}.")
-        self.act = ACTIVATIONS[config.hidden_act]
+        if part.hidden_act not in ACTIVATIONS:
+            raise ConfigError(f"hidden_act {part.hidden_act!r} is unknown; known are {', '.join(ACTIVATIONS)}.")
+        self.act = ACTIVATIONS[part.hidden_act]
         self.products = Products()
-        hidden, bias = config.hidden_size, config.mlp_bias
-        self.gate_proj = Linear(hidden, intermediate_size, bias) if config.gated_mlp else None
+        hidden, intermediate_size, bias = config.hidden_size, part.intermediate_size, part.bias
+        self.gate_proj = Linear(hidden, intermediate_size, bias) if part.gated else None
         self.up_proj = Linear(hidden, intermediate_size, bias)
         self.down_proj = Linear(intermediate_size, hidden, bias)
 
@@ -175,11 +175,11 @@ class MLP(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Each token goes through its `num_experts_per_tok` best experts, weighted by the router's softmax (Mixtral)."""
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+    def __init__(self, part: MoEConfig, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.moe = moe
-        self.gate = Linear(config.hidden_size, moe.num_experts, bias=False)
-        self.experts = nn.ModuleList(MLP(config, moe.moe_intermediate_size) for _ in range(moe.num_experts))
+        self.moe = part
+        self.gate = Linear(config.hidden_size, part.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(part.expert, config, layer) for _ in range(part.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

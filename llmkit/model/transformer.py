@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,22 +11,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from llmkit.config import NORM_NAMES, ModelConfig, RopeConfig
-from llmkit.model.attention import Attention, DocumentAttention, LayerCaches, NoCache, Rotary
-from llmkit.model.layers import MLP, Embedding, Linear, MixtureOfExperts, make_norm
+from llmkit.config import ModelConfig, PartConfig, RopeConfig
+from llmkit.model.attention import DocumentAttention, LayerCaches, NoCache, Rotary
+from llmkit.model.layers import Embedding, Linear, make_norm
 from llmkit.model.rope import rotary_tables
 
 
+def build(part: PartConfig, config: ModelConfig, layer: int) -> nn.Module:
+    """Return the module of a mixer or a feed-forward, which names its class."""
+    path, _, name = part.module.partition(":")
+    module: nn.Module = getattr(importlib.import_module(path), name)(part, config, layer)
+    return module
+
+
 class Block(nn.Module):
-    """One layer: attention and MLP, each added to the residual stream."""
+    """One layer: a mixer and a feed-forward, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        moe = config.layers[layer].moe
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config, config.intermediate_size) if moe is None else MixtureOfExperts(config, moe)
+        described = config.layers[layer]
+        for part in described.parts:
+            self.add_module(part.name, build(part, config, layer))
+        self.mixer_name, self.feed_forward_name = (part.name for part in described.parts)
         self.residual_multiplier = config.residual_multiplier
-        self.norm_names = NORM_NAMES[config.norm_placement]
+        self.norm_names = described.norm_names
         for name in self.norm_names:
             if name is not None:
                 self.add_module(name, make_norm(config, config.hidden_size))
@@ -36,11 +45,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None, caches: LayerCaches, rows: Tensor | None = None) -> Tensor:
         """x `[batch, seq, hidden]`; rows: return `[len(rows), hidden]`, these of the flattened batch alone."""
-        attended = self._norm(1, self.self_attn(self._norm(0, x), rotary, caches, rows))
+        mixed = self._norm(1, self._modules[self.mixer_name](self._norm(0, x), rotary, caches, rows))  # type: ignore[misc]
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)
-        x = torch.add(x, attended, alpha=self.residual_multiplier)
-        fed = self._norm(3, self.mlp(self._norm(2, x)))
+        x = torch.add(x, mixed, alpha=self.residual_multiplier)
+        fed = self._norm(3, self._modules[self.feed_forward_name](self._norm(2, x)))  # type: ignore[misc]
         return torch.add(x, fed, alpha=self.residual_multiplier)
 
 
@@ -95,13 +104,12 @@ class Decoder(nn.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions).to(x.dtype)
 
-        tables: dict[RopeConfig | None, Rotary | None] = {None: None}
-        for layer in config.layers:
-            if layer.rope not in tables and layer.rope is not None:
-                cos, sin = rotary_tables(layer.rope, config.head_dim, positions, lengths)
-                tables[layer.rope] = cos.to(x.dtype), sin.to(x.dtype)
+        tables: dict[tuple[RopeConfig, int] | None, Rotary | None] = {None: None}
+        for rope, dim in config.rotaries:
+            cos, sin = rotary_tables(rope, dim, positions, lengths)
+            tables[rope, dim] = cos.to(x.dtype), sin.to(x.dtype)
         for block, layer in zip(self.layers, config.layers, strict=True):
-            x = self.run(block, x, tables[layer.rope], caches, rows if block is last else None)  # type: ignore[arg-type]
+            x = self.run(block, x, tables[layer.mixer.rotary], caches, rows if block is last else None)  # type: ignore[arg-type]
         return self.norm(x)
 
 
@@ -170,12 +178,13 @@ def set_checkpointing(model: Transformer, on: bool) -> None:
 @torch.no_grad()
 def init_weights(model: Transformer, generator: torch.Generator | None = None) -> None:
     """Random weights to train from: N(0, 0.02), the projections into the residual stream divided by sqrt(2 layers) (GPT-2)."""
-    depth = (2 * model.config.num_hidden_layers) ** -0.5
+    config = model.config
+    depth = (2 * config.num_hidden_layers) ** -0.5
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            parameter.normal_(0.0, 0.02 * (depth if into_residual else 1.0), generator=generator)
+        described = config.parameters[name]
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, 0.02 * (depth if described.output == "residual" else 1.0), generator=generator)
         elif name.endswith("bias"):
             parameter.zero_()
         else:
-            parameter.fill_(1.0 - model.config.norm_offset)
+            parameter.fill_(1.0 - config.norm_offset)

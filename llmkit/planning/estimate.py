@@ -36,10 +36,8 @@ def flops_per_token(facts: Facts, length: int, *, lora: bool, factors: int = 0, 
     arXiv:2001.08361); 4 N where they are frozen, and 6 for each number of an adapter. Attention: 12 for each layer, width and visible key.
     Checkpointing computes the forward pass again.
     """
-    weights, config = facts.active_parameters, facts.config
-    width = config.num_attention_heads * config.head_dim
-    keys = [min(length, layer.sliding_window or length) / 2 for layer in config.layers]
-    attention = 4 * width * sum(keys)  # forwards: q k and scores v
+    weights = facts.active_parameters
+    attention = sum(layer.mixer.token_flops(length) for layer in facts.config.layers)  # forwards
     forward = 2 * weights + attention
     total = forward + (2 if lora else 4) * weights + 2 * attention + 6 * factors
     return total + (forward if checkpointing else 0)

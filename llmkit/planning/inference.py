@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llmkit.config import ModelConfig
-from llmkit.planning.model_info import Facts, kv_positions, storage_bytes
-from llmkit.quant.schemes import EMBEDDINGS, NF4, Choice, quantizable
+from llmkit.config import AttentionConfig, ModelConfig, State
+from llmkit.planning.model_info import Facts, kv_positions, storage_bytes, widths
+from llmkit.quant.schemes import NF4, Choice
 
 Terms = dict[str, int]  # what takes memory -> bytes at the peak
 
@@ -74,10 +74,13 @@ def inference(facts: Facts, run: Run, constants: Constants = CONSTANTS) -> Terms
         bits = run.kv_bits or (16 if facts.quantized or (run.dtype or facts.config.dtype) != "float32" else 32)
     else:
         bits = 32 if run.on_cpu else 8 * _itemsize(run.dtype or facts.config.dtype)
+    states = [state for states in facts.config.states for state in states]
     terms["KV cache"] = run.sequences * sum(
-        kv_positions(layer, positions, step) * _kv_bytes(facts.config, bits, padded=run.on_cpu and run.native)
-        for layer in facts.config.layers
+        kv_positions(state, positions, step) * _kv_bytes(state, bits, padded=run.on_cpu and run.native)
+        for state in states
+        if state.kind == "kv"
     )
+    terms["states"] = run.sequences * sum(4 * state.numbers for state in states if state.kind != "kv")
     terms["step buffers"] = _step_buffers(facts, run, step, constants)
     terms["logits"] = 3 * run.sequences * 4 * facts.config.vocab_size
     return without_zeros(terms)
@@ -101,26 +104,26 @@ def _weights(facts: Facts, run: Run) -> Terms:
     return {"weights": facts.bytes_as(run.dtype), "the file while it is converted": facts.stored_bytes}
 
 
-def _kv_bytes(config: ModelConfig, bits: int, *, padded: bool) -> int:
+def _kv_bytes(state: State, bits: int, *, padded: bool) -> int:
     """Bytes of a position in a layer. The native cache pads values to 16 numbers, and 8 bits have a float32 scale for each head."""
-    dim = config.head_dim
+    _, heads, dim = state.shape
     values = -(-dim // 16) * 16 if padded else dim
-    return config.num_key_value_heads * ((dim + values) * bits // 8 + (8 if bits == 8 else 0))
+    return heads * ((dim + values) * bits // 8 + (8 if bits == 8 else 0))
 
 
 def _step_buffers(facts: Facts, run: Run, step: int, constants: Constants) -> int:
     """What a step of a prompt computes in; see `Run::prepare` in kernels/cpu/step.cpp and `model/layers.py`."""
     config, tokens = facts.config, step * max(1, min(run.sequences, constants.step_tokens // step))
-    q, kv = attention_sizes(config)
-    inner = _inner(config)
-    numbers = 3 * config.hidden_size + 2 * q + 2 * kv + 2 * inner
+    mixers = [widths(layer.mixer, config) for layer in config.layers]
+    inner = inner_size(config)
+    numbers = 3 * config.hidden_size + max(sum(mixer.values()) for mixer in mixers) + 2 * inner
     if run.on_cpu and run.native:
-        widest = max(config.hidden_size, q, inner)
+        widest = max(config.hidden_size, inner, *(max(mixer.values()) for mixer in mixers))
         return tokens * (4 * numbers + 2 * widest)
     size = 4 if run.on_cpu else _itemsize(run.dtype or config.dtype)
     buffers = size * tokens * (numbers + inner)
-    if config.attn_logit_softcapping is not None:
-        buffers += 3 * size * min(constants.scores, config.num_attention_heads * tokens * run.positions)
+    if heads := capped_heads(config):
+        buffers += 3 * size * min(constants.scores, heads * tokens * run.positions)
     return buffers + (_widened(facts, constants) if run.on_cpu or facts.quantized else 0)
 
 
@@ -128,20 +131,22 @@ def _widened(facts: Facts, constants: Constants) -> int:
     """The largest matrix as float32, where it is stored otherwise: PyTorch multiplies with that."""
     most = 0
     for name, storage in facts.storage.items():
-        if storage == "F32" or not quantizable(name) or name in EMBEDDINGS:
+        if storage == "F32" or name not in facts.linears:
             continue
         work = constants.nf4_work if isinstance(storage, Choice) else 0
         most = max(most, 4 * math.prod(facts.shapes[name]) + work)
     return most
 
 
-def attention_sizes(config: ModelConfig) -> tuple[int, int]:
-    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+def inner_size(config: ModelConfig) -> int:
+    """Numbers inside the widest feed-forward (of one expert), for each token."""
+    return max(max(widths(layer.feed_forward, config).values()) for layer in config.layers)
 
 
-def _inner(config: ModelConfig) -> int:
-    """Numbers inside the widest MLP."""
-    return max(config.intermediate_size if layer.moe is None else layer.moe.moe_intermediate_size for layer in config.layers)
+def capped_heads(config: ModelConfig) -> int:
+    """Query heads of the layers whose scores have a soft cap, which PyTorch materializes; 0: there are none."""
+    mixers = [layer.mixer for layer in config.layers]
+    return max((mixer.num_heads for mixer in mixers if isinstance(mixer, AttentionConfig) and mixer.softcap is not None), default=0)
 
 
 def _itemsize(dtype: str) -> int:

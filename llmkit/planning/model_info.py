@@ -14,13 +14,14 @@ import numpy as np
 from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.source import ModelSource
 from llmkit.checkpoint.weights import EMBEDDING, HEAD
-from llmkit.config import LayerConfig, ModelConfig
+from llmkit.config import ModelConfig, PartConfig, State
 from llmkit.families import read_config
 from llmkit.kernels.format import stored_shapes
-from llmkit.quant.schemes import EMBEDDINGS, NF4, PROJECTIONS, Choice, choose
+from llmkit.quant.schemes import NF4, Choice, choose
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # bytes of a number by its safetensors dtype
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+LINEAR_ROLES = ("linear", "expert")
 Storage = str | Choice  # a safetensors dtype, or codes
 
 
@@ -49,7 +50,7 @@ class Facts:
     @property
     def linears(self) -> dict[str, tuple[int, ...]]:
         """The linears of the blocks, `[out, in]`: what an adapter may stand beside."""
-        return {name: shape for name, shape in self.shapes.items() if name.endswith(PROJECTIONS)}
+        return {name: param.shape for name, param in self.config.parameters.items() if param.role in LINEAR_ROLES}
 
     @property
     def head(self) -> tuple[int, ...]:
@@ -58,17 +59,8 @@ class Facts:
     @property
     def active_parameters(self) -> int:
         """Parameters that a token is multiplied with: without the embedding table, with the head, and of experts only the chosen."""
-        count = math.prod(self.head)
-        for name, shape in self.shapes.items():
-            if name in EMBEDDINGS or len(shape) != 2 or "embed_positions" in name:
-                continue
-            if ".experts." in name:
-                moe = self.config.layers[int(name.split(".")[2])].moe
-                assert moe is not None
-                count += math.prod(shape) * moe.num_experts_per_tok // moe.num_experts
-            else:
-                count += math.prod(shape)
-        return count
+        roles = ("linear", "expert", "router", "conv")
+        return math.prod(self.head) + sum(param.active for param in self.config.parameters.values() if param.role in roles)
 
     def bytes_as(self, dtype: str) -> int:
         """All parameters in a dtype; what is in codes stays so."""
@@ -82,7 +74,7 @@ class Facts:
         """The model after quantizing. dtype: of what stays dense; by default float32 for our own schemes, as stored for nf4."""
         dense = CODES[dtype] if dtype is not None else None if scheme == NF4 else "F32"
         storage: dict[str, Storage] = {
-            name: choose(scheme, name, shape) or dense or self.storage[name] for name, shape in self.shapes.items()
+            name: choose(scheme, param) or dense or self.storage[name] for name, param in self.config.parameters.items()
         }
         size = sum(storage_bytes(kind, self.shapes[name]) for name, kind in storage.items())
         return Facts(self.name, self.config, self.shapes, storage, size, 0, self.tokenizer_bytes)
@@ -145,6 +137,19 @@ def tokenizer_entries(folder: Path) -> int:
         return 0
 
 
-def kv_positions(layer: LayerConfig, positions: int, step: int) -> int:
-    """Positions of one sequence that the cache of a layer holds at once: in a sliding window only the last ones, and those of a step."""
-    return positions if layer.sliding_window is None else min(positions, layer.sliding_window + step)
+def kv_positions(state: State, positions: int, step: int) -> int:
+    """Return how many positions of one sequence the cache of a layer holds at once: in a sliding window the last ones, and those of a
+    step."""
+    return positions if state.window is None else min(positions, state.window + step)
+
+
+def made(part: PartConfig, config: ModelConfig) -> dict[str, int]:
+    """Return the numbers that a token has of every activation which linears make within a mixer or feed-forward (one expert of it)."""
+    linears = [param for param in part.params(config) if param.role in LINEAR_ROLES and param.output != "residual"]
+    return {param.output: param.shape[0] for param in linears}
+
+
+def widths(part: PartConfig, config: ModelConfig) -> dict[str, int]:
+    """Return the same of all activations between the part's input and its result: what its linears make, and what they read."""
+    linears = [param for param in part.params(config) if param.role in LINEAR_ROLES and param.input != "hidden"]
+    return made(part, config) | {param.input: param.shape[1] for param in linears}

@@ -7,14 +7,12 @@ import math
 from dataclasses import dataclass, replace
 
 from llmkit.checkpoint.weights import EMBEDDING, HEAD
-from llmkit.config import LayerConfig, ModelConfig
+from llmkit.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, Param
 from llmkit.kernels import native_problem
-from llmkit.planning.inference import CONSTANTS, Change, Constants, Terms, attention_sizes, quantizing_work, without_zeros
-from llmkit.planning.model_info import Facts, Storage, storage_bytes
+from llmkit.planning.inference import CONSTANTS, Change, Constants, Terms, inner_size, quantizing_work, without_zeros
+from llmkit.planning.model_info import Facts, Storage, made, storage_bytes, widths
 from llmkit.quant.schemes import NF4, Choice, choose
 from llmkit.training.recipe import LoraRecipe, Recipe
-
-_OUT = (".o_proj.weight", ".down_proj.weight")  # linears whose input is no norm's, and no other's
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,12 @@ def _adapter_numbers(lora: LoraRecipe, facts: Facts) -> tuple[int, int, int]:
     return factors, sum(math.prod(facts.shapes[name]) for name in whole), lora.r * len(hit)
 
 
-def base_storage(name: str, shape: tuple[int, ...], stored: Storage, how: Setting) -> Storage:
+def base_storage(param: Param, stored: Storage, how: Setting) -> Storage:
     """How a parameter is held: float32 where it is trained, else as it is stored, or in the codes of a 4-bit base."""
     if not how.lora:
         return "F32"
     if how.quantize is not None and not isinstance(stored, Choice):
-        return choose(how.quantize, name, shape) or stored
+        return choose(how.quantize, param) or stored
     return stored
 
 
@@ -104,7 +102,7 @@ def training(
         terms["data"] = int(constants.data * data_bytes)
     else:
         terms["process"] = constants.cuda_context
-    held = {name: base_storage(name, shape, facts.storage[name], how) for name, shape in facts.shapes.items()}
+    held = {name: base_storage(param, facts.storage[name], how) for name, param in config.parameters.items()}
     terms["weights"] = sum(storage_bytes(storage, facts.shapes[name]) for name, storage in held.items())
     if how.lora:
         terms["adapters"] = 4 * how.factors
@@ -122,7 +120,7 @@ def training(
     tile = constants.logit_tile if on_cpu else constants.logit_elements
     columns = min(config.vocab_size, max(constants.logit_columns, tile // max(how.tokens, config.hidden_size)))
     logits = _logit_bytes(how, facts, held[HEAD if HEAD in facts.shapes else EMBEDDING], size, columns if once else 0, pooled, constants)
-    inner = max(_mlp_numbers(config, layer) for layer in config.layers)
+    inner = max(sum(_feed_forward_pieces(config, layer)) for layer in config.layers)
     backward = how.tokens * (3 * inner // 2 + 2 * config.hidden_size) * size  # an MLP's product, what it is made of, and gradients
     backward += max(how.tokens * inner * size, _widened(facts, held, pooled, size))  # those inside come after the product
     terms["activations"] = activations
@@ -149,10 +147,10 @@ def _activation_bytes(how: Setting, facts: Facts, size: int, attends: bool, betw
     """What is kept for the backward pass. Of a number: `size` bytes at linears, `between` between blocks, 4 in norms."""
     config = facts.config
     norms = (4 - size) * (1 if how.lora else 2)
-    layers = [size * _saved_numbers(config, layer, how) + norms * _norm_inputs(config) for layer in config.layers]
+    layers = [size * _saved_numbers(config, layer, how) + norms * _norm_inputs(config, layer) for layer in config.layers]
     ends = (4 + 2 * size) * config.hidden_size  # the final norm's input, what it gives and what the loss keeps
     if how.checkpointing:  # a block's input, and what PyTorch's attention gave; see model/transformer.py
-        attended = 0 if attends else size * config.num_attention_heads * config.head_dim + 4 * config.num_attention_heads
+        attended = 0 if attends else max(size * mixer.query_size + 4 * mixer.num_heads for mixer in attention_mixers(config))
         return how.tokens * (len(layers) * (between * config.hidden_size + attended) + max(layers) - attended + ends)
     # Without adapters autocast keeps a copy of the weights.
     copies = sum(2 * math.prod(shape) for shape in facts.linears.values()) if size == 2 and not how.lora else 0
@@ -177,7 +175,7 @@ def _logit_bytes(how: Setting, facts: Facts, head: Storage, size: int, columns: 
 def _shared(how: Setting, config: ModelConfig, columns: int, constants: Constants) -> bool:
     """Whether logits and the buffers of the way back lie in the same memory: the pool (`model.native.Memory`) has pieces that fit both,
     or gives up pieces that are so large that the C library gives them back."""
-    piece, kept = config.intermediate_size, constants.kept_piece_checkpointing if how.checkpointing else constants.kept_piece
+    piece, kept = inner_size(config), constants.kept_piece_checkpointing if how.checkpointing else constants.kept_piece
     return piece <= 5 * columns // 4 <= 2 * piece or 4 * how.tokens * piece > kept
 
 
@@ -190,7 +188,7 @@ def _widened(facts: Facts, held: dict[str, Storage], pooled: bool, size: int) ->
     together: dict[str, int] = {}
     for name, shape in facts.linears.items():
         if isinstance(held[name], Choice):
-            place = name if name.endswith(_OUT) else name.removesuffix(".weight").rpartition(".")[0]
+            place = name.removesuffix(".weight").rpartition(".")[0] + " " + facts.config.parameters[name].input
             together[place] = together.get(place, 0) + 4 * math.prod(shape)
     return max(together.values(), default=0)
 
@@ -198,23 +196,22 @@ def _widened(facts: Facts, held: dict[str, Storage], pooled: bool, size: int) ->
 def _huge_pages(how: Setting, config: ModelConfig, constants: Constants) -> int:
     """What the room behind the pieces of the pool (`model.native.Memory`: a quarter of each) takes. It is not written to, but the large
     pieces lie in huge pages, of which the last is half used on average."""
-    hidden, (q, kv) = config.hidden_size, attention_sizes(config)
     found = []
     for layer in config.layers:
-        mlp = _mlp_numbers(config, layer)
-        pieces = [hidden] * _norms(config) + [q, q, kv, kv] + ([mlp // 2] * 2 if config.gated_mlp else [mlp])
+        pieces = [config.hidden_size] * _norms(layer) + list(widths(layer.mixer, config).values()) + _feed_forward_pieces(config, layer)
         sizes = [4 * how.tokens * numbers for numbers in pieces]
         found.append(sum(min(size // 4, constants.huge_page // 2) for size in sizes if 5 * size // 4 >= constants.huge_array))
     return max(found) if how.checkpointing else sum(found)
 
 
-def _norms(config: ModelConfig) -> int:
-    return {"pre": 2, "post": 2, "sandwich": 4}[config.norm_placement]
+def _norms(layer: LayerConfig) -> int:
+    return sum(name is not None for name in layer.norm_names)
 
 
-def _norm_inputs(config: ModelConfig) -> int:
+def _norm_inputs(config: ModelConfig, layer: LayerConfig) -> int:
     """Numbers that the norms of a layer take, for each token."""
-    return _norms(config) * config.hidden_size + (0 if config.qk_norm is None else sum(attention_sizes(config)))
+    inside, params = widths(layer.mixer, config), layer.mixer.params(config)
+    return _norms(layer) * config.hidden_size + sum(inside[name] for name in {param.input for param in params if param.role == "norm"})
 
 
 def _optimizer_bytes(how: Setting, facts: Facts) -> int:
@@ -231,23 +228,27 @@ def _saved_numbers(config: ModelConfig, layer: LayerConfig, how: Setting) -> int
     Low-rank (lora/fused.py): the inputs of norms and of linears once each, x A^T, query, key, value, the attention's result, gate, up.
     All weights trained: each norm also its normalised input, and the MLP its activation and product.
     """
-    hidden, (q, kv) = config.hidden_size, attention_sizes(config)
+    hidden, mixer = config.hidden_size, layer.mixer
     own = 1 if how.lora else 2
-    numbers = own * _norm_inputs(config) + 2 * hidden + 2 * q + 2 * kv + config.num_attention_heads + 2 + how.ranks // len(config.layers)
-    if config.attn_logit_softcapping is not None:
-        numbers += 2 * config.num_attention_heads * how.length + 2 * (q - kv)  # tanh and softmax; keys and values for every head
-    numbers += (1 if how.lora else 2) * _mlp_numbers(config, layer)
-    if layer.moe is not None:
-        numbers += 2 * layer.moe.num_experts_per_tok * hidden + 3 * layer.moe.num_experts
+    numbers = own * _norm_inputs(config, layer) + 2 * hidden + sum(widths(mixer, config).values()) + how.ranks // len(config.layers)
+    if isinstance(mixer, AttentionConfig):
+        numbers += mixer.num_heads + 2
+        if mixer.softcap is not None:  # tanh and softmax; keys and values for every head
+            numbers += 2 * mixer.num_heads * how.length + 2 * (mixer.query_size - mixer.kv_size)
+    numbers += (1 if how.lora else 2) * sum(_feed_forward_pieces(config, layer))
+    if isinstance(layer.feed_forward, MoEConfig):
+        numbers += 2 * layer.feed_forward.num_experts_per_tok * hidden + 3 * layer.feed_forward.num_experts
     return numbers
 
 
-def _mlp_numbers(config: ModelConfig, layer: LayerConfig) -> int:
-    """Gate and up of all experts that a token goes through."""
-    each = 2 if config.gated_mlp else 1
-    if layer.moe is None:
-        return each * config.intermediate_size
-    return each * layer.moe.moe_intermediate_size * layer.moe.num_experts_per_tok
+def _feed_forward_pieces(config: ModelConfig, layer: LayerConfig) -> list[int]:
+    """Numbers of gate and up, each of all experts that a token goes through."""
+    chosen = layer.feed_forward.num_experts_per_tok if isinstance(layer.feed_forward, MoEConfig) else 1
+    return [chosen * size for size in made(layer.feed_forward, config).values()]
+
+
+def attention_mixers(config: ModelConfig) -> list[AttentionConfig]:
+    return [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
 
 
 def predict(

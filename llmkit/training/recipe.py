@@ -94,7 +94,7 @@ class LoraRecipe:
     r: int = key("the rank", 16)
     alpha: float = key("the adapter is scaled by alpha / r", 32.0)
     dropout: float = key("of the adapter's input", 0.0)
-    target_modules: str | tuple[str, ...] = key("all-linear, or names: [q_proj, v_proj]", "all-linear")
+    target_modules: str | tuple[str, ...] = key("all-linear, or names: [up_proj, down_proj]", "all-linear")
     use_rslora: bool = key("scale by alpha / sqrt(r) (arXiv:2312.03732)", False)
     use_dora: bool = key("learn the length of each row, too (arXiv:2402.09353)", False)
     modules_to_save: tuple[str, ...] = key("modules that are trained whole beside it: [lm_head]", ())

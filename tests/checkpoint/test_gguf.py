@@ -73,9 +73,9 @@ def expected(folder: Path) -> dict[str, np.ndarray]:
         if architecture.name == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weight = weight.T
         if architecture.interleaved_rope and ".q_proj." in name:
-            weight = permuted(weight, config.num_attention_heads)
+            weight = permuted(weight, config.attention(0).num_heads)
         if architecture.interleaved_rope and ".k_proj." in name:
-            weight = permuted(weight, config.num_key_value_heads)
+            weight = permuted(weight, config.attention(0).num_kv_heads)
         if name.startswith("model") and "norm" in name and architecture.name.startswith("gemma"):
             weight = weight + 1
         if ".experts." in name:

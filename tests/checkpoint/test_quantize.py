@@ -84,7 +84,7 @@ def test_round_trip(tmp_path: Path, tiny: Callable[[str], Path], variant: str, s
     assert config.layers == load_model(source).config.layers
     modules = dict(load_model(tmp_path / "out").named_modules())
     for name, parameter in original.items():
-        weight, choice = weights[name], choose(scheme, name, tuple(parameter.shape))
+        weight, choice = weights[name], choose(scheme, config.parameters[name])
         if choice is None:
             assert isinstance(weight, np.ndarray)
             np.testing.assert_array_equal(weight, parameter.detach().numpy())
@@ -111,7 +111,7 @@ def test_logits(tmp_path: Path, tiny: Callable[[str], Path], variant: str, schem
     ids = np.random.default_rng(0).integers(0, 97, 40)
     in_memory, mapped = load_model(source), load_model(tmp_path / "out")
     original = logits(TorchBackend(load_model(source)), ids)
-    quantize_model(in_memory, scheme)
+    quantize_model(in_memory, in_memory.config.parameters, scheme)
     found = logits(TorchBackend(mapped), ids)
     np.testing.assert_array_equal(found, logits(TorchBackend(in_memory), ids))
     errors = np.linalg.norm(found - original, axis=1) / np.linalg.norm(original, axis=1)
@@ -135,7 +135,7 @@ def test_quantizing_while_loading(tmp_path: Path, tiny: Callable[[str], Path], v
     """What quantizing the loaded model gives, matrix by matrix."""
     save_model(load_model(tiny(variant)), tmp_path / "half", dtype="bfloat16")
     expected = load_model(tmp_path / "half")
-    quantize_model(expected, scheme)
+    quantize_model(expected, expected.config.parameters, scheme)
     found, report = load_model_with_report(tmp_path / "half", quantize=scheme)
     assert found.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
@@ -157,7 +157,7 @@ def test_dtypes_of_the_source(tmp_path: Path, dtype: str) -> None:
     save_model(load_model(source), tmp_path / dtype, dtype=dtype)
     report = quantize_folder(tmp_path / dtype, tmp_path / "out")
     expected = load_model(tmp_path / dtype, "float32")
-    quantize_model(expected)
+    quantize_model(expected, expected.config.parameters)
     ids = torch.arange(20).view(1, -1)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "out")(ids), expected(ids))

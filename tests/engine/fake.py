@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.config import LayerConfig, ModelConfig, RopeConfig
+from llmkit.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from llmkit.engine.backend import StepBatch
 from llmkit.engine.sampling import SamplingParams, sample
 
@@ -22,8 +22,9 @@ def tiny_config(
     windows: tuple[int | None, ...] = (None,), *, vocab: int = 23, max_positions: int = 96, rope_type: str = "default"
 ) -> ModelConfig:
     rope = RopeConfig(rope_type=rope_type, original_max_position_embeddings=24)
-    layers = tuple(LayerConfig(rope=rope, sliding_window=window) for window in windows)
-    return ModelConfig("fake", vocab, DIM, DIM, 1, 1, DIM, max_positions, layers)
+    mixers = [AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=DIM, rope=rope, sliding_window=window) for window in windows]
+    layers = tuple(LayerConfig(mixer, MLPConfig(intermediate_size=DIM)) for mixer in mixers)
+    return ModelConfig("fake", vocab, DIM, max_positions, layers)
 
 
 class FakeBackend:
@@ -53,11 +54,10 @@ class FakeBackend:
     def embed(self, token: int, position: int, context: int, adapter: str | None) -> NDArray[np.float64]:
         shift = 0.0 if adapter is None else 0.1 * sum(adapter.encode())
         stretch = 1.0
-        for layer in self.config.layers:
-            assert layer.rope is not None
-            if layer.rope.rope_type == "dynamic":
+        for rope, _ in self.config.rotaries:
+            if rope.rope_type == "dynamic":
                 stretch = max(context, 24) / 24
-            elif layer.rope.rope_type == "longrope":
+            elif rope.rope_type == "longrope":
                 stretch = 1.0 if context <= 24 else 4.0
         return self.embedding[token] + self.place[position] * stretch + shift
 

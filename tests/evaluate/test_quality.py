@@ -33,13 +33,13 @@ from llmkit.model.backend import TorchBackend
 from llmkit.model.transformer import Transformer
 from llmkit.quant.apply import install
 from llmkit.quant.linears import QuantizedEmbedding
-from llmkit.quant.schemes import EMBEDDINGS, PROJECTIONS
 from tests.kernels.test_native import logits
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(native_problem() is not None, reason="measured with the native kernels")]
 
 TOKENS = 4000
 MODELS = ["stories260K", "embedded"]
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 Rounded = tuple[Tensor, int]  # a matrix after quantizing and dequantizing, and the bits that were stored
 
 
@@ -70,7 +70,7 @@ def kl_of(original: Path, folder: Path, stories: list[str], rounded: Callable[[s
     model, bits, weights = load_model(original, "float32"), 0, 0
     for name, parameter in model.named_parameters():
         weights += parameter.numel()
-        if name in EMBEDDINGS or name.endswith(PROJECTIONS):
+        if model.config.parameters[name].quantizable:
             parameter.data, stored = rounded(name, parameter.data)
             bits += stored
         else:

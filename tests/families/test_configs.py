@@ -62,7 +62,7 @@ def test_old_spelling_means_the_same(variant: str) -> None:
 def test_fields_agree_with_transformers(variant: str) -> None:
     theirs, ours = hf_config(variant), read_config(raw_config(hf_config(variant)))
     assert (ours.vocab_size, ours.hidden_size, ours.num_hidden_layers) == (theirs.vocab_size, theirs.hidden_size, theirs.num_hidden_layers)
-    assert ours.num_attention_heads == theirs.num_attention_heads
+    assert ours.attention(0).num_heads == theirs.num_attention_heads
     if variant != "llama-dynamic":
         assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
@@ -75,7 +75,7 @@ def tiny(variant: str, **changes: Any) -> ModelConfig:
 
 def test_rope_types_keep_their_parameters() -> None:
     def rope_of(variant: str) -> RopeConfig:
-        rope = tiny(variant).layers[0].rope
+        rope = tiny(variant).attention(0).rope
         assert rope is not None
         return rope
 

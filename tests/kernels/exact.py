@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmkit.config import NORM_NAMES, LayerConfig, ModelConfig, RopeConfig
+from llmkit.config import AttentionConfig, MLPConfig, ModelConfig, PartConfig, RopeConfig
 from llmkit.kernels import reference
 from llmkit.kernels.format import QuantizedMatrix, Weight
 from llmkit.rope import inverse_frequencies
@@ -147,10 +147,10 @@ def stored(x: Tensor, kv_bits: int) -> tuple[Tensor, Tensor]:
     return x.clamp(-65504, 65504).half().float() if kv_bits == 16 else x, torch.ones(x.shape[:-1])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layer: LayerConfig, cap: float | None, kv_bits: int) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, part: AttentionConfig, kv_bits: int) -> Tensor:
     """q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]`, of one sequence from its beginning."""
     (k, k_scale), (v, v_scale) = stored(k, kv_bits), stored(v, kv_bits)
-    factors = k_scale * (q.shape[-1] ** -0.5 if layer.attention_scale is None else layer.attention_scale)
+    factors = k_scale * part.score_scale
     # [kv_heads, heads of each, tokens, ...]
     k, v, factors, v_scale = (part.transpose(0, 1).unsqueeze(1) for part in (k, v, factors, v_scale))
     q, positions = q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3), torch.arange(len(q))
@@ -160,9 +160,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layer: LayerConfig, cap: float | Non
         scores = torch.zeros(())
         for d in range(q.shape[-1]):
             scores = fma(q[..., rows, d].unsqueeze(-1), k[..., :tokens, d].unsqueeze(-2), scores)
-        scores = softcap(scores * factors[..., None, :tokens], cap)
+        scores = softcap(scores * factors[..., None, :tokens], part.softcap)
         behind = rows[:, None] - positions[:tokens]  # query position - key position
-        hidden = (behind < 0) | (behind >= (layer.sliding_window or tokens))
+        hidden = (behind < 0) | (behind >= (part.sliding_window or tokens))
         out.append(attend_scored(scores.masked_fill(hidden, -INFINITY), v[..., :tokens, :], v_scale[..., :tokens]))
     return torch.cat(out, 2).permute(2, 0, 1, 3).flatten(1)
 
@@ -220,29 +220,33 @@ class Exact:
             x = x + floats(self.weights["model.embed_positions.weight"])[: len(ids)]
         for index, layer in enumerate(c.layers):
             prefix = f"model.layers.{index}"
-            norms = [name and f"{prefix}.{name}" for name in NORM_NAMES[c.norm_placement]]
-            for place, sublayer in ((0, self._attention), (2, self._mlp)):
-                delta = self._norm(norms[place + 1], sublayer(prefix, layer, self._norm(norms[place], x)))
+            norms = [name and f"{prefix}.{name}" for name in layer.norm_names]
+            for place, part in ((0, layer.mixer), (2, layer.feed_forward)):
+                delta = self._norm(norms[place + 1], self._part(part, f"{prefix}.{part.name}.", self._norm(norms[place], x)))
                 x = fma(torch.tensor(c.residual_multiplier), delta, x)
         return self._norm("model.norm", x)
 
-    def _attention(self, prefix: str, layer: LayerConfig, x: Tensor) -> Tensor:
-        c, prefix = self.config, f"{prefix}.self_attn"
-        q, k, v = (self._linear(f"{prefix}.{name}_proj", x) for name in "qkv")
-        if c.qk_norm == "full":
-            q, k = self._norm(f"{prefix}.q_norm", q), self._norm(f"{prefix}.k_norm", k)
-        q, k, v = (part.unflatten(1, (-1, c.head_dim)) for part in (q, k, v))
-        if c.qk_norm == "head":
-            q, k = self._norm(f"{prefix}.q_norm", q), self._norm(f"{prefix}.k_norm", k)
-        if layer.rope is not None:
-            tables = rotary(layer.rope, c.head_dim, len(x))
-            q, k = rotate(q, *tables), rotate(k, *tables)
-        return self._linear(f"{prefix}.o_proj", attend(q, k, v, layer, c.attn_logit_softcapping, self.kv_bits))
+    def _part(self, part: PartConfig, prefix: str, x: Tensor) -> Tensor:
+        """A mixer or a feed-forward on x `[tokens, hidden]`: its linears and norms by what they make, as it describes them."""
+        params = [param for param in part.params(self.config) if param.name.endswith(".weight")]
+        linears = {param.output: prefix + param.name.removesuffix(".weight") for param in params if param.role == "linear"}
+        norms = {param.output: prefix + param.name.removesuffix(".weight") for param in params if param.role == "norm"}
+        made = {name: self._linear(linear, x) for name, linear in linears.items() if name != "residual"}
+        if isinstance(part, AttentionConfig):
+            inner = self._attended(part, norms, made)
+        else:
+            assert isinstance(part, MLPConfig)
+            inner = activation(part.hidden_act, made["gate"]) * made["up"] if part.gated else activation(part.hidden_act, made["up"])
+        return self._linear(linears["residual"], inner)
 
-    def _mlp(self, prefix: str, layer: LayerConfig, x: Tensor) -> Tensor:
-        c, prefix = self.config, f"{prefix}.mlp"
-        inner = activation(c.hidden_act, self._linear(f"{prefix}.{'gate' if c.gated_mlp else 'up'}_proj", x))
-        return self._linear(f"{prefix}.down_proj", inner * self._linear(f"{prefix}.up_proj", x) if c.gated_mlp else inner)
+    def _attended(self, part: AttentionConfig, norms: Mapping[str, str], made: Mapping[str, Tensor]) -> Tensor:
+        heads = part.qk_norm != "full"  # OLMo 2 normalizes all heads at once
+        turned = []
+        for name in ("query", "key"):
+            x = made[name].unflatten(1, (-1, part.head_dim)) if heads else made[name]
+            x = self._norm(norms.get(name), x).reshape(len(x), -1, part.head_dim)
+            turned.append(x if part.rope is None else rotate(x, *rotary(part.rope, part.head_dim, len(x))))
+        return attend(*turned, made["value"].unflatten(1, (-1, part.head_dim)), part, self.kv_bits)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         weight = self.weights["model.embed_tokens.weight"]

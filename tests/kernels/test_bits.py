@@ -15,7 +15,6 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import StepBatch
 from llmkit.kernels import NativeBackend, native_problem
@@ -35,8 +34,8 @@ def random_weights(config: ModelConfig, scheme: str, seed: int) -> dict[str, Wei
     """Parameters by our names, exact numbers: multiples of 1/256 below 1/2, norms around 1."""
     numbers = np.random.Generator(np.random.PCG64(seed))
     out: dict[str, Weight] = {}
-    for name, shape in parameter_shapes(config).items():
-        choice = None if scheme == "float32" else choose(scheme, name, shape)
+    for name, param in config.parameters.items():
+        shape, choice = param.shape, None if scheme == "float32" else choose(scheme, param)
         if choice is None:
             array = numbers.integers(-127, 128, shape).astype(np.float32) / 256
             out[name] = array + np.float32(1) if "norm" in name and name.endswith("weight") else array

@@ -23,8 +23,8 @@ import llmkit
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import LLMKitError
 from llmkit.kernels import NativeBackend, native_problem
-from llmkit.kernels.backend import _Description
 from llmkit.kernels.format import QuantizedMatrix, Weight
+from llmkit.kernels.plan import Description
 from llmkit.model.transformer import Transformer
 from tests.families.tiny import tiny_folder
 from tests.kernels.test_native import Row, kernels, logits, quantized_weights, random_ids, step, weights_of
@@ -50,6 +50,7 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 
 HUGE = 2**31
 NOTHING = np.zeros(0, np.float32)
+Q = "self_attn.q_proj"
 
 
 def linear(change: dict[int, Any]) -> Callable[[tuple], tuple]:
@@ -59,8 +60,8 @@ def linear(change: dict[int, Any]) -> Callable[[tuple], tuple]:
 @pytest.mark.parametrize(
     ("where", "name", "value"),
     [
-        ("model", "num_attention_heads", 0),
-        ("model", "num_key_value_heads", 3),
+        ("model", "num_heads", 0),
+        ("model", "num_kv_heads", 3),
         ("model", "head_dim", 2**62),
         ("model", "vocab_size", 2**63),
         ("model", "hidden_size", 2.5),
@@ -83,30 +84,34 @@ def linear(change: dict[int, Any]) -> Callable[[tuple], tuple]:
         ("layer", "group", 2**32),
         ("layer", "window", 5),
         ("layer", "attention_scale", None),
-        ("layer", "k_proj", None),
-        ("layer", "q_proj", ()),
-        ("layer", "q_proj", linear({0: 9})),
-        ("layer", "q_proj", linear({0: -1})),
-        ("layer", "q_proj", linear({1: 0})),
-        ("layer", "q_proj", linear({2: HUGE + 1})),
-        ("layer", "q_proj", linear({3: None})),
-        ("layer", "q_proj", linear({3: NOTHING})),
-        ("layer", "q_proj", linear({7: 2**32 + 32})),
-        ("layer", "q_proj", lambda old: linear({3: np.asfortranarray(old[3])})(old)),
-        ("layer", "q_proj", lambda old: linear({3: np.repeat(old[3], 2, 1)[:, ::2]})(old)),
-        ("layer", "q_proj", lambda old: linear({3: old[3].astype(np.float64)})(old)),
-        ("layer", "o_proj", linear({6: np.zeros(3, np.float32)})),
-        ("layer", "before_mlp", (np.zeros(3, np.float32), None)),
+        ("linears", "self_attn.k_proj", None),
+        ("linears", "self_attn.q_proj", ()),
+        ("linears", "self_attn.q_proj", linear({0: 9})),
+        ("linears", "self_attn.q_proj", linear({0: -1})),
+        ("linears", "self_attn.q_proj", linear({1: 0})),
+        ("linears", "self_attn.q_proj", linear({2: HUGE + 1})),
+        ("linears", "self_attn.q_proj", linear({3: None})),
+        ("linears", "self_attn.q_proj", linear({3: NOTHING})),
+        ("linears", "self_attn.q_proj", linear({7: 2**32 + 32})),
+        ("linears", "self_attn.q_proj", lambda old: linear({3: np.asfortranarray(old[3])})(old)),
+        ("linears", "self_attn.q_proj", lambda old: linear({3: np.repeat(old[3], 2, 1)[:, ::2]})(old)),
+        ("linears", "self_attn.q_proj", lambda old: linear({3: old[3].astype(np.float64)})(old)),
+        ("linears", "self_attn.o_proj", linear({6: np.zeros(3, np.float32)})),
+        ("linears", "self_attn.w_proj", None),
+        ("linears", 5, None),
+        ("norms", "before_feed_forward", (np.zeros(3, np.float32), None)),
+        ("norms", "input_layernorm", None),
+        ("layer", "linears", None),
+        ("layer", "norms", []),
     ],
 )
 def test_a_plan_of_wrong_parts_is_refused(llama: Transformer, where: str, name: str, value: Any) -> None:
     from llmkit.kernels.cpu import _native
 
-    description = _Description(llama.config, weights_of(llama))
-    ropes = [llama.config.layers[0].rope]
-    model, layers = description.of_model(0), [description.of_layer(i, layer, ropes) for i, layer in enumerate(llama.config.layers)]
+    description = Description(llama.config, weights_of(llama))
+    model, layers = description.model(0), [description.layer(i) for i in range(llama.config.num_hidden_layers)]
     _native.Plan(None, 1, model, layers)
-    part = model if where == "model" else layers[-1]
+    part = {"model": model, "layer": layers[-1], "linears": layers[-1]["linears"], "norms": layers[-1]["norms"]}[where]
     part[name] = value(part[name]) if callable(value) else value
     with pytest.raises(REFUSED):
         _native.Plan(None, 1, model, layers)
@@ -258,8 +263,9 @@ def test_adapters_of_wrong_parts_are_refused(llama: Transformer) -> None:
     backend = NativeBackend(llama.config, weights_of(llama))
     a, b = np.zeros((2, llama.config.hidden_size), np.float32), np.zeros((llama.config.hidden_size, 2), np.float32)
     parts: list[Any] = [
-        None, [None], [(0,)], [(10**6, 2, a, b)], [(-1, 2, a, b)], [(0, 0, a, b)], [(0, 2**40, a, b)], [(0, 3, a, b)], [(0, 2, a, None)],
-        [(0, 2, a[:, ::2], b)], [(0, 2, a.T, b)], [(0, 2, b"123", b)], [("0", 2, a, b)],
+        None, [None], [(0,)], [(10**6, Q, 2, a, b)], [(-1, Q, 2, a, b)], [(0, Q, 0, a, b)], [(0, Q, 2**40, a, b)], [(0, Q, 3, a, b)],
+        [(0, Q, 2, a, None)], [(0, Q, 2, a[:, ::2], b)], [(0, Q, 2, a.T, b)], [(0, Q, 2, b"123", b)], [("0", Q, 2, a, b)],
+        [(0, "self_attn.w_proj", 2, a, b)], [(0, b"q", 2, a, b)], [(0, "\ud800", 2, a, b)], [(0, None, 2, a, b)],
     ]  # fmt: skip
     for part in parts:
         with pytest.raises(REFUSED):
@@ -285,7 +291,9 @@ def test_one_plan_in_many_threads(llama: Transformer) -> None:
         worker.start()
     size = llama.config.hidden_size
     for index in range(100):
-        backend.add_adapter(str(index), {(0, "o_proj"): (np.ones((1, size), np.float32), np.ones((size, 1), np.float32))})
+        backend.add_adapter(
+            str(index), {"model.layers.0.self_attn.o_proj": (np.ones((1, size), np.float32), np.ones((size, 1), np.float32))}
+        )
     for worker in workers:
         worker.join(120)
     assert len(found) == 60

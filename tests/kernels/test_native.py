@@ -232,20 +232,8 @@ def test_quantized_heads_of_any_shape(
 
     rng = np.random.default_rng(seed)
     config = replace(llama.config, hidden_size=hidden, vocab_size=vocab, tie_word_embeddings=False, layers=llama.config.layers[:1])
-    shapes = {
-        "q_proj": (config.num_attention_heads * config.head_dim, hidden),
-        "k_proj": (config.num_key_value_heads * config.head_dim, hidden),
-        "v_proj": (config.num_key_value_heads * config.head_dim, hidden),
-        "o_proj": (hidden, config.num_attention_heads * config.head_dim),
-        "gate_proj": (config.intermediate_size, hidden),
-        "up_proj": (config.intermediate_size, hidden),
-        "down_proj": (hidden, config.intermediate_size),
-    }
     prefix = "model.layers.0."
-    weights: dict[str, Weight] = {
-        f"{prefix}{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}.weight": np.zeros(shape, np.float32)
-        for name, shape in shapes.items()
-    }
+    weights: dict[str, Weight] = {name: np.zeros(param.shape, np.float32) for name, param in config.parameters.items()}
     embedding = rng.normal(size=(vocab, hidden)).astype(np.float32)
     weights |= {
         "model.embed_tokens.weight": embedding,
@@ -284,7 +272,7 @@ def test_adapters_are_added_per_sequence(llama: Transformer, tmp_path: Path) -> 
             weight = weights[name]
             assert isinstance(weight, np.ndarray)
             a, b = (rng.normal(size=s).astype(np.float32) * 0.2 for s in ((rank, weight.shape[1]), (weight.shape[0], rank)))
-            linears[layer, slot] = a, b
+            linears[name.removesuffix(".weight")] = a, b
             merged[name] = weight + b @ a
     backend = NativeBackend(llama.config, weights, threads=2)
     plain, ids = logits(backend, random_ids(llama, 30)), random_ids(llama, 30)
@@ -301,7 +289,7 @@ def test_adapters_are_added_per_sequence(llama: Transformer, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="'other' is not loaded; loaded are style"):
         step(backend, [Row(ids, 10)], [1], ["other"])
     with pytest.raises(UsageError, match="does not fit"):
-        backend.add_adapter("wide", {(0, "q_proj"): (np.zeros((2, 5), np.float32), np.zeros((7, 2), np.float32))})
+        backend.add_adapter("wide", {"model.layers.0.self_attn.q_proj": (np.zeros((2, 5), np.float32), np.zeros((7, 2), np.float32))})
 
 
 def test_greedy_text_is_that_of_pytorch(model: Transformer) -> None:

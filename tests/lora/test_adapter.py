@@ -46,7 +46,8 @@ def change(folder: Path, tensors: dict[str, torch.Tensor | None] | None = None, 
 @pytest.mark.real
 def test_the_adapter_of_trl(data_dir: Path) -> None:
     """16 ranks on c_attn of the twelve layers of GPT-2: A is shared by q, k and v, B is cut."""
-    adapter = read_adapter(data_dir / "models" / "lora-trl-kto", read_config({"model_type": "gpt2"}))
+    config = read_config({"model_type": "gpt2"})
+    adapter = read_adapter(data_dir / "models" / "lora-trl-kto", config)
     assert len(adapter.linears) == 36
     assert (adapter.name, adapter.settings.base_model_name_or_path, adapter.base) == ("lora-trl-kto", "gpt2", None)
     stored = load_file(adapter.folder / "adapter_model.safetensors")
@@ -55,7 +56,7 @@ def test_the_adapter_of_trl(data_dir: Path) -> None:
     np.testing.assert_array_equal(whole, stored[key.format("B")].numpy())
     for name in "qkv":
         np.testing.assert_array_equal(adapter.linears[f"model.layers.7.self_attn.{name}_proj"].a, stored[key.format("A")].numpy())
-    assert adapter.native_problem is None
+    assert adapter.native_problem(config) is None
     assert not adapter.does_nothing
 
 

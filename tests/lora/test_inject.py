@@ -86,7 +86,7 @@ def test_logits_and_gradients_are_pefts(folder: Path, keys: dict[str, Any]) -> N
 @pytest.mark.parametrize("scheme", ["q4", "q8"])
 def test_a_quantized_base_is_its_dequantized_weights(folder: Path, scheme: str) -> None:
     model = load_model(folder)
-    quantize_model(model, scheme)
+    quantize_model(model, model.config.parameters, scheme)
     dense = load_model(folder)
     for name, module in dense.named_modules():
         if isinstance(module, (Linear, nn.Embedding)):
@@ -127,7 +127,7 @@ def test_a_compiled_model_learns_the_same(folder: Path, scheme: str | None) -> N
         torch.manual_seed(0)
         model = load_model(folder)
         if scheme is not None:
-            quantize_model(model, "q4")
+            quantize_model(model, model.config.parameters, "q4")
         inject(model, LoraSettings(r=4))
         perturb(p for p in model.parameters() if p.requires_grad)
         if scheme == "integers":
@@ -167,7 +167,7 @@ def test_what_is_not_there_is_refused(folder: Path, keys: dict[str, Any], words:
 
 def test_quantized_weights_are_not_trained_whole(folder: Path) -> None:
     model = load_model(folder)
-    quantize_model(model)
+    quantize_model(model, model.config.parameters)
     with pytest.raises(UsageError, match="quantized"):
         inject(model, LoraSettings(modules_to_save=("lm_head",)))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmkit.config import LayerConfig, ModelConfig, State
+from llmkit.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, State
 from llmkit.engine.backend import StepBatch
 from llmkit.errors import UsageError
 from llmkit.model.attention import NoCache
@@ -25,7 +25,9 @@ class Summing(LayerConfig):
         return State("recurrent", (WIDTH,)), State("conv", (2, WIDTH))
 
 
-CONFIG = ModelConfig("test", 8, WIDTH, WIDTH, 1, 1, WIDTH, 64, (LayerConfig(), Summing(), LayerConfig(sliding_window=4)))
+FULL, MLP = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=WIDTH), MLPConfig(intermediate_size=WIDTH)
+LAYERS = LayerConfig(FULL, MLP), Summing(FULL, MLP), LayerConfig(replace(FULL, sliding_window=4), MLP)
+CONFIG = ModelConfig("test", 8, WIDTH, 64, LAYERS)
 
 
 def recurrence(inputs: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -95,7 +97,7 @@ def test_what_a_slot_takes() -> None:
     assert cache.state_bytes == 4 * (WIDTH + 2 * WIDTH)
     assert [cache.block_bytes(group) for group in range(2)] == [2 * 4 * 4 * WIDTH] * 2
     assert cache.group_of == [0, -1, 1]
-    assert CacheStorage(replace(CONFIG, layers=(LayerConfig(),)), 4, torch.float32, torch.device("cpu")).state_bytes == 0
+    assert CacheStorage(replace(CONFIG, layers=LAYERS[:1]), 4, torch.float32, torch.device("cpu")).state_bytes == 0
 
 
 def test_a_repeated_step_gives_the_same() -> None:

@@ -102,7 +102,7 @@ def test_logits_are_those_of_the_ordinary_step(tmp_path: Path, name: str) -> Non
 
 def test_quantized_models_decode_alike(tmp_path: Path) -> None:
     model = load_model(tiny_folder(tmp_path, "llama", tie_word_embeddings=True))
-    quantize_model(model)
+    quantize_model(model, model.config.parameters)
     compare(model, Captured())
 
 
@@ -141,7 +141,7 @@ def test_cuda_graphs(tmp_path: Path, quantized: bool) -> None:
         pytest.skip("no CUDA device")
     model = load_model(tiny_folder(tmp_path, "gemma2", tie_word_embeddings=True))
     if quantized:
-        quantize_model(model)
+        quantize_model(model, model.config.parameters)
     model.cuda()
     lengths = [300, 9, 61]
     texts = [np.random.default_rng(row).integers(0, 97, length).astype(np.int32) for row, length in enumerate(lengths)]

@@ -168,7 +168,7 @@ def greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
 def test_64_greedy_tokens_equal_transformers(pair: Pair) -> None:
     prompt = random_tokens(1, ORIGINAL + 3)
     ours = greedy(pair.ours, prompt[0].tolist(), 64)
-    if any(layer.rope is not None and layer.rope.rope_type == "dynamic" for layer in pair.ours.config.layers):
+    if any(rope.rope_type == "dynamic" for rope, _ in pair.ours.config.rotaries):
         # generate would choose new frequencies at every token; with the set of the whole request, their forward agrees.
         tokens = torch.cat((prompt, torch.tensor([ours])), 1)
         theirs = pair.expected(tokens)[0].argmax(-1)[prompt.shape[1] - 1 : -1].tolist()

@@ -23,6 +23,7 @@ from llmkit.checkpoint.load import load_model
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.save import save_model
 from llmkit.checkpoint.source import ModelSource
+from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError, DoesNotFit, UsageError
 from llmkit.families import read_config
 from llmkit.kernels import NativeBackend, native_problem
@@ -149,6 +150,11 @@ def test_misfits_are_named(tmp_path: Path) -> None:
         read_facts(ModelSource.open(raw.llama_folder(tmp_path / "x", tensors)))
 
 
+def without_windows(config: ModelConfig) -> ModelConfig:
+    mixers = [replace(config.attention(i), sliding_window=None) for i in range(config.num_hidden_layers)]
+    return replace(config, layers=tuple(replace(layer, mixer=mixer) for layer, mixer in zip(config.layers, mixers, strict=True)))
+
+
 # --- inference --------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +165,7 @@ def test_the_cache_is_that_of_the_backends(tmp_path: Path, variant: str, bits: i
     config = model.config
     facts = read_facts(ModelSource.open(tmp_path / "source"))
     windows, positions = config.cache_windows, 16 * 20
-    long = replace(config, layers=tuple(replace(layer, sliding_window=None) for layer in config.layers))
+    long = without_windows(config)
     weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     found = inference(replace(facts, config=long), Run(positions, kv_bits=bits))["KV cache"]
     assert native_problem(config) is None
@@ -597,7 +603,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, variant: str) ->
 def test_operations_of_attention(tmp_path: Path) -> None:
     """Gemma 2's is computed in products that torch counts, over the whole square of which half is visible."""
     found = read_facts(ModelSource.open(tiny_folder(tmp_path / "source", "gemma2")))
-    facts = replace(found, config=replace(found.config, layers=tuple(replace(x, sliding_window=None) for x in found.config.layers)))
+    facts = replace(found, config=without_windows(found.config))
     weights, each = (estimate.flops_per_token(facts, length, lora=False) for length in (0, 64))
     assert 64 * 2 * (each - weights) == counted(tmp_path / "source") - 64 * weights
 

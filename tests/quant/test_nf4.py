@@ -136,7 +136,7 @@ def test_a_model_in_memory() -> None:
 
     model = load_model(embedded_model(), "float32")
     dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    quantize_model(model, "nf4")
+    quantize_model(model, model.config.parameters, "nf4")
     modules = {name: module for name, module in model.named_modules() if isinstance(module, Nf4Linear)}
     assert len(modules) == 7 * model.config.num_hidden_layers
     for name, module in modules.items():

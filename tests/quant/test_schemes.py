@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import UsageError
 from llmkit.families import read_config
@@ -17,7 +16,7 @@ from llmkit.kernels.format import stored_shapes
 from llmkit.quant.apply import quantize_model
 from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.schemes import SCHEMES, Choice, choose
-from tests.families.tiny import VARIANTS, tiny_folder
+from tests.families.tiny import VARIANTS, hf_config, our_config, tiny_folder
 
 LLAMA_1B = {
     "model_type": "llama",
@@ -53,8 +52,8 @@ LLAMA_7B = LLAMA_1B | {
 
 def bits_per_weight(config: dict[str, object], scheme: str) -> float:
     bits = weights = 0
-    for name, shape in parameter_shapes(read_config(config)).items():
-        choice, count = choose(scheme, name, shape), math.prod(shape)
+    for param in read_config(config).parameters.values():
+        shape, choice, count = param.shape, choose(scheme, param), param.size
         weights += count
         if choice is None:
             bits += 32 * count
@@ -72,28 +71,31 @@ def test_bits_over_the_whole_model(config: dict[str, object], most: float) -> No
 
 
 def test_choices() -> None:
-    layer = "model.layers.3."
-    assert choose("q4", f"{layer}mlp.gate_proj.weight", (64, 32)) == Choice("q4", 32)
-    assert choose("q4", f"{layer}mlp.down_proj.weight", (32, 64)) == Choice("q4", 16)
-    assert choose("q4", f"{layer}self_attn.k_proj.weight", (32, 32)) == Choice("q4", 16)
-    assert choose("q4", f"{layer}self_attn.k_proj.weight", (16, 32)) == Choice("q8", 32)
-    assert choose("q4", f"{layer}self_attn.v_proj.weight", (32, 32)) == Choice("q8", 32)
-    assert choose("q4", "lm_head.weight", (100, 32)) == Choice("q4", 16)
-    assert choose("q4", f"{layer}mlp.experts.7.up_proj.weight", (64, 32)) == Choice("q4", 32)
-    for name in (
-        *(f"{layer}input_layernorm.weight", f"{layer}self_attn.q_proj.bias", f"{layer}mlp.gate.weight", "model.norm.weight"),
-        "model.embed_positions.weight",
+    def chosen(variant: str, name: str, shape: tuple[int, ...], scheme: str = "q4") -> Choice | None:
+        return choose(scheme, our_config(hf_config(variant)).parameters[name]._replace(shape=shape))
+
+    layer = "model.layers.1."
+    assert chosen("llama", f"{layer}mlp.gate_proj.weight", (64, 32)) == Choice("q4", 32)
+    assert chosen("llama", f"{layer}mlp.down_proj.weight", (32, 64)) == Choice("q4", 16)
+    assert chosen("llama", f"{layer}self_attn.k_proj.weight", (32, 32)) == Choice("q4", 16)
+    assert chosen("llama", f"{layer}self_attn.k_proj.weight", (16, 32)) == Choice("q8", 32)
+    assert chosen("llama", f"{layer}self_attn.v_proj.weight", (32, 32)) == Choice("q8", 32)
+    assert chosen("llama", "lm_head.weight", (100, 32)) == Choice("q4", 16)
+    assert chosen("mixtral", f"{layer}mlp.experts.1.up_proj.weight", (64, 32)) == Choice("q4", 32)
+    for variant, name in (
+        *(("gpt2", f"{layer}input_layernorm.weight"), ("gpt2", f"{layer}self_attn.q_proj.bias"), ("mixtral", f"{layer}mlp.gate.weight")),
+        *(("llama", "model.norm.weight"), ("gpt2", "model.embed_positions.weight")),
     ):
-        assert all(choose(scheme, name, (32,)) is None for scheme in SCHEMES)
+        assert all(chosen(variant, name, (32,), scheme) is None for scheme in SCHEMES)
     with pytest.raises(UsageError, match=r"scheme 'q5' is unknown\. Use one of q4, q8"):
-        choose("q5", "lm_head.weight", (8, 8))
+        chosen("llama", "lm_head.weight", (8, 8), "q5")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_matrix_of_every_family_is_quantized(tmp_path: Path, variant: str) -> None:
     model = load_model(tiny_folder(tmp_path, variant))
     dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    quantize_model(model, "q8")
+    quantize_model(model, model.config.parameters, "q8")
     assert not any(isinstance(module, nn.Linear) for name, module in model.named_modules() if not name.endswith("mlp.gate"))
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear | QuantizedEmbedding)}
     for name, module in quantized.items():

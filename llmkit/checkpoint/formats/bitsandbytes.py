@@ -99,7 +99,7 @@ class Bitsandbytes(Dense):
     def storage(self) -> Mapping[str, str | Choice]:
         # By what transformers packs, so that the planner needs no torch to look into each matrix.
         dense = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[self.source.config.dtype]
-        return {name: choose(NF4, name, shape) or dense for name, shape in self.source.shapes.items()}
+        return {name: choose(NF4, param) or dense for name, param in self.source.config.parameters.items()}
 
     @property
     def stored_bytes(self) -> int:

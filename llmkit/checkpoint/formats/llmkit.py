@@ -24,9 +24,10 @@ from llmkit.checkpoint.arrays import mismatch, parameter_array, release, stored_
 from llmkit.checkpoint.files import TensorFile
 from llmkit.checkpoint.formats.dense import Dense
 from llmkit.checkpoint.weights import Piece
+from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError
 from llmkit.kernels.format import QuantizedMatrix, Weight, check_codebook, stored_shapes
-from llmkit.quant.schemes import Choice, quantizable
+from llmkit.quant.schemes import Choice
 
 if TYPE_CHECKING:
     from llmkit.checkpoint.formats import StoredWeight
@@ -109,7 +110,7 @@ class Packed(Dense):
     @cached_property
     def _weights(self) -> dict[str, Weight]:
         """All parameters, mapped and checked against config.json."""
-        return _read(self.source.folder, self.source.shapes, dict(self.source.tensors), self.quantization)
+        return _read(self.source.folder, self.source.config, dict(self.source.tensors), self.quantization)
 
     @property
     def storage(self) -> Mapping[str, str | Choice]:
@@ -133,12 +134,14 @@ class Packed(Dense):
         return "float32" if on_cpu else self.source.config.dtype
 
 
-def _read(folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: dict[str, TensorFile], record: Quantization) -> dict[str, Weight]:
+def _read(folder: Path, config: ModelConfig, tensors: dict[str, TensorFile], record: Quantization) -> dict[str, Weight]:
     """Every parameter out of the tensors, which are used up; CheckpointError with everything that does not match."""
-    problems = [f"surplus: {name!r} in quantization_config" for name in record.tensors if name not in shapes]
-    problems += [f"never quantized: {name!r} in quantization_config" for name in record.tensors if name in shapes and not quantizable(name)]
+    params = config.parameters
+    problems = [f"surplus: {name!r} in quantization_config" for name in record.tensors if name not in params]
+    never = [name for name in record.tensors if name in params and not params[name].quantizable]
+    problems += [f"never quantized: {name!r} in quantization_config" for name in never]
     out: dict[str, Weight] = {}
-    for name, shape in shapes.items():
+    for name, (_, shape, *_) in params.items():
         entry = record.tensors.get(name)
         if entry is None:
             tensor = _take(tensors, name, ("F32", "F16", "BF16"), shape, problems)

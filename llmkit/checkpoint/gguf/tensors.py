@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 from torch import nn
 
-from llmkit.checkpoint.gguf.metadata import Architecture, attention_scale, their_scale
-from llmkit.config import ModelConfig, RopeConfig
+from llmkit.checkpoint.gguf.metadata import Architecture, their_scale
+from llmkit.config import ModelConfig, RopeConfig, norm
 from llmkit.errors import CheckpointError
 from llmkit.kernels import reference
 from llmkit.model.transformer import Transformer
@@ -30,6 +30,19 @@ FILE_TYPES: dict[str, tuple[Type, LlamaFileType]] = {
 NUMPY = {Type.F32: np.float32, Type.F16: np.float16}
 LARGEST = {Type.F16: 65504.0, Type.Q8_0: 127 * 65504.0, Type.Q4_0: 8 * 65504.0}  # the scale of a block is a float16
 CHUNK = 1 << 24  # weights converted at a time
+
+# llama.cpp's name of what makes an activation in a part of a layer. Of its norms in the order of `LayerConfig.norm_names`.
+LINEAR_NAMES = {
+    ("self_attn", "query"): "attn_q",
+    ("self_attn", "key"): "attn_k",
+    ("self_attn", "value"): "attn_v",
+    ("self_attn", "residual"): "attn_output",
+    ("mlp", "expert"): "ffn_gate_inp",
+    ("mlp", "gate"): "ffn_gate",
+    ("mlp", "up"): "ffn_up",
+    ("mlp", "residual"): "ffn_down",
+}
+NORM_NAMES = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 
 Rows = Callable[[int, int], np.ndarray]  # float32, some rows of a weight
 
@@ -140,40 +153,27 @@ def layout(model: Transformer, architecture: Architecture, file_type: str) -> li
                 add(theirs + end, ours + end)
     for name, factors in _rope_factors(config):
         plans.append(TensorPlan(name, Type.F32, (Weight(name, factors.shape, _constant(factors)),)))
-    for i, layer in enumerate(config.layers):
-        theirs, ours = f"blk.{i}.", f"model.layers.{i}."
-        if layer.moe is not None:
-            add(theirs + "ffn_gate_inp.weight", ours + "mlp.gate.weight")
-            for name in ("gate", "up", "down"):
-                experts = (f"{ours}mlp.experts.{j}.{name}_proj.weight" for j in range(layer.moe.num_experts))
-                add(f"{theirs}ffn_{name}_exps.weight", *experts, stacked=True)
-        for end in (".weight", ".bias"):
-            for name, sources in _layer_names(config, architecture).items():
-                if ours + sources[0] + end in weights:
-                    add(theirs + name + end, *(ours + source + end for source in sources))
+    for i in range(config.num_hidden_layers):
+        for name, (sources, stacked) in _layer_tensors(config, architecture, i).items():
+            add(f"blk.{i}.{name}", *sources, stacked=stacked)
     assert not weights, f"weights without a place in the file: {', '.join(weights)}"
     return plans
 
 
-def _layer_names(config: ModelConfig, architecture: Architecture) -> dict[str, tuple[str, ...]]:
-    """llama.cpp's name -> ours, within a layer."""
-    attention, mlp = "self_attn.", "mlp."
-    names: dict[str, tuple[str, ...]] = {"attn_norm": ("input_layernorm",)}
-    if architecture.fused_qkv:
-        names["attn_qkv"] = tuple(f"{attention}{one}_proj" for one in "qkv")
-    else:
-        names |= {f"attn_{one}": (f"{attention}{one}_proj",) for one in "qkv"}
-    names |= {"attn_output": (attention + "o_proj",), "attn_q_norm": (attention + "q_norm",), "attn_k_norm": (attention + "k_norm",)}
-    if config.norm_placement == "pre":
-        names["ffn_norm"] = ("post_attention_layernorm",)
-    else:
-        names |= {"post_attention_norm": ("post_attention_layernorm",), "ffn_norm": ("pre_feedforward_layernorm",)}
-        names |= {"post_ffw_norm": ("post_feedforward_layernorm",)}
-    if architecture.fused_gate_up:
-        names["ffn_up"] = (mlp + "gate_proj", mlp + "up_proj")
-    else:
-        names |= {"ffn_gate": (mlp + "gate_proj",), "ffn_up": (mlp + "up_proj",)}
-    return names | {"ffn_down": (mlp + "down_proj",)}
+def _layer_tensors(config: ModelConfig, architecture: Architecture, index: int) -> dict[str, tuple[list[str], bool]]:
+    """Return llama.cpp's names within a layer with our parameters that go into each, and whether those are stacked (experts)."""
+    layer, prefix = config.layers[index], f"model.layers.{index}."
+    found: dict[str, tuple[list[str], bool]] = {}
+    for part in layer.parts:
+        for param in part.params(config):
+            name = LINEAR_NAMES[part.name, param.output]
+            name = architecture.fused.get(name, name) + ("_norm" if param.role == "norm" else "_exps" if param.role == "expert" else "")
+            whole = f"{name}.{param.name.rpartition('.')[2]}"
+            found.setdefault(whole, ([], param.role == "expert"))[0].append(f"{prefix}{part.name}.{param.name}")
+    for theirs, ours in zip(NORM_NAMES, layer.norm_names, strict=True):
+        if ours is not None:
+            found |= {f"{theirs}.{param.name.rpartition('.')[2]}": ([prefix + param.name], False) for param in norm(config, ours, 0)}
+    return found
 
 
 def _type(plan: TensorPlan, config: ModelConfig, file_type: str) -> Type:
@@ -192,19 +192,20 @@ def _narrow(plan: TensorPlan, file_type: str) -> bool:
 
 
 def _changed(weight: Weight, config: ModelConfig, architecture: Architecture) -> Weight:
-    """A weight as llama.cpp's graph wants its values."""
+    """Return a weight with its values as llama.cpp's graph wants them."""
+    param = config.parameters[weight.name]
     changes: list[Callable[[np.ndarray], np.ndarray]] = []
-    if architecture.adds_one and weight.name.endswith("norm.weight"):
+    if architecture.adds_one and param.role == "norm":
         changes.append(lambda values: values + np.float32(config.norm_offset))
-    kind = weight.name.split(".")[-2]
-    if architecture.interleaved_rope and kind in ("q_proj", "k_proj"):
-        heads = config.num_attention_heads if kind == "q_proj" else config.num_key_value_heads
-        changes.append(lambda values: interleave(values, heads))
-    if kind == ("q_norm" if config.qk_norm else "q_proj"):
-        # llama.cpp scales scores as its graph says; what is missing is put into the query.
-        layer = config.layers[int(weight.name.split(".")[2])]
-        ratio = attention_scale(config, layer) / their_scale(config, architecture)
-        if not math.isclose(ratio, 1.0, rel_tol=1e-6):
+    if param.output in ("query", "key"):
+        attention = config.attention(int(weight.name.split(".")[2]))
+        if architecture.interleaved_rope and param.role != "norm":
+            heads = attention.num_heads if param.output == "query" else attention.num_kv_heads
+            changes.append(lambda values: interleave(values, heads))
+        # llama.cpp scales scores as its graph says; what is missing is put into the query, behind its norm where it has one.
+        ratio = attention.score_scale / their_scale(config, architecture)
+        last = param.output == "query" and (param.role == "norm") == (attention.qk_norm is not None)
+        if last and not math.isclose(ratio, 1.0, rel_tol=1e-6):
             changes.append(lambda values: values * np.float32(ratio))
     if not changes:
         return weight
@@ -226,10 +227,10 @@ def interleave(values: np.ndarray, heads: int) -> np.ndarray:
 
 def _rope_factors(config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors by which llama.cpp divides the rotary frequencies, for the types that no formula of its own covers."""
-    rope = next((layer.rope for layer in config.layers if layer.rope is not None), None)
+    rope, dim = next(iter(config.rotaries), (None, 0))
     if rope is not None and rope.rope_type == "llama3":
-        plain = inverse_frequencies(RopeConfig(rope.rope_theta), config.head_dim, 1)[0]
-        yield "rope_freqs.weight", plain / inverse_frequencies(rope, config.head_dim, 1)[0]
+        plain = inverse_frequencies(RopeConfig(rope.rope_theta), dim, 1)[0]
+        yield "rope_freqs.weight", plain / inverse_frequencies(rope, dim, 1)[0]
     if rope is not None and rope.rope_type == "longrope":
         yield "rope_factors_long.weight", np.array(rope.long_factor, np.float32)
         yield "rope_factors_short.weight", np.array(rope.short_factor, np.float32)

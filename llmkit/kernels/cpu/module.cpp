@@ -39,7 +39,25 @@ Norm norm(PyObject* object) {
   return out;
 }
 
-// Plan(kernels, threads, config, layers)
+std::string text(PyObject* object) {
+  Py_ssize_t size = 0;
+  const char* characters = PyUnicode_Check(object) ? PyUnicode_AsUTF8AndSize(object, &size) : nullptr;
+  if (!characters) {
+    PyErr_Clear();
+    throw std::invalid_argument("a name of the plan is not a text");
+  }
+  return std::string(characters, size_t(size));
+}
+
+// Calls f(name, value) for the entries of a dict.
+template <class Function>
+void each(PyObject* dict, Function f) {
+  if (!PyDict_Check(dict)) throw std::invalid_argument("a part of the plan is not a dict");
+  PyObject *name, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &name, &value);) f(text(name), value);
+}
+
+// Plan(kernels, threads, config, layers): see llmkit/kernels/plan.py
 PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
   return guarded([&]() -> PyObject* {
     const char* wanted = nullptr;
@@ -54,7 +72,7 @@ PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
     auto whole = [&](const char* name) { return integer(entry(config, name)); };
     auto real = [&](const char* name) { return float(number(entry(config, name))); };
     c.vocab = whole("vocab_size"), c.hidden = whole("hidden_size"), c.intermediate = whole("intermediate_size");
-    c.heads = whole("num_attention_heads"), c.kv_heads = whole("num_key_value_heads"), c.head_dim = whole("head_dim");
+    c.heads = whole("num_heads"), c.kv_heads = whole("num_kv_heads"), c.head_dim = whole("head_dim");
     c.max_positions = whole("max_position_embeddings");
     const int64_t activation = whole("activation");
     c.activation = activation >= 0 && activation < 256 ? int(activation) : -1;
@@ -71,15 +89,12 @@ PyObject* plan_new(PyTypeObject* type, PyObject* args, PyObject*) {
     plan->head = linear(entry(config, "head"), *views, "the head");
     plan->final_norm = norm(entry(config, "final_norm"));
     if (PyObject* table = entry(config, "positions_table"); table != Py_None) plan->positions_table = floats(table);
-    static const char* names[kSlots] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
     for (Py_ssize_t i = 0; i < PyList_Size(layers); ++i) {
       PyObject* from = PyList_GetItem(layers, i);
       if (!from || !PyDict_Check(from)) throw std::invalid_argument("a layer is not a dict");
       Layer layer;
-      for (int s = 0; s < kSlots; ++s) layer.linears[s] = linear(entry(from, names[s]), *views, names[s]);
-      layer.before_attention = norm(entry(from, "before_attention")), layer.after_attention = norm(entry(from, "after_attention"));
-      layer.before_mlp = norm(entry(from, "before_mlp")), layer.after_mlp = norm(entry(from, "after_mlp"));
-      layer.q_norm = norm(entry(from, "q_norm")), layer.k_norm = norm(entry(from, "k_norm"));
+      each(entry(from, "linears"), [&](const std::string& name, PyObject* part) { layer.linears[slot_of(name)] = linear(part, *views, name.c_str()); });
+      each(entry(from, "norms"), [&](const std::string& name, PyObject* part) { norm_of(layer, name) = norm(part); });
       const int64_t rope = integer(entry(from, "rope")), group = integer(entry(from, "group"));
       if (rope < -1 || rope > 255 || group < 0 || group > 255) throw std::invalid_argument("a layer has no such rotation or cache group");
       layer.rope = int(rope), layer.group = int(group), layer.window = integer(entry(from, "window"));
@@ -193,7 +208,7 @@ PyObject* plan_step(PyObject* self, PyObject* args) {
   });
 }
 
-// add_adapter([(layer * 7 + slot, rank, A, B), ...]) -> index for `step`
+// add_adapter([(layer, name of the linear, rank, A, B), ...]) -> index for `step`
 PyObject* plan_add_adapter(PyObject* self, PyObject* list) {
   return guarded([&]() -> PyObject* {
     Plan& plan = *reinterpret_cast<PlanObject*>(self)->plan;
@@ -202,12 +217,12 @@ PyObject* plan_add_adapter(PyObject* self, PyObject* list) {
     adapter.linears.resize(plan.layers.size() * kSlots);
     for (Py_ssize_t i = 0; i < PyList_Size(list); ++i) {
       PyObject* part = PyList_GetItem(list, i);
-      const int64_t index = integer(item(part, 0)), rank = integer(item(part, 1));
-      if (index < 0 || index >= int64_t(adapter.linears.size()) || rank < 1 || rank > 4096) throw std::invalid_argument("an adapter names a linear that is not there");
-      LowRank& low = adapter.linears[size_t(index)];
+      const int64_t layer = integer(item(part, 0)), rank = integer(item(part, 2));
+      if (layer < 0 || layer >= int64_t(plan.layers.size()) || rank < 1 || rank > 4096) throw std::invalid_argument("an adapter names a linear that is not there");
+      LowRank& low = adapter.linears[size_t(layer) * kSlots + size_t(slot_of(text(item(part, 1))))];
       low.rank = rank;
-      low.a = floats(item(part, 2));
-      const std::vector<float> b = floats(item(part, 3));
+      low.a = floats(item(part, 3));
+      const std::vector<float> b = floats(item(part, 4));
       const size_t columns = size_t(rank), rows = b.size() / columns;
       low.b.resize(b.size());
       for (size_t n = 0; n < rows; ++n)

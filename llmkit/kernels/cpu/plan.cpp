@@ -11,20 +11,40 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
+const char* const kNames[kSlots] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+
+const struct { const char* name; Norm Layer::*norm; } kNorms[] = {
+    {"before_mixer", &Layer::before_attention}, {"after_mixer", &Layer::after_attention},
+    {"before_feed_forward", &Layer::before_mlp}, {"after_feed_forward", &Layer::after_mlp},
+    {"self_attn.q_norm", &Layer::q_norm}, {"self_attn.k_norm", &Layer::k_norm},
+};
+
 int64_t element_bytes(Kind kind) { return kind == Kind::F32 ? 4 : kind == Kind::F16 ? 2 : 1; }
 
 }  // namespace
+
+int slot_of(const std::string& name) {
+  for (int slot = 0; slot < kSlots; ++slot)
+    if (name == kNames[slot]) return slot;
+  refuse("there is no linear " + name + " in the native step");
+}
+
+Norm& norm_of(Layer& layer, const std::string& name) {
+  for (const auto& known : kNorms)
+    if (name == known.name) return layer.*known.norm;
+  refuse("there is no norm " + name + " in the native step");
+}
 
 void Plan::check() const {
   const Config& c = config;
   auto positive = [](int64_t v, const char* name) { if (v < 1 || v > (int64_t(1) << 31)) refuse(std::string(name) + " is " + std::to_string(v)); };
   positive(c.vocab, "vocab_size"); positive(c.hidden, "hidden_size"); positive(c.intermediate, "intermediate_size");
-  positive(c.heads, "num_attention_heads"); positive(c.kv_heads, "num_key_value_heads"); positive(c.head_dim, "head_dim");
+  positive(c.heads, "num_heads"); positive(c.kv_heads, "num_kv_heads"); positive(c.head_dim, "head_dim");
   if (c.head_dim > kMaxHeadDim) refuse("head_dim is " + std::to_string(c.head_dim) + "; the kernels have room for " + std::to_string(kMaxHeadDim));
   if (c.activation < kSilu || c.activation > kRelu) refuse("the activation is of an unknown kind");
   for (int64_t window : c.windows)
     if (window < 0) refuse("a window is " + std::to_string(window));
-  if (c.heads % c.kv_heads) refuse("num_attention_heads is not a multiple of num_key_value_heads");
+  if (c.heads % c.kv_heads) refuse("num_heads is not a multiple of num_kv_heads");
   if (layers.empty()) refuse("there are no layers");
   auto shaped = [](const Linear& w, int64_t n, int64_t k, const std::string& name) {
     if (w.present() && (w.n != n || w.k != k))
@@ -44,12 +64,11 @@ void Plan::check() const {
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& l = layers[i];
     const std::string name = "layer " + std::to_string(i) + ": ";
-    static const char* names[kSlots] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
     const int64_t n[kSlots] = {q, kv, kv, c.hidden, c.intermediate, c.intermediate, c.hidden};
     const int64_t k[kSlots] = {c.hidden, c.hidden, c.hidden, q, c.hidden, c.hidden, c.intermediate};
     for (int s = 0; s < kSlots; ++s) {
-      if (!l.linears[s].present() && s != kGate) refuse(name + names[s] + " is missing");
-      shaped(l.linears[s], n[s], k[s], name + names[s]);
+      if (!l.linears[s].present() && s != kGate) refuse(name + kNames[s] + " is missing");
+      shaped(l.linears[s], n[s], k[s], name + kNames[s]);
     }
     for (const Norm* norm : {&l.before_attention, &l.after_attention, &l.before_mlp, &l.after_mlp}) sized(*norm, c.hidden, name + "a norm");
     sized(l.q_norm, c.norm_before_heads ? q : c.head_dim, name + "q_norm");

@@ -22,6 +22,7 @@ struct LowRank {
   std::vector<float> a, b;  // [rank, in_features], and transposed [rank, out_features]; b already scaled
 };
 
+// The linears of a layer. Their names, as `AttentionConfig.params` and `MLPConfig.params` in config.py give them, stand in plan.cpp.
 enum Slot : int { kQ, kK, kV, kO, kGate, kUp, kDown, kSlots };
 
 struct Layer {
@@ -32,6 +33,10 @@ struct Layer {
   int64_t window = 0;    // 0: none
   float attention_scale = 1;
 };
+
+// The slot, or the norm, of a name; throws std::invalid_argument where the native step has none of that name.
+int slot_of(const std::string& name);
+Norm& norm_of(Layer& layer, const std::string& name);
 
 struct Adapter {
   std::vector<LowRank> linears;  // layer * kSlots + slot; rank 0: none
