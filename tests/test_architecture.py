@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "llmkit"
 
 # Packages of one level do not import each other; a package may import any level below it.
 LEVELS = [
-    {"errors"},
+    {"errors", "compat"},
     {"config", "text"},
     {"rope", "engine"},
     {"families", "kernels"},
@@ -33,7 +33,8 @@ LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
 NO_TORCH = [
     *("__init__", "config", "errors", "rope", "families", "text", "engine", "llm", "planning", "cli"),
-    *("kernels/__init__", "kernels/backend", "checkpoint/files", "checkpoint/hub", "checkpoint/fingerprint", "checkpoint/source"),
+    *("kernels/__init__", "kernels/backend", "kernels/training_ops", "compat"),
+    *("checkpoint/files", "checkpoint/hub", "checkpoint/fingerprint", "checkpoint/source"),
     *("checkpoint/arrays", "checkpoint/weights", "checkpoint/formats"),
     *("lora/__init__", "lora/adapter", "lora/settings"),
 ]

@@ -59,9 +59,9 @@ class OwnTraining:
         self, folder: str, device: str, dtype: str | None, quantize: str | None, checkpointing: bool, rows: int, length: int
     ) -> None:
         from llmkit.checkpoint.load import load_model_with_report
+        from llmkit.compat import keep_freed_memory
         from llmkit.lora.inject import LoraSettings, inject, use_integers
         from llmkit.model.autograd import speed_up
-        from llmkit.model.backend import keep_freed_memory
         from llmkit.model.transformer import set_checkpointing
         from llmkit.training.loop import product_dtype
         from llmkit.training.objective import Objective

@@ -7,18 +7,17 @@ cut into steps, and for any number of threads.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.config import ModelConfig, RopeConfig
 from llmkit.errors import DoesNotFit, LLMKitError, UsageError
-from llmkit.kernels.format import QuantizedMatrix, Weight
-from llmkit.kernels.plan import CACHE_KINDS, Description, Floats, adapter_terms, linear, plan_problem
+from llmkit.kernels.format import Weight
+from llmkit.kernels.plan import CACHE_KINDS, Description, adapter_terms, plan_problem
 from llmkit.rope import inverse_frequencies
 
 if TYPE_CHECKING:
@@ -157,128 +156,6 @@ def _frequencies(rope: RopeConfig, head_dim: int, lengths: tuple[int, ...]) -> N
     """float32 `[len(lengths), rotary_dim / 2 + 1]`: for each length the frequencies and the factor on cos and sin."""
     found = [inverse_frequencies(rope, head_dim, length) for length in lengths]
     return np.stack([np.append(frequencies, np.float32(factor)) for frequencies, factor in found])
-
-
-def product(weight: Weight, bias: Floats | None, x: Floats, threads: int, out: Floats | None = None) -> Floats:
-    """`x W^T + bias` by itself, with the arithmetic of a step: x float32 `[rows, in]`, returns out, float32 `[rows, out]`."""
-    from llmkit.kernels.cpu import _native
-
-    out = np.empty((len(x), weight.shape[0]), np.float32) if out is None else out
-    _native.product(chosen_kernels(), threads, linear(weight, bias), x, out)
-    return out
-
-
-@dataclass(frozen=True)
-class Factor:
-    """`W + scale B A`: weight `[out, in]` float32, float16 or bfloat16 (its bits in uint16); a `[rank, in]` and b `[out, rank]` or None."""
-
-    weight: NDArray[Any]
-    bias: NDArray[np.float32] | None = None
-    a: NDArray[np.float32] | None = None
-    b: NDArray[np.float32] | None = None
-    scale: float = 1.0
-
-
-def matmul(
-    factors: Sequence[Factor], x: Sequence[NDArray[np.float32]], y: Sequence[NDArray[np.float32]], *, back: bool, threads: int
-) -> None:
-    """Products of training, float32, of all factors U at once.
-
-    Forward: `y[p] [tokens, out of p] = x[0] [tokens, in] U_p^T + bias`.
-    Back: `y[0] [tokens, in] = sum over p of x[p] [tokens, out of p] U_p`.
-    """
-    from llmkit.kernels.cpu import _native
-
-    parts = tuple((linear(one.weight, one.bias), one.a, one.b, one.scale) for one in factors)
-    _native.matmul(chosen_kernels(), threads, back, parts, tuple(x), tuple(y))
-
-
-def learn(
-    factors: Sequence[tuple[Floats, float]],
-    x: Floats,
-    xa: Floats,
-    dy: Sequence[Floats],
-    da: Floats,
-    db: Sequence[Floats],
-    threads: int,
-) -> None:
-    """What adapters on one input learn, float32.
-
-    factors: B `[out, rank]` and the scale of each. x `[tokens, in]`, xa `[tokens, sum of ranks]` its product with all A, dy
-    `[tokens, out]` of each. Written are da `[sum of ranks, in]`, `scale (dy B)^T x` below each other, and db, `scale dy^T xa` of each.
-    """
-    from llmkit.kernels.cpu import _native
-
-    parts = tuple((b, *b.shape, scale) for b, scale in factors)
-    _native.learn(chosen_kernels(), threads, parts, x, xa, tuple(dy), da, tuple(db))
-
-
-def attend_documents(
-    sizes: tuple[int, int, int, int, float],
-    lengths: tuple[int, ...],
-    key_lengths: tuple[int, ...],
-    arrays: tuple[Floats, Floats, Floats, Floats, Floats],
-    gradients: tuple[Floats, Floats, Floats, Floats] | None,
-    threads: int,
-) -> None:
-    """Causal attention within documents, float32, forward or (with gradients) back.
-
-    sizes: heads, kv_heads, head_dim, window (0: none), scale. lengths, key_lengths: of each document, how many rows of q and of k
-    are its; the queries are at its last positions. arrays: q `[tokens, heads, head_dim]`, k and v `[keys, kv_heads, head_dim]`, and
-    written forward, read back: the result as q, and lse `[tokens, heads]`, the logarithm of each row's sum of exponentials.
-    gradients: that of the result, which is read, and those of q, k, v, which are written.
-    """
-    from llmkit.kernels.cpu import _native
-
-    _native.attend(chosen_kernels(), threads, sizes, lengths, key_lengths, *arrays, gradients)
-
-
-def norm(x: Floats, weight: Floats, eps: float, y: Floats, threads: int) -> None:
-    """Root-mean-square norm of the rows of x, float32 `[..., n]`, into y."""
-    _rows("norm", threads, x, weight, eps, y)
-
-
-def norm_back(x: Floats, weight: Floats, eps: float, dy: Floats, dx: Floats, threads: int) -> None:
-    """The gradient of x from that of the result."""
-    _rows("norm_back", threads, x, weight, eps, dy, dx)
-
-
-def rotate(x: Floats, cos: Floats, sin: Floats, y: Floats, threads: int, *, back: bool = False) -> None:
-    """`model.rope.rotate` of x `[..., heads, head_dim]` into y; cos and sin `[..., rotary_dim]`. back: its transpose, for gradients."""
-    _rows("rotate", threads, *x.shape[-2:], x, cos, sin, back, y)
-
-
-def gate(gate: Floats, up: Floats, h: Floats, threads: int) -> None:
-    """`silu(gate) * up`, float32 `[..., n]`, into h."""
-    _rows("gate", threads, gate.shape[-1], gate, up, h)
-
-
-def gate_back(gate: Floats, up: Floats, dh: Floats, dgate: Floats, dup: Floats, threads: int) -> None:
-    """The gradients of gate and up from that of the result."""
-    _rows("gate_back", threads, gate.shape[-1], gate, up, dh, dgate, dup)
-
-
-def _rows(name: str, threads: int, *arguments: Any) -> None:
-    from llmkit.kernels.cpu import _native
-
-    getattr(_native, name)(chosen_kernels(), threads, *arguments)
-
-
-def lend(parallel: int, thread: int, threads: int) -> None:
-    """Lets `matmul` and `attend_documents` run on the threads of an OpenMP runtime: the addresses of GOMP_parallel,
-    omp_get_thread_num and omp_get_num_threads."""
-    from llmkit.kernels.cpu import _native
-
-    _native.lend(parallel, thread, threads)
-
-
-def dequantize(weight: QuantizedMatrix, threads: int) -> NDArray[np.float32]:
-    """`weight.dequantize()`, the same bits, a hundred times as fast."""
-    from llmkit.kernels.cpu import _native
-
-    out = np.empty(weight.shape, np.float32)
-    _native.dequantize(threads, linear(weight, None), out)
-    return out
 
 
 def _integers(array: NDArray[np.int32]) -> NDArray[np.int32]:

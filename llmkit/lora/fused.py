@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.kernels.backend import Factor
+from llmkit.kernels.training_ops import MatmulWeight
 from llmkit.model import autograd as native
 from llmkit.model.layers import Activation, autocast_dtype, feed
 
@@ -87,8 +87,8 @@ def _merged(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | No
     return whole
 
 
-def _native(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | None]) -> list[Factor]:
-    return [native.factor(part.base.dequantize(), part.base.bias, pair, part.scale) for part, pair in zip(parts, pairs, strict=True)]
+def _native(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | None]) -> list[MatmulWeight]:
+    return [native.matmul_weight(part.base.dequantize(), part.base.bias, pair, part.scale) for part, pair in zip(parts, pairs, strict=True)]
 
 
 def _forward(x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | None], learns: bool) -> tuple[list[Tensor], Tensor | None]:
@@ -96,8 +96,8 @@ def _forward(x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | Non
     pairs = _pairs(factors, x.dtype)
     a = _below(pair[0] for pair in pairs if pair is not None)
     integer = x.dtype == torch.float32 and all(part.integer is not None for part in parts)
-    if native.usable(x) and not integer:
-        out = native.project(x, [*_native(parts, pairs), *([native.factor(a)] if learns and a is not None else [])])
+    if not integer and native.kernels_for(x) is not None:
+        out = native.matmuls(x, [*_native(parts, pairs), *([native.matmul_weight(a)] if learns and a is not None else [])])
         return out[: len(parts)], out[len(parts)] if len(out) > len(parts) else None
     if integer:
         out = [part.integer(x) for part in parts]  # type: ignore[misc]
@@ -130,11 +130,11 @@ def _backward(
     x: Tensor, xa: Tensor | None, parts: Sequence[LowRank], factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradient of x `[tokens, in]` (None unless wanted), and of every A and B; grads are those of the outputs `[tokens, out]`."""
-    dtype, fast = x.dtype, native.usable(x)
+    dtype, fast = x.dtype, native.kernels_for(x) is not None
     pairs = _pairs(factors, dtype)
     dx: Tensor | None = None
     if wanted and fast:
-        dx = native.project_back(grads, _native(parts, pairs))
+        dx = native.matmuls_back(grads, _native(parts, pairs))
     elif wanted and dtype == torch.float32:
         dx = (grads[0] if len(grads) == 1 else torch.cat(list(grads), 1)) @ _merged(parts, pairs, x.device)
     elif wanted:
@@ -147,7 +147,7 @@ def _backward(
         return dx, [None] * len(factors)
     ranks = [len(pair[0]) for _, pair, _ in present]
     if fast:
-        whole_da, all_db = native.learned(x, xa, [(pair[1], scale, grad) for scale, pair, grad in present])
+        whole_da, all_db = native.adapter_gradients(x, xa, [(pair[1], scale, grad) for scale, pair, grad in present])
     else:
         dxa = torch.cat([(grad @ pair[1]).mul_(scale) for scale, pair, grad in present], 1)
         if dx is not None and dtype != torch.float32:
@@ -165,7 +165,7 @@ def _backward(
 
 
 def _gated(act: Activation, up: Tensor) -> bool:
-    return act is F.silu and autocast_dtype(up) == torch.float32 and native.usable(up)
+    return act is F.silu and autocast_dtype(up) == torch.float32 and native.kernels_for(up) is not None
 
 
 class _Project(torch.autograd.Function):

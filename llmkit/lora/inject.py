@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmkit.compat import bitsandbytes, register_peft_linears
 from llmkit.errors import UsageError
-from llmkit.kernels.backend import product
 from llmkit.kernels.format import widen
+from llmkit.kernels.training_ops import training_kernels
 from llmkit.lora.adapter import Adapter
 from llmkit.lora.fused import LowRank, feed_fused, project_fused
 from llmkit.model import autograd as native
@@ -24,7 +25,6 @@ from llmkit.model.attention import Attention
 from llmkit.model.layers import MLP, Activation, Products, feed, project
 from llmkit.model.transformer import Transformer
 from llmkit.quant.linears import QuantizedLinear
-from llmkit.quant.nf4 import bitsandbytes
 
 bitsandbytes()  # before PEFT imports it, so that it says nothing of kernels that are not used
 
@@ -155,7 +155,7 @@ def inject(model: Transformer, settings: LoraSettings) -> None:
         use_dora=settings.use_dora,
         init_lora_weights=settings.init_lora_weights,
     )
-    config._register_custom_module({type(model.get_submodule(name)): LoraLinear for name in targets})  # PEFT's door for other linears
+    register_peft_linears(config, {type(model.get_submodule(name)): LoraLinear for name in targets})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft speaks of checkpoints it saves itself
         inject_adapter_in_model(config, model, adapter_name=NAME)
@@ -175,11 +175,8 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 def use_integers(model: Transformer) -> bool:
     """Lets frozen q4 and q8 linears on a CPU compute forwards as in generating; False where there are none, or no native kernels."""
-    from llmkit.kernels import native_problem
-
-    if native_problem() is not None:
+    if training_kernels() is None:
         return False
-    native.available()  # lends PyTorch's threads
     found = False
     for _, linear in adapted(model):
         base = linear.base_layer
@@ -192,7 +189,9 @@ def use_integers(model: Transformer) -> bool:
 def _integer_product(base: QuantizedLinear, x: Tensor) -> Tensor:
     bias = None if base.bias is None else base.bias.detach().float().numpy()
     y = native.memory.empty(len(x), base.out_features)
-    product(base.matrix, bias, x.detach().contiguous().numpy(), torch.get_num_threads(), y.numpy())
+    kernels = training_kernels()
+    assert kernels is not None
+    kernels.linear(base.matrix, bias, x.detach().contiguous().numpy(), torch.get_num_threads(), y.numpy())
     return y
 
 

@@ -5,15 +5,12 @@ Everything here has a PyTorch form elsewhere that defines it (`F.linear`, `model
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from math import prod
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -22,46 +19,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmkit.kernels import backend as kernels
-from llmkit.kernels import native_problem
-from llmkit.kernels.backend import Factor
+from llmkit.kernels.training_ops import MatmulWeight, TrainingKernels, training_kernels
 from llmkit.model.attention import Attention, Documents
 from llmkit.model.layers import RMSNorm, rms_norm
 from llmkit.model.rope import rotate
 from llmkit.model.transformer import Transformer
 
 
-@cache
-def available() -> bool:
-    """Whether the native kernels run here; the first question lends them PyTorch's threads."""
-    if native_problem() is not None:
-        return False
-    _lend_threads()
-    return True
-
-
-def usable(x: Tensor) -> bool:
-    """Whether they compute with x; torch.compile cannot look into them and writes kernels of its own."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling() and available()
-
-
-def _lend_threads() -> None:
-    """Two sets of threads that wait spinning would take turns on the cores, so kernels between PyTorch's run on PyTorch's own.
-
-    Where its OpenMP runtime has not the functions of GCC's, the kernels keep their own threads.
-    """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        runtime: Any = ctypes.CDLL(str(library))  # loaded already; names are looked up in what it depends on, too
-        functions = (runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads)
-    except (OSError, AttributeError):
-        return
-    kernels.lend(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+def kernels_for(x: Tensor) -> TrainingKernels | None:
+    """Return what computes with x natively: float32 on a CPU. torch.compile cannot look into them, and writes kernels of its own."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    return training_kernels()
 
 
 def speed_up(model: Transformer) -> None:
     """Norms, rotations and the attention of whole documents by the native kernels, in training on a CPU that has them."""
-    if next(model.model.norm.parameters()).device.type != "cpu" or not available():
+    if next(model.model.norm.parameters()).device.type != "cpu" or training_kernels() is None:
         return
     model.of_documents = document_attention
     for module in model.modules():
@@ -126,37 +100,45 @@ class Memory:
 memory = Memory()
 
 
-def factor(weight: Tensor, bias: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None, scale: float = 1.0) -> Factor:
-    """`W + scale B A` for the products below. weight `[out, in]` in a float format; pair: A `[rank, in]` and B `[out, rank]`."""
+def matmul_weight(
+    weight: Tensor, bias: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None, scale: float = 1.0
+) -> MatmulWeight:
+    """Return `W + scale B A` for the matmuls below. weight `[out, in]` in a float format; pair: A `[rank, in]` and B `[out, rank]`."""
     weight = weight.detach()
-    stored = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
+    stored = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight  # numpy has no bfloat16: its bits travel
     a, b = (None, None) if pair is None else (_array(pair[0]), _array(pair[1]))
-    return Factor(np.from_dlpack(stored.contiguous()), None if bias is None else _array(bias), a, b, scale)
+    return MatmulWeight(np.from_dlpack(stored.contiguous()), None if bias is None else _array(bias), a, b, scale)
 
 
 def _array(x: Tensor) -> NDArray[np.float32]:
-    """To be read. By DLPack: `numpy()` would forbid for ever that the storage is resized, which FSDP does."""
+    """Return x to be read. By DLPack: `numpy()` would forbid for ever that the storage is resized, which FSDP does."""
     array: NDArray[Any] = np.from_dlpack(x.detach().float().contiguous())
     return array
 
 
-def project(x: Tensor, factors: Sequence[Factor]) -> list[Tensor]:
-    """`x U^T + bias` for each factor U; x float32 `[tokens, in]`."""
-    out = [memory.empty(len(x), len(one.weight)) for one in factors]
-    kernels.matmul(factors, [_array(x)], [y.numpy() for y in out], back=False, threads=torch.get_num_threads())
+def _kernels() -> TrainingKernels:
+    kernels = training_kernels()
+    assert kernels is not None, "asked for without kernels_for"
+    return kernels
+
+
+def matmuls(x: Tensor, weights: Sequence[MatmulWeight]) -> list[Tensor]:
+    """Return `x U^T + bias` for each weight U; x float32 `[tokens, in]`."""
+    out = [memory.empty(len(x), len(one.weight)) for one in weights]
+    _kernels().matmuls(weights, [_array(x)], [y.numpy() for y in out], back=False, threads=torch.get_num_threads())
     return out
 
 
-def project_back(grads: Sequence[Tensor], factors: Sequence[Factor]) -> Tensor:
-    """The gradient of x `[tokens, in]` from those of the outputs, float32 `[tokens, out]`."""
-    dx = memory.empty(len(grads[0]), factors[0].weight.shape[1])
+def matmuls_back(grads: Sequence[Tensor], weights: Sequence[MatmulWeight]) -> Tensor:
+    """Return the gradient of x `[tokens, in]` from those of the outputs, float32 `[tokens, out]`."""
+    dx = memory.empty(len(grads[0]), weights[0].weight.shape[1])
     arrays = [_array(grad) for grad in grads]
-    kernels.matmul(factors, arrays, [dx.numpy()], back=True, threads=torch.get_num_threads())
+    _kernels().matmuls(weights, arrays, [dx.numpy()], back=True, threads=torch.get_num_threads())
     return dx
 
 
-def learned(x: Tensor, xa: Tensor, parts: Sequence[tuple[Tensor, float, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of A `[sum of ranks, in]`, of all parts below each other, and of each B.
+def adapter_gradients(x: Tensor, xa: Tensor, parts: Sequence[tuple[Tensor, float, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradients of A `[sum of ranks, in]`, of all parts one below the other, and of each B.
 
     x `[tokens, in]` and xa, `x A^T` of all A; parts: B `[out, rank]`, the scale and the gradient of the output `[tokens, out]`.
     """
@@ -165,27 +147,27 @@ def learned(x: Tensor, xa: Tensor, parts: Sequence[tuple[Tensor, float, Tensor]]
         return da.zero_(), [db.zero_() for db in dbs]
     factors = [(_array(b), scale) for b, scale, _ in parts]
     dys = [_array(grad) for _, _, grad in parts]
-    kernels.learn(factors, _array(x), _array(xa), dys, da.numpy(), [db.numpy() for db in dbs], torch.get_num_threads())
+    _kernels().adapter_gradients(factors, _array(x), _array(xa), dys, da.numpy(), [db.numpy() for db in dbs], torch.get_num_threads())
     return da, dbs
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, float32 of any shape; no gradients."""
+    """Return `silu(gate) * up`, float32 of any shape; no gradients."""
     h = memory.like(up)
-    kernels.gate(_array(gate), _array(up), h.numpy(), torch.get_num_threads())
+    _kernels().gate(_array(gate), _array(up), h.numpy(), torch.get_num_threads())
     return h
 
 
 def gated_back(gate: Tensor, up: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up from that of `gated`."""
+    """Return the gradients of gate and up from that of `gated`."""
     dgate, dup = memory.like(gate), memory.like(up)
-    kernels.gate_back(_array(gate), _array(up), _array(dh), dgate.numpy(), dup.numpy(), torch.get_num_threads())
+    _kernels().gate_back(_array(gate), _array(up), _array(dh), dgate.numpy(), dup.numpy(), torch.get_num_threads())
     return dgate, dup
 
 
 def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`layers.rms_norm` with a gradient for x alone; where the weight is trained, that function itself."""
-    if weight.requires_grad or not usable(x):
+    if weight.requires_grad or kernels_for(x) is None:
         return rms_norm(x, weight, eps)
     out: Tensor = _Normalised.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
@@ -193,7 +175,7 @@ def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotated(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """`rope.rotate`."""
-    if not usable(x):
+    if kernels_for(x) is None:
         return rotate(x, tables)
     out: Tensor = _Rotated.apply(x, *tables)  # type: ignore[no-untyped-call]
     return out
@@ -203,7 +185,7 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, y = x.contiguous(), memory.like(x)
-        kernels.norm(_array(x), _array(weight), eps, y.numpy(), torch.get_num_threads())
+        _kernels().rms_norm(_array(x), _array(weight), eps, y.numpy(), torch.get_num_threads())
         ctx.eps = eps
         ctx.save_for_backward(x, weight)
         return y
@@ -212,7 +194,7 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         dx = memory.like(x)
-        kernels.norm_back(_array(x), _array(weight), ctx.eps, _array(grads[0]), dx.numpy(), torch.get_num_threads())
+        _kernels().rms_norm_back(_array(x), _array(weight), ctx.eps, _array(grads[0]), dx.numpy(), torch.get_num_threads())
         return dx, None, None
 
 
@@ -221,7 +203,7 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = (t.expand(*x.shape[:2], *t.shape[2:]) for t in (cos, sin))
         y = memory.like(x)
-        kernels.rotate(_array(x), _array(cos), _array(sin), y.numpy(), torch.get_num_threads())
+        _kernels().rotate(_array(x), _array(cos), _array(sin), y.numpy(), torch.get_num_threads())
         ctx.save_for_backward(cos, sin)
         return y
 
@@ -229,7 +211,7 @@ class _Rotated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
         dx = memory.like(grads[0])
-        kernels.rotate(_array(grads[0]), _array(cos), _array(sin), dx.numpy(), torch.get_num_threads(), back=True)
+        _kernels().rotate(_array(grads[0]), _array(cos), _array(sin), dx.numpy(), torch.get_num_threads(), back=True)
         return dx, None, None
 
 
@@ -251,7 +233,7 @@ class _DocumentAttention(torch.autograd.Function):
         out, lse = memory.like(q), torch.empty(q.shape[:-1])
         ctx.sizes, ctx.documents = (q.shape[-2], k.shape[-2], q.shape[-1], window, scale), documents
         arrays = _array(q), _array(k), _array(v), out.numpy(), lse.numpy()
-        kernels.attend_documents(ctx.sizes, documents.lengths, documents.key_lengths, arrays, None, torch.get_num_threads())
+        _kernels().varlen_attention(ctx.sizes, documents.lengths, documents.key_lengths, arrays, None, torch.get_num_threads())
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -262,5 +244,5 @@ class _DocumentAttention(torch.autograd.Function):
         arrays = _array(q), _array(k), _array(v), _array(out), _array(lse)
         gradients = _array(grads[0]), dq.numpy(), dk.numpy(), dv.numpy()
         lengths = ctx.documents.lengths, ctx.documents.key_lengths
-        kernels.attend_documents(ctx.sizes, *lengths, arrays, gradients, torch.get_num_threads())
+        _kernels().varlen_attention(ctx.sizes, *lengths, arrays, gradients, torch.get_num_threads())
         return dq, dk, dv, None, None, None

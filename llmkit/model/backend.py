@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from llmkit.compat import keep_freed_memory
 from llmkit.config import ModelConfig
 from llmkit.errors import UsageError
 from llmkit.model.cache import CacheStorage, StepCaches
@@ -132,18 +131,3 @@ def _only(batch: StepBatch, own: np.ndarray) -> StepBatch:
         state_in=None if batch.state_in is None else batch.state_in[own],
         state_out=None if batch.state_out is None else batch.state_out[picked],
     )
-
-
-def keep_freed_memory(largest: int = 32 << 20) -> None:
-    """Lets glibc keep freed memory for the next allocation instead of giving it back to the system.
-
-    Activations of a few megabytes are allocated and freed in every layer; giving their pages back and faulting them in
-    again took a fifth of the time of a prefill. Other systems' allocators keep memory by themselves.
-    largest: bytes that are kept in one piece. In training the pieces that outlive a layer leave holes between them, and
-    fewer pieces mean fewer holes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        mallopt(m_mmap_threshold, min(largest, 32 << 20))  # the largest that every glibc takes
-        mallopt(m_trim_threshold, 512 << 20)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from llmkit.compat import fused_attention_ops
 from llmkit.config import ModelConfig, PartConfig, RopeConfig
 from llmkit.model.attention import DocumentAttention, LayerCaches, NoCache, Rotary
 from llmkit.model.layers import Embedding, Linear, make_norm
@@ -62,21 +63,15 @@ def run_block(block: Block, x: Tensor, rotary: Rotary | None, caches: LayerCache
     return out
 
 
-# What checkpointing keeps: PyTorch's fused attention, whose work grows with the square of the length. The attention of whole
-# documents in `model/native.py` is none of PyTorch's operations and is computed again, as attention with soft caps is.
-_KEPT = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-)
-
-
 def run_checkpointed(block: Block, x: Tensor, rotary: Rotary | None, caches: LayerCaches, rows: Tensor | None) -> Tensor:
-    """Keeps a block's input and what PyTorch's fused attention gave; the rest is computed again on the way back."""
+    """Keep a block's input and what PyTorch's fused attention gave; the rest is computed again in the backward pass.
+
+    Attention's work grows with the square of the length, so its result is kept. That of the native kernels is none of PyTorch's
+    operations and is computed again, as attention with soft caps is.
+    """
     if not torch.is_grad_enabled():
         return run_block(block, x, rotary, caches, rows)
-    kept = partial(create_selective_checkpoint_contexts, list(_KEPT))
+    kept = partial(create_selective_checkpoint_contexts, fused_attention_ops())
     out: Tensor = checkpoint(block, x, rotary, caches, rows, use_reentrant=False, context_fn=kept)
     return out
 

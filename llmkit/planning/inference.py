@@ -31,7 +31,7 @@ class Constants:
     data: float = 2.0  # bytes for each of the data files
     holes: float = 0.45  # of activations on a CPU in PyTorch: what the C library keeps between them
     fewer_holes: float = 0.15  # with checkpointing, where it keeps smaller pieces only
-    kept_piece: int = 32 << 20  # the largest piece that the C library keeps when it is freed (model/backend.py: keep_freed_memory)
+    kept_piece: int = 32 << 20  # the largest piece that the C library keeps when it is freed (compat.py: keep_freed_memory)
     kept_piece_checkpointing: int = 2 << 20
     huge_page: int = 2 << 20  # of which arrays of numpy lie in where they are large
     huge_array: int = 4 << 20

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkit.kernels import native_problem, reference
+from llmkit.kernels import reference
 from llmkit.kernels.format import QuantizedMatrix
 from llmkit.kernels.reference import Packed
+from llmkit.kernels.training_ops import dequantize, training_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +122,8 @@ def _matrix(packed: Packed) -> QuantizedMatrix:
 
 
 def _widened(packed: Packed) -> Tensor:
-    if packed.codes.device.type != "cpu" or native_problem() is not None:
+    if packed.codes.device.type != "cpu" or training_kernels() is None:
         return reference.dequantize(packed)
-    from llmkit.kernels.backend import dequantize
-
     return torch.from_numpy(dequantize(_matrix(packed), torch.get_num_threads()))
 
 

@@ -10,7 +10,6 @@ double quantization the scales are 8-bit codes themselves, in blocks of 256 with
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llmkit.compat import bitsandbytes
 
 BLOCK = 64  # weights with one scale, of what is written; other sizes are read
 NESTED_BLOCK = 256  # scales with one scale
@@ -89,18 +90,6 @@ def _scales(matrix: Nf4Matrix) -> Tensor:
     blocks = matrix.absmax.numel()
     scales = nested.map[matrix.absmax.int()] * nested.absmax.repeat_interleave(NESTED_BLOCK)[:blocks]
     return scales.add_(nested.offset)
-
-
-def bitsandbytes() -> Any:
-    """The library, without what it says of kernels that are not used here."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        import bitsandbytes as found
-    finally:
-        logger.setLevel(level)
-    return found
 
 
 class Quantizer:

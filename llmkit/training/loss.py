@@ -104,9 +104,9 @@ class _FrozenCrossEntropy(torch.autograd.Function):
 
 def _products(hidden: Tensor, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """`h -> h W^T` and `logits -> logits W` for some rows W of a head, which are widened together at most."""
-    if native.usable(hidden):
-        head = [native.factor(weight)]
-        return lambda h: native.project(h, head)[0], lambda logits: native.project_back([logits], head)
+    if native.kernels_for(hidden) is not None:
+        head = [native.matmul_weight(weight)]
+        return lambda h: native.matmuls(h, head)[0], lambda logits: native.matmuls_back([logits], head)
     wide = weight.to(hidden.dtype)
     return lambda h: h @ wide.T, lambda logits: logits @ wide
 

@@ -24,13 +24,13 @@ from llmkit.checkpoint.hub import resolve
 from llmkit.checkpoint.load import empty_model, load_model, usable_device
 from llmkit.checkpoint.save import save_model
 from llmkit.checkpoint.source import ModelSource
+from llmkit.compat import keep_freed_memory
 from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
 from llmkit.lora.adapter import check_base, read_adapter
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import check_writable, write_adapter
 from llmkit.model.autograd import speed_up
-from llmkit.model.backend import keep_freed_memory
 from llmkit.model.transformer import Transformer, init_weights, set_checkpointing
 from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.nf4 import Nf4Linear

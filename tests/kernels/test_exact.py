@@ -21,8 +21,8 @@ from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.engine.backend import StepBatch
 from llmkit.kernels import NativeBackend, native_problem, reference
-from llmkit.kernels import backend as native
 from llmkit.kernels.format import Weight, pack
+from llmkit.kernels.training_ops import TrainingKernels
 from llmkit.model.transformer import Transformer
 from llmkit.quant.methods import round_to_nearest
 from tests.conftest import ROOT
@@ -77,14 +77,14 @@ def test_a_fused_multiply_add_is_rounded_once(numbers: Numbers) -> None:
 def test_norms(n: int, numbers: Numbers) -> None:
     x, weight = numbers(200, n) * torch.logspace(-3, 3, 200).unsqueeze(1), numbers(n)
     found = np.empty((200, n), np.float32)
-    native.norm(x.numpy(), weight.numpy(), 1e-5, found, 1)
+    TrainingKernels().rms_norm(x.numpy(), weight.numpy(), 1e-5, found, 1)
     equal(found, exact.rms_norm(x, weight, 1e-5))
 
 
 def test_silu_and_its_exponential(numbers: Numbers) -> None:
     gate = torch.cat((numbers(5000), torch.linspace(-100, 100, 5000), torch.tensor([0.0, -0.0, 87.3, 88.0, -87.3, 1e-30, 1e30, -1e30])))
     up, found = numbers(len(gate)), np.empty(len(gate), np.float32)
-    native.gate(gate.numpy(), up.numpy(), found, 1)
+    TrainingKernels().gate(gate.numpy(), up.numpy(), found, 1)
     equal(found, exact.activation("silu", gate) * up)
 
 
@@ -94,7 +94,7 @@ def test_activations_are_rounded_to_int8(numbers: Numbers) -> None:
     x[7, :32] = 0
     identity = pack(np.eye(64, dtype=np.int8), np.ones((64, 2), np.int8), np.ones(64, np.float32), "q8")
     q, scale = reference.quantize_activations(x)
-    equal(native.product(identity, None, x.numpy(), 1), (q * scale.unsqueeze(-1)).flatten(1))
+    equal(TrainingKernels().linear(identity, None, x.numpy(), 1), (q * scale.unsqueeze(-1)).flatten(1))
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "q4", "q4 in groups of 16", "q8"])
@@ -107,8 +107,8 @@ def test_products(kind: str, shape: tuple[int, int], numbers: Numbers) -> None:
         weight = values.to(getattr(torch, kind)).view(torch.uint16 if kind == "bfloat16" else getattr(torch, kind)).numpy()
     for tokens in (1, 3, 50):
         x = numbers(tokens, shape[1])
-        equal(native.product(weight, bias.numpy(), x.numpy(), 1), exact.linear(x, weight, bias))
-        equal(native.product(weight, None, x.numpy(), 2), exact.linear(x, weight))
+        equal(TrainingKernels().linear(weight, bias.numpy(), x.numpy(), 1), exact.linear(x, weight, bias))
+        equal(TrainingKernels().linear(weight, None, x.numpy(), 2), exact.linear(x, weight))
 
 
 # -- whole steps -------------------------------------------------------------------------------------------------------

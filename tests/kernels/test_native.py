@@ -22,8 +22,8 @@ from llmkit.engine.engine import Engine
 from llmkit.engine.sampling import SamplingParams
 from llmkit.errors import LLMKitError, UsageError
 from llmkit.kernels import NativeBackend, native_problem, reference
-from llmkit.kernels import backend as native
 from llmkit.kernels.format import QuantizedMatrix, Weight, pack
+from llmkit.kernels.training_ops import TrainingKernels, dequantize
 from llmkit.model.backend import TorchBackend
 from llmkit.model.transformer import Transformer
 from llmkit.quant.methods import round_to_nearest
@@ -431,14 +431,14 @@ def test_a_product_by_itself_has_the_arithmetic_of_a_step(shape: tuple[int, int]
     weight, x, bias = torch.randn(rows, columns), torch.randn(21, columns), torch.randn(rows)
     for scheme, group in (("q4", 32), ("q4", 16), ("q8", 32)):
         matrix = round_to_nearest(weight, scheme, group)
-        found = native.product(matrix, bias.numpy(), x.numpy(), threads)
+        found = TrainingKernels().linear(matrix, bias.numpy(), x.numpy(), threads)
         packed = reference.Packed.of(matrix)
         torch.testing.assert_close(torch.from_numpy(found), reference.linear(x, packed, bias), rtol=1e-6, atol=1e-6)
-        assert np.array_equal(native.product(matrix, bias.numpy(), x[5:6].numpy(), 1), found[5:6])
-        assert np.array_equal(native.dequantize(matrix, threads), reference.dequantize(packed).numpy())
-    found = native.product(weight.numpy(), None, x.numpy(), threads)
+        assert np.array_equal(TrainingKernels().linear(matrix, bias.numpy(), x[5:6].numpy(), 1), found[5:6])
+        assert np.array_equal(dequantize(matrix, threads), reference.dequantize(packed).numpy())
+    found = TrainingKernels().linear(weight.numpy(), None, x.numpy(), threads)
     torch.testing.assert_close(torch.from_numpy(found), x @ weight.T, rtol=1e-5, atol=1e-5 * columns**0.5)
-    assert native.product(weight.numpy(), None, x[:0].numpy(), threads).shape == (0, rows)
+    assert TrainingKernels().linear(weight.numpy(), None, x[:0].numpy(), threads).shape == (0, rows)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llmkit.config import ModelConfig
 from llmkit.families import read_config
-from llmkit.kernels import backend as kernels
 from llmkit.kernels import native_problem
+from llmkit.kernels.training_ops import TrainingKernels, training_kernels
 from llmkit.model import autograd as native
 from llmkit.model.attention import Documents, attention, visible
 from llmkit.model.autograd import Memory
@@ -39,11 +39,15 @@ SETS = _native.available()
 
 
 @pytest.fixture(params=SETS)
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each set of instructions that this processor has."""
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each set of instructions that this processor has: chosen once in a process, so chosen again for each."""
     monkeypatch.setenv("LLMKIT_KERNELS", request.param)
-    assert native.available()
-    return str(request.param)
+    training_kernels.cache_clear()
+    kernels = training_kernels()
+    assert kernels is not None
+    assert kernels.name == request.param
+    yield request.param
+    training_kernels.cache_clear()
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -66,11 +70,11 @@ def test_products(instructions: str, dtype: torch.dtype, tokens: int, inputs: in
     pairs = [(normal(rank, inputs, seed=i), normal(n, rank, seed=9)) if rank else None for i, n in enumerate(outputs)]
     biases = [normal(n, seed=5) for n in outputs]
     exact = [w.double() + (0 if p is None else 0.7 * p[1].double() @ p[0].double()) for w, p in zip(weights, pairs, strict=True)]
-    factors = [native.factor(w, b, p, 0.7) for w, b, p in zip(weights, biases, pairs, strict=True)]
-    for y, u, bias in zip(native.project(x, factors), exact, biases, strict=True):
+    factors = [native.matmul_weight(w, b, p, 0.7) for w, b, p in zip(weights, biases, pairs, strict=True)]
+    for y, u, bias in zip(native.matmuls(x, factors), exact, biases, strict=True):
         close(y, x.double() @ u.T + bias.double())
     grads = [normal(tokens, n, seed=7) for n in outputs]
-    close(native.project_back(grads, factors), sum((g.double() @ u for g, u in zip(grads, exact, strict=True)), torch.zeros(1)))
+    close(native.matmuls_back(grads, factors), sum((g.double() @ u for g, u in zip(grads, exact, strict=True)), torch.zeros(1)))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_what_adapters_learn(instructions: str, tokens: int, inputs: int, output
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        found.append(native.learned(x, xa, parts))
+        found.append(native.adapter_gradients(x, xa, parts))
     (da, dbs), again = found
     assert torch.equal(da, again[0])
     close(da, torch.cat([scale * (grad.double() @ b.double()).T @ x.double() for b, scale, grad in parts]))
@@ -156,7 +160,7 @@ def test_attention_hides_no_nan(instructions: str, place: int, window: int | Non
 def test_threads_change_no_bit(threads: int) -> None:
     def everything() -> list[Tensor]:
         x = normal(70, 64)
-        found = native.project(x, [native.factor(normal(100, 64), None, (normal(4, 64), normal(100, 4)), 2.0)])
+        found = native.matmuls(x, [native.matmul_weight(normal(100, 64), None, (normal(4, 64), normal(100, 4)), 2.0)])
         q, k, v = (normal(2, 35, h, 16, seed=h).requires_grad_() for h in (6, 3, 3))
         out = native.document_attention(q, k, v, whole(20, 50), None, 0.25)
         return [*found, out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
@@ -257,7 +261,7 @@ def test_a_batch_without_targets_has_no_loss() -> None:
 def test_weights_stay_resizable() -> None:
     """FSDP frees the storage of gathered weights; PyTorch's `numpy()` would forbid that."""
     weight, x = normal(8, 8), normal(4, 8)
-    native.project(x, [native.factor(weight, normal(8))])
+    native.matmuls(x, [native.matmul_weight(weight, normal(8))])
     assert weight.untyped_storage().resizable()
     assert x.untyped_storage().resizable()
 
@@ -268,11 +272,11 @@ def test_weights_stay_resizable() -> None:
 def test_what_does_not_fit_is_refused(sizes: tuple[int, int, int, int, float]) -> None:
     arrays = [normal(4).numpy() for _ in range(5)]
     with pytest.raises(ValueError, match=r"heads|bytes"):
-        kernels.attend_documents(sizes, (4,), (4,), (arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]), None, 1)
+        TrainingKernels().varlen_attention(sizes, (4,), (4,), (arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]), None, 1)
     with pytest.raises(ValueError, match=r"bytes|fit"):
-        native.project_back([normal(3, 5), normal(3, 5)], [native.factor(normal(5, 4)), native.factor(normal(6, 4))])
+        native.matmuls_back([normal(3, 5), normal(3, 5)], [native.matmul_weight(normal(5, 4)), native.matmul_weight(normal(6, 4))])
     with pytest.raises(ValueError, match="columns"):
-        native.project(normal(3, 4), [native.factor(normal(5, 4)), native.factor(normal(6, 3))])
+        native.matmuls(normal(3, 4), [native.matmul_weight(normal(5, 4)), native.matmul_weight(normal(6, 3))])
 
 
 W = (0, 3, 4, np.ones((3, 4), np.float32), None, None, None, 32, None)  # a weight [3, 4]
@@ -358,10 +362,12 @@ def test_a_runtime_is_lent_whole() -> None:
 
 def test_nothing_is_as_good_as_something() -> None:
     """No tokens, no rank: arrays of no numbers."""
-    one = native.factor(normal(5, 4), normal(5), (normal(0, 4), normal(5, 0)))
-    assert torch.equal(native.project(normal(3, 4), [one])[0], native.project(normal(3, 4), [native.factor(normal(5, 4), normal(5))])[0])
-    assert native.project(normal(0, 4), [one])[0].shape == (0, 5)
-    assert native.project_back([normal(0, 5)], [one]).shape == (0, 4)
+    one = native.matmul_weight(normal(5, 4), normal(5), (normal(0, 4), normal(5, 0)))
+    assert torch.equal(
+        native.matmuls(normal(3, 4), [one])[0], native.matmuls(normal(3, 4), [native.matmul_weight(normal(5, 4), normal(5))])[0]
+    )
+    assert native.matmuls(normal(0, 4), [one])[0].shape == (0, 5)
+    assert native.matmuls_back([normal(0, 5)], [one]).shape == (0, 4)
     assert native.gated(normal(0, 4), normal(0, 4)).shape == (0, 4)
     assert [t.shape for t in native.gated_back(normal(0, 4), normal(0, 4), normal(0, 4))] == [(0, 4)] * 2
     for shape in [(1, 0, 2, 8), (0, 3, 2, 8)]:

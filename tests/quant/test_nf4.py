@@ -30,7 +30,7 @@ def theirs(weight: Tensor, kind: str = "nf4", double: bool = True, block: int = 
     # By the definition: bitsandbytes' kernel for CPUs misreads rows that are not whole blocks.
     each = torch.stack((codes.view(-1) >> 4, codes.view(-1) & 15), 1).view(-1)[: weight.numel()].long()
     dense = (state.code[each] * absmax.repeat_interleave(block)[: weight.numel()]).view(weight.shape)
-    return Nf4Matrix(tuple(weight.shape), codes.view(-1), state.absmax, state.code, nested, block, kind=kind), dense
+    return Nf4Matrix(tuple(weight.shape), codes.view(-1), state.absmax, state.code, nested, block, scheme=kind), dense
 
 
 @settings(max_examples=60, deadline=None)
