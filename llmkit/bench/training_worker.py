@@ -154,7 +154,7 @@ class Chats:
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's parameters by the path of their linear and their letter: `model.layers.0.self_attn.q_proj.A`."""
+    """The adapter's parameters by the path of their linear and their letter: `model.layers.0.mlp.up_proj.A`."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         path, is_factor, rest = name.removeprefix("base_model.model.").partition(".lora_")

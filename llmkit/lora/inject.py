@@ -140,7 +140,9 @@ def inject(model: Transformer, settings: LoraSettings) -> None:
     Raises UsageError where a target or a module to save is not there, or cannot be trained.
     """
     model.requires_grad_(False)
-    linears = [name for name, module in model.named_modules() if _is_linear(module)]
+    # By role, not by class: a linear is any module that gives what the description calls one, dense or in codes.
+    roles = ("linear", "expert", "router", "head")
+    linears = [name.removesuffix(".weight") for name, param in model.config.parameters.items() if param.role in roles]
     targets = find_targets(settings.target_modules, linears)
     saved = _modules_to_save(model, settings.modules_to_save)
     both = sorted(set(targets) & set(saved))
@@ -256,11 +258,6 @@ def find_targets(wanted: str | Sequence[str], linears: Sequence[str]) -> list[st
             raise UsageError(f"lora.target_modules names {target!r}, which matches no linear. {remedy}")
         found.update(dict.fromkeys(hits))
     return list(found)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Decision D of the house: anything with these is a linear."""
-    return isinstance(getattr(module, "in_features", None), int) and callable(getattr(module, "dequantize", None))
 
 
 def _modules_to_save(model: Transformer, wanted: Sequence[str]) -> list[str]:

@@ -13,59 +13,63 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmkit.checkpoint.arrays import parameter_shapes
 from llmkit.checkpoint.fingerprint import Fingerprint, text_fingerprint
 from llmkit.checkpoint.hub import ADAPTER
 from llmkit.checkpoint.save import copy_side_files, replacing, write_json
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, OutputTensor, stored_as, writing_rules
-from llmkit.config import ModelConfig, MoEConfig
+from llmkit.config import ModelConfig, MoEConfig, Role
 from llmkit.errors import UsageError
 from llmkit.families import family
 from llmkit.lora.adapter import METADATA, PREFIX
 from llmkit.lora.settings import AdapterSettings
 
-# Of a model with experts PEFT takes these for parameters: the router is no linear in transformers 5, and the names of a dense layer's
-# MLP (Qwen 3 MoE has such layers) are taken for those of experts in target_modules.
-_DENSE_MLP = re.compile(r"model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)")
-_ROUTER = re.compile(r"model\.layers\.\d+\.mlp\.gate")
-_EXPERT = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
-_SPREAD = {
-    rule.theirs.rpartition(".")[2]: [name.split(".")[-2] for name in rule.ours] for rule in STACKED_EXPERTS
-}  # stacked parameter -> its linears
+# What transformers 5 keeps in one stacked parameter of a layer's experts -> the linears of each expert that stand in it.
+_SPREAD = {rule.theirs.rpartition(".")[2]: [name.split(".")[-2] for name in rule.ours] for rule in STACKED_EXPERTS}
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """What an adapter was trained to, by our names.
+
+    linears: A `[rank, in]` and B `[out, rank]`, without the scale, by the path of the linear, "model.layers.0.mlp.up_proj"; of an
+        embedding too, whose weight is `[vocab, hidden]`.
+    magnitudes: of a DoRA, `[out]` by the same paths. modules_to_save: weights and biases trained as a whole, by parameter name.
+    """
+
+    linears: Mapping[str, tuple[Tensor, Tensor]]
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def write_adapter(
     folder: str | Path,
-    linears: Mapping[str, tuple[Tensor, Tensor]],
+    weights: AdapterWeights,
     config: ModelConfig,
     settings: AdapterSettings,
     *,
-    magnitudes: Mapping[str, Tensor] | None = None,
-    modules_to_save: Mapping[str, Tensor] | None = None,
     base: Fingerprint | None = None,
     chat_template: str | None = None,
     source: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors.
+    """Write adapter_config.json and adapter_model.safetensors.
 
-    linears: A `[rank, in]` and B `[out, rank]`, without the scale, by our paths ("model.layers.0.mlp.up_proj"); of an embedding too.
     settings: their r, lora_alpha and so on; its patterns are of our paths.
-    magnitudes: of a DoRA, `[out]` by the same paths. modules_to_save: weights and biases trained as a whole, by parameter name.
     base: fingerprint of the model it was trained on (see `checkpoint/fingerprint.py`). chat_template: the text of the template it was
-        trained with, which is written beside it. source: a model folder whose tokenizer is copied.
+        trained with, which is written next to it. source: a model folder whose tokenizer is copied.
     overwrite: replace an adapter that is there.
     Raises UsageError where a target cannot be written in PEFT's format, all of them named, or where the folder may not be replaced.
     """
     target = Path(os.path.realpath(os.path.expanduser(folder)))
     _check_target(target, overwrite)
-    writer = _Writer(config, settings, linears, magnitudes or {}, modules_to_save or {})
+    writer = _Writer(config, settings, weights)
     tensors = _exchangeable(writer)
     marks: dict[str, Any] = {} if base is None else {"base": base.to_dict()}
     if chat_template is not None:
@@ -83,16 +87,9 @@ def write_adapter(
         _sync(partial / ADAPTER.weights)
 
 
-def check_writable(
-    linears: Mapping[str, tuple[Tensor, Tensor]],
-    config: ModelConfig,
-    settings: AdapterSettings,
-    *,
-    magnitudes: Mapping[str, Tensor] | None = None,
-    modules_to_save: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Raises the UsageError of `write_adapter` for what PEFT's format has no place for, without writing: before the training."""
-    _exchangeable(_Writer(config, settings, linears, magnitudes or {}, modules_to_save or {}))
+def check_writable(weights: AdapterWeights, config: ModelConfig, settings: AdapterSettings) -> None:
+    """Raise the UsageError of `write_adapter` for what PEFT's format has no place for, without writing: before the training."""
+    _exchangeable(_Writer(config, settings, weights))
 
 
 def _exchangeable(writer: _Writer) -> dict[str, Tensor]:
@@ -123,22 +120,16 @@ def _sync(path: Path) -> None:
 class _Writer:
     """Puts the terms together module by module, and notes what PEFT's format has no place for."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        settings: AdapterSettings,
-        linears: Mapping[str, tuple[Tensor, Tensor]],
-        magnitudes: Mapping[str, Tensor],
-        replaced: Mapping[str, Tensor],
-    ) -> None:
-        self.config, self.settings = config, settings
-        self.shapes = parameter_shapes(config)
+    def __init__(self, config: ModelConfig, settings: AdapterSettings, weights: AdapterWeights) -> None:
+        self.config, self.settings, self.params = config, settings, config.parameters
+        self.shapes = {name: param.shape for name, param in self.params.items()}
+        # A tied head is no parameter of ours, but PEFT may part it from the embedding.
         self.shapes.setdefault(HEAD, self.shapes[EMBEDDING])
-        self.sparse = config.sparse
+        self.expert_names = {_leaf(name.removesuffix(".weight")) for name, param in self.params.items() if param.role == "expert"}
         self.rules = writing_rules(family(config.model_type))
-        self.linears = {path: (_plain(a), _plain(b)) for path, (a, b) in linears.items()}
-        self.magnitudes = {path: _plain(magnitude) for path, magnitude in magnitudes.items()}
-        self.replaced = {name: tensor.detach().cpu() for name, tensor in replaced.items()}
+        self.linears = {path: (_plain(a), _plain(b)) for path, (a, b) in weights.linears.items()}
+        self.magnitudes = {path: _plain(magnitude) for path, magnitude in weights.magnitudes.items()}
+        self.replaced = {name: tensor.detach().cpu() for name, tensor in weights.modules_to_save.items()}
         if config.tie_word_embeddings and EMBEDDING in self.replaced:
             self.replaced.setdefault(HEAD, self.replaced[EMBEDDING])  # ours is the head too; PEFT's is a copy beside it
         self.problems: list[str] = []
@@ -158,8 +149,9 @@ class _Writer:
             shape = self.shapes.get(f"{path}.weight")
             if shape is None or len(shape) != 2 or (b.shape[0], a.shape[1]) != shape or b.shape[1] != a.shape[0]:
                 self.problems.append(f"{path} has A {list(a.shape)} and B {list(b.shape)}, which fit no linear of the model")
-            elif (found := _EXPERT.fullmatch(path)) is not None:
-                experts[found[1]][found[4]][int(found[3])] = path
+            elif self._role(path) == "expert":
+                module, index, leaf = path.rsplit(".", 2)
+                experts[module][leaf][int(index)] = path
             else:
                 fused[self._place(path)].append(path)
         for stored, paths in fused.items():
@@ -173,7 +165,20 @@ class _Writer:
     def _place(self, path: str) -> OutputTensor:
         """Where transformers keeps a linear; a router is found in transformers 5 under our name, whatever the family's files call it."""
         name = f"{path}.weight"
-        return OutputTensor(name, (name,)) if _ROUTER.fullmatch(path) else stored_as(name, self.rules)
+        return OutputTensor(name, (name,)) if self._role(path) == "router" else stored_as(name, self.rules)
+
+    def _role(self, path: str) -> Role | None:
+        """What a linear is for, by its path; None for a tied head and for what this model has not."""
+        param = self.params.get(f"{path}.weight")
+        return None if param is None else param.role
+
+    def _by_parameter(self, path: str) -> bool:
+        """Whether PEFT must be told the parameter (target_parameters), not the module.
+
+        So it is with routers, which are no linears in transformers 5, and in a model with experts with the MLPs of its dense layers
+        (Qwen 3 MoE has such): in target_modules PEFT takes their names for those of experts.
+        """
+        return self._role(path) == "router" or (self._role(path) == "linear" and _leaf(path) in self.expert_names)
 
     def _term(self, path: str, scale: float) -> tuple[Tensor, Tensor]:
         """A and B so that `scale` B A is what the linear's own scale makes of them."""
@@ -201,14 +206,14 @@ class _Writer:
                 column += len(term[0])
             row += rows
         a = torch.cat([a for a, _ in terms.values()])
-        if _ROUTER.fullmatch(module) or (self.sparse and _DENSE_MLP.fullmatch(module)):
+        if self._by_parameter(members[0]):
             self._note(stored.name, rank, scale)
             self.parameters.add(stored.name.split(".", 3)[3])
         else:
             self._note(module, rank, scale)
             self.modules.add(module)
             self.transposed |= stored.transpose
-        if members[0].endswith(("embed_tokens", "embed_positions")):  # B [vocab, r] and A [r, hidden] are PEFT's A and B, transposed
+        if self._role(members[0]) in ("embedding", "positions"):  # B [vocab, r] and A [r, hidden] are PEFT's A and B, transposed
             return {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
         out = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
         if self.settings.use_dora:
@@ -263,7 +268,7 @@ class _Writer:
         wanted = dict.fromkeys(name.rpartition(".")[0] for name in self.replaced)
         for path in wanted:
             names = [f"{path}.{leaf}" for leaf in ("weight", "bias") if f"{path}.{leaf}" in self.shapes]
-            if not names or ".mlp.experts." in path or _ROUTER.fullmatch(path):
+            if not names or self._role(path) in ("expert", "router"):
                 self.problems.append(f"{path} trained as a whole, which is no module that PEFT saves")
                 continue
             for name in names:

@@ -29,7 +29,7 @@ from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
 from llmkit.lora.adapter import check_base, read_adapter
 from llmkit.lora.settings import AdapterSettings
-from llmkit.lora.write import check_writable, write_adapter
+from llmkit.lora.write import AdapterWeights, check_writable, write_adapter
 from llmkit.model.autograd import speed_up
 from llmkit.model.transformer import Transformer, init_weights, set_checkpointing
 from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
@@ -305,37 +305,31 @@ class _Exporter:
         """Raises UsageError where what is trained could not be written in the end."""
         if self.recipe.lora is not None:
             trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-            factors, magnitudes, saved = self._parts(model, trained)
-            check_writable(factors, model.config, self._settings(self.recipe.lora), magnitudes=magnitudes, modules_to_save=saved)
+            check_writable(self._parts(model, trained), model.config, self._settings(self.recipe.lora))
 
     def _settings(self, lora: LoraRecipe) -> AdapterSettings:
         assert isinstance(self.recipe.model, str)
         return AdapterSettings(lora.r, lora.alpha, lora.use_rslora, lora.use_dora, base_model_name_or_path=self.recipe.model)
 
-    def _parts(
-        self, model: Transformer, trained: dict[str, Tensor]
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor] | None, dict[str, Tensor]]:
+    def _parts(self, model: Transformer, trained: dict[str, Tensor]) -> AdapterWeights:
         """Factors and, of a DoRA, magnitudes by path; weights trained whole by name."""
         from llmkit.lora.inject import NAME, adapted
 
         assert self.recipe.lora is not None
         paths = [path for path, _ in adapted(model)]
         factors = {path: (trained[f"{path}.lora_A.{NAME}.weight"], trained[f"{path}.lora_B.{NAME}.weight"]) for path in paths}
-        magnitudes = {path: trained[f"{path}.magnitude"] for path in paths} if self.recipe.lora.use_dora else None
+        magnitudes = {path: trained[f"{path}.magnitude"] for path in paths} if self.recipe.lora.use_dora else {}
         saved = {name: tensor for name, tensor in trained.items() if "lora_" not in name and not name.endswith(".magnitude")}
-        return factors, magnitudes, saved
+        return AdapterWeights(factors, magnitudes, saved)
 
     def _write_adapter(self, model: Transformer, trained: dict[str, Tensor], target: Path) -> None:
         assert self.recipe.lora is not None
-        factors, magnitudes, saved = self._parts(model, trained)
         template = self.tokenizer.chat_template
         write_adapter(
             target,
-            factors,
+            self._parts(model, trained),
             model.config,
             self._settings(self.recipe.lora),
-            magnitudes=magnitudes,
-            modules_to_save=saved,
             base=self.base,
             chat_template=None if template is None else template.source(),
             overwrite=True,

@@ -14,7 +14,7 @@ from llmkit.cli.conversation import Conversation
 from llmkit.cli.repl import ChatCompleter
 from llmkit.errors import UsageError
 from llmkit.lora.settings import AdapterSettings
-from llmkit.lora.write import write_adapter
+from llmkit.lora.write import AdapterWeights, write_adapter
 from tests.cli.test_chat import Terminal
 from tests.cli.test_commands import Said, only_our_settings, said  # noqa: F401 - fixtures
 from tests.lora.peft import random_terms
@@ -27,7 +27,7 @@ FLAGS = ("--temp", "0", "-n", "12", "--ignore-eos")
 def adapters(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, config, settings = tmp_path_factory.mktemp("adapters"), load_config(tiny_model_dir), AdapterSettings(r=4, lora_alpha=8)
     for seed, name in enumerate(("pirate", "poet")):
-        write_adapter(root / name, random_terms(config, ("self_attn.", "mlp."), settings, seed), config, settings)
+        write_adapter(root / name, AdapterWeights(random_terms(config, ("self_attn.", "mlp."), settings, seed)), config, settings)
     return {name: root / name for name in ("pirate", "poet")}
 
 

@@ -20,7 +20,7 @@ from llmkit.errors import UsageError
 from llmkit.evaluate.verify import default_length, logits_of, relative, verify
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.lora.settings import AdapterSettings
-from llmkit.lora.write import write_adapter
+from llmkit.lora.write import AdapterWeights, write_adapter
 from llmkit.model.attention import Attention
 from llmkit.model.backend import TorchBackend
 from tests.families.tiny import tiny_folder
@@ -139,7 +139,7 @@ def test_length(tiny_model_dir: Path, tmp_path: Path) -> None:
 def test_an_adapter_is_held_to_peft(tmp_path: Path, runs_in: type) -> None:
     folder = tiny_folder(tmp_path / "model", "phi3")
     config, settings = load_config(folder), AdapterSettings(r=3, lora_alpha=5)
-    write_adapter(tmp_path / "adapter", random_terms(config, ("q_proj.", "up_proj."), settings), config, settings)
+    write_adapter(tmp_path / "adapter", AdapterWeights(random_terms(config, ("q_proj.", "up_proj."), settings)), config, settings)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         checks = verify(folder, length=40, device="cpu", adapter=tmp_path / "adapter")

@@ -19,7 +19,7 @@ from llmkit.errors import CheckpointError, LLMKitError, UsageError
 from llmkit.families import read_config
 from llmkit.lora.adapter import read_adapter
 from llmkit.lora.settings import AdapterSettings, parse_settings
-from llmkit.lora.write import write_adapter
+from llmkit.lora.write import AdapterWeights, write_adapter
 from tests.families.tiny import hf_config, our_config
 from tests.lora.peft import random_terms
 
@@ -31,7 +31,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 def folder(tmp_path: Path) -> Path:
     """A valid adapter, to be spoilt."""
     terms = random_terms(LLAMA, ("q_proj.", "up_proj."), AdapterSettings(r=2))
-    write_adapter(tmp_path / "adapter", terms, LLAMA, AdapterSettings(r=2, base_model_name_or_path="org/base"))
+    write_adapter(tmp_path / "adapter", AdapterWeights(terms), LLAMA, AdapterSettings(r=2, base_model_name_or_path="org/base"))
     return tmp_path / "adapter"
 
 

@@ -19,7 +19,7 @@ from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import UsageError
 from llmkit.lora.adapter import read_adapter
 from llmkit.lora.settings import AdapterSettings
-from llmkit.lora.write import write_adapter
+from llmkit.lora.write import AdapterWeights, write_adapter
 from tests.families.tiny import hf_config, our_config, save
 from tests.lora.peft import (
     FAMILIES,
@@ -132,11 +132,9 @@ def test_llmkit_to_peft(case: str, tmp_path: Path) -> None:
     terms = random_terms(config, paths, settings)
     write_adapter(
         tmp_path / "adapter",
-        terms,
+        AdapterWeights(terms, magnitudes=random_lengths(terms) if settings.use_dora else {}, modules_to_save=random_weights(config, whole)),
         config,
         settings,
-        magnitudes=random_lengths(terms) if settings.use_dora else None,
-        modules_to_save=random_weights(config, whole),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")  # PEFT leaves out what it does not find, and says no more
@@ -153,7 +151,7 @@ def test_llmkit_to_peft(case: str, tmp_path: Path) -> None:
 def test_fused_ranks_stand_beside_each_other(tmp_path: Path) -> None:
     config = our_config(hf_config("phi3"))
     terms = random_terms(config, ("layers.0.self_attn.q_proj.", "layers.0.self_attn.v_proj."), AdapterSettings(r=3, lora_alpha=5))
-    write_adapter(tmp_path, terms, config, AdapterSettings(r=3, lora_alpha=5, base_model_name_or_path="org/base"))
+    write_adapter(tmp_path, AdapterWeights(terms), config, AdapterSettings(r=3, lora_alpha=5, base_model_name_or_path="org/base"))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     module = "base_model.model.model.layers.0.self_attn.qkv_proj"
     assert set(tensors) == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
@@ -175,26 +173,26 @@ def test_what_cannot_be_exchanged_is_named(tmp_path: Path) -> None:
     dora = AdapterSettings(r=2, use_dora=True)
     q = random_terms(fused, ("layers.0.self_attn.q_proj.", "layers.1.mlp.up_proj."), dora)
     with pytest.raises(UsageError, match=r"(?s)DoRA on a part of model.layers.0.self_attn.qkv_proj.*DoRA on a part of .*gate_up_proj"):
-        write_adapter(tmp_path / "a", q, fused, dora, magnitudes=random_lengths(q))
+        write_adapter(tmp_path / "a", AdapterWeights(q, magnitudes=random_lengths(q)), fused, dora)
     sparse = our_config(hf_config("mixtral"))
     experts = random_terms(sparse, ("experts.1.up_proj.",), dora)
     with pytest.raises(UsageError, match="DoRA on experts, routers"):
-        write_adapter(tmp_path / "a", experts, sparse, dora, magnitudes=random_lengths(experts))
+        write_adapter(tmp_path / "a", AdapterWeights(experts, magnitudes=random_lengths(experts)), sparse, dora)
     plain = AdapterSettings(r=2)
     some = random_weights(fused, ["model.layers.0.self_attn.q_proj.weight"])
     with pytest.raises(UsageError, match=r"q_proj trained as a whole without .*k_proj.weight, .*v_proj.weight"):
-        write_adapter(tmp_path / "a", {}, fused, plain, modules_to_save=some)
+        write_adapter(tmp_path / "a", AdapterWeights({}, modules_to_save=some), fused, plain)
     one = random_weights(sparse, ["model.layers.0.mlp.experts.1.up_proj.weight"])
     with pytest.raises(UsageError, match=r"experts.1.up_proj trained as a whole, which is no module"):
-        write_adapter(tmp_path / "a", {}, sparse, plain, modules_to_save=one)
+        write_adapter(tmp_path / "a", AdapterWeights({}, modules_to_save=one), sparse, plain)
     wrong = {
         "model.layers.0.self_attn.q_proj": (torch.zeros(2, 5), torch.zeros(7, 2)),
         "model.layers.9.mlp.up_proj": (torch.zeros(2, 24),) * 2,
     }
     with pytest.raises(UsageError, match=r"(?s)layers.0.self_attn.q_proj has A \[2, 5\] and B \[7, 2\].*layers.9"):
-        write_adapter(tmp_path / "a", wrong, fused, plain)
+        write_adapter(tmp_path / "a", AdapterWeights(wrong), fused, plain)
     with pytest.raises(UsageError, match="no weights to write"):
-        write_adapter(tmp_path / "a", {}, fused, plain)
+        write_adapter(tmp_path / "a", AdapterWeights({}), fused, plain)
     assert not (tmp_path / "a").exists()
 
 
@@ -202,10 +200,10 @@ def test_a_target_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monk
     config, settings = our_config(hf_config("llama")), AdapterSettings(r=2)
     terms = random_terms(config, ("q_proj.",), settings)
     target = tmp_path / "adapter"
-    write_adapter(target, terms, config, settings)
+    write_adapter(target, AdapterWeights(terms), config, settings)
     before = (target / "adapter_model.safetensors").read_bytes()
     with pytest.raises(UsageError, match="exists and is not empty"):
-        write_adapter(target, terms, config, settings)
+        write_adapter(target, AdapterWeights(terms), config, settings)
     other = random_terms(config, ("q_proj.",), settings, seed=5)
 
     def full(*_: object) -> None:
@@ -214,15 +212,15 @@ def test_a_target_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr("llmkit.lora.write._sync", full)
         with pytest.raises(llmkit.LLMKitError, match="No space left"):
-            write_adapter(target, other, config, settings, overwrite=True)
+            write_adapter(target, AdapterWeights(other), config, settings, overwrite=True)
     assert (target / "adapter_model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    write_adapter(target, other, config, settings, overwrite=True)
+    write_adapter(target, AdapterWeights(other), config, settings, overwrite=True)
     assert (target / "adapter_model.safetensors").read_bytes() != before
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").touch()
     with pytest.raises(UsageError, match="is not an adapter"):
-        write_adapter(tmp_path / "notes", terms, config, settings, overwrite=True)
+        write_adapter(tmp_path / "notes", AdapterWeights(terms), config, settings, overwrite=True)
 
 
 def test_fingerprints_travel_in_the_weights_file(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -231,7 +229,7 @@ def test_fingerprints_travel_in_the_weights_file(tiny_model_dir: Path, tmp_path:
     config, settings = load_config(tiny_model_dir), AdapterSettings(r=2)
     terms = random_terms(config, ("q_proj.",), settings)
     base = ModelSource.open(tiny_model_dir).fingerprint
-    write_adapter(tmp_path / "a", terms, config, settings, base=base, chat_template="{{ messages }}", source=tiny_model_dir)
+    write_adapter(tmp_path / "a", AdapterWeights(terms), config, settings, base=base, chat_template="{{ messages }}", source=tiny_model_dir)
     adapter = read_adapter(tmp_path / "a", config)
     assert base is not None
     assert adapter.base == base

@@ -19,7 +19,7 @@ from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels.format import QuantizedMatrix, widen
 from llmkit.lora.merge import merge
 from llmkit.lora.settings import AdapterSettings
-from llmkit.lora.write import write_adapter
+from llmkit.lora.write import AdapterWeights, write_adapter
 from tests.cli.test_commands import Said, only_our_settings, said  # noqa: F401 - fixtures
 from tests.families.tiny import hf_config, our_config, save
 from tests.lora.peft import IDS, PARITY, base_model, difference, random_lengths, random_terms, random_weights, trained_by_peft
@@ -56,7 +56,7 @@ def test_a_quantized_base_becomes_16_bits(tmp_path: Path) -> None:
     config = load_config(base)
     quantize_folder(base, tmp_path / "q4", "q4")
     terms = random_terms(config, ("mlp.",), SETTINGS)
-    write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=ModelSource.open(base).fingerprint)
+    write_adapter(tmp_path / "adapter", AdapterWeights(terms), config, SETTINGS, base=ModelSource.open(base).fingerprint)
     report = merge(tmp_path / "q4", tmp_path / "adapter", tmp_path / "merged")
     assert (report.dtype, report.quantized) == ("bfloat16", "q4 and q8")
     config_json = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -80,7 +80,7 @@ def test_an_embedding_trained_with_its_tied_head_stays_tied(tmp_path: Path) -> N
     config = our_config(hf_config("qwen2"))
     save(base_model("qwen2"), tmp_path / "base")
     whole = random_weights(config, ["model.embed_tokens.weight"])
-    write_adapter(tmp_path / "adapter", {}, config, SETTINGS, modules_to_save=whole)
+    write_adapter(tmp_path / "adapter", AdapterWeights({}, modules_to_save=whole), config, SETTINGS)
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert load_config(tmp_path / "merged").tie_word_embeddings
     beside = llmkit.load(tmp_path / "base", adapter=tmp_path / "adapter", device="cpu")
@@ -93,7 +93,7 @@ class TestCommand:
         base = write_model(tmp_path / "base", hidden_size=64)
         config = load_config(base)
         terms = random_terms(config, ("self_attn.", "mlp."), SETTINGS)
-        write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=ModelSource.open(base).fingerprint)
+        write_adapter(tmp_path / "adapter", AdapterWeights(terms), config, SETTINGS, base=ModelSource.open(base).fingerprint)
         quantize_folder(base, tmp_path / "q4", "q4")
         return tmp_path
 
@@ -151,7 +151,7 @@ def test_dora_of_a_quantized_base(tmp_path: Path) -> None:
     quantize_folder(base, tmp_path / "q4", "q4")
     terms = random_terms(config, ("q_proj.",), settings)
     lengths = random_lengths(terms)
-    write_adapter(tmp_path / "adapter", terms, config, settings, magnitudes=lengths)
+    write_adapter(tmp_path / "adapter", AdapterWeights(terms, magnitudes=lengths), config, settings)
     merge(tmp_path / "q4", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
     merged, quantized = (ModelSource.open(tmp_path / name).weights() for name in ("merged", "q4"))
     for path, (a, b) in terms.items():
@@ -171,7 +171,7 @@ def test_nf4(variant: str, tmp_path: Path) -> None:
     config = our_config(hf_config(variant))
     terms = random_terms(config, ("self_attn.", "mlp."), SETTINGS)
     fingerprint = ModelSource.open(tmp_path / "base").fingerprint
-    write_adapter(tmp_path / "adapter", terms, config, SETTINGS, base=fingerprint, chat_template="{{ messages }}")
+    write_adapter(tmp_path / "adapter", AdapterWeights(terms), config, SETTINGS, base=fingerprint, chat_template="{{ messages }}")
     assert ModelSource.open(tmp_path / "nf4").fingerprint == fingerprint
     report = merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
     assert report.quantized == "nf4"

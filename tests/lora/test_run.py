@@ -23,7 +23,7 @@ from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.llm.api import LLM
 from llmkit.lora.settings import AdapterSettings
-from llmkit.lora.write import write_adapter
+from llmkit.lora.write import AdapterWeights, write_adapter
 from llmkit.model.backend import TorchBackend
 from tests.families.tiny import tiny_folder
 from tests.lora.peft import random_lengths, random_terms, random_weights
@@ -49,11 +49,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     marks = {"base": ModelSource.open(base).fingerprint, "chat_template": TEMPLATE}
     for name, seed in (("pirate", 1), ("poet", 2)):
         terms = random_terms(config, ("self_attn.", "mlp."), SETTINGS, seed)
-        write_adapter(root / name, terms, config, SETTINGS, **marks, source=base)  # type: ignore[arg-type]
+        write_adapter(root / name, AdapterWeights(terms), config, SETTINGS, **marks, source=base)  # type: ignore[arg-type]
     terms = random_terms(config, ("q_proj.", "down_proj."), DORA, 3)
-    write_adapter(root / "dora", terms, config, DORA, magnitudes=random_lengths(terms))
+    write_adapter(root / "dora", AdapterWeights(terms, magnitudes=random_lengths(terms)), config, DORA)
     terms = random_terms(config, ("q_proj.", "embed_tokens.", "lm_head."), SETTINGS, 4)
-    write_adapter(root / "whole", terms, config, SETTINGS, modules_to_save=random_weights(config, ["model.norm.weight"]))
+    write_adapter(root / "whole", AdapterWeights(terms, modules_to_save=random_weights(config, ["model.norm.weight"])), config, SETTINGS)
     return root
 
 
@@ -104,7 +104,7 @@ def test_a_mixed_batch_in_pytorch(variant: str, tmp_path: Path) -> None:
     config = load_config(base)
     for seed in (1, 2):
         terms = random_terms(config, ("self_attn.", "mlp."), AdapterSettings(r=2), seed)
-        write_adapter(tmp_path / f"a{seed}", terms, config, AdapterSettings(r=2))
+        write_adapter(tmp_path / f"a{seed}", AdapterWeights(terms), config, AdapterSettings(r=2))
     llm = in_torch(base, adapter={"one": tmp_path / "a1", "two": tmp_path / "a2"})
     prompts = [list(range(3, 3 + length)) for length in (5, 40, 60, 9, 21)]
     which = ["one", None, "two", "one", "two"]
@@ -134,7 +134,7 @@ class TestWhatTheNativeStepCannotRun:
 
     def test_terms_on_embeddings_alone(self, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         config = load_config(root / "float32")
-        write_adapter(tmp_path / "embed", random_terms(config, ("embed_tokens.",), SETTINGS), config, SETTINGS)
+        write_adapter(tmp_path / "embed", AdapterWeights(random_terms(config, ("embed_tokens.",), SETTINGS)), config, SETTINGS)
         llmkit.load(root / "float32", adapter=tmp_path / "embed", device="cpu")
         assert native_problem() is not None or "has a term on model.embed_tokens" in caplog.text
 
@@ -280,6 +280,6 @@ def test_another_template_is_a_warning(root: Path, caplog: pytest.LogCaptureFixt
 def test_an_adapter_that_changes_nothing_is_a_warning(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = ModelSource.open(root / "float32").config
     terms = {path: (a, torch.zeros_like(b)) for path, (a, b) in random_terms(config, ("q_proj.",), SETTINGS).items()}
-    write_adapter(tmp_path / "new", terms, config, SETTINGS)
+    write_adapter(tmp_path / "new", AdapterWeights(terms), config, SETTINGS)
     llmkit.load(root / "float32", adapter=tmp_path / "new", device="cpu")
     assert "'new' changes nothing: all of its B are zero" in caplog.text

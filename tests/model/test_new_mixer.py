@@ -34,7 +34,7 @@ from llmkit.families.common import Fields
 from llmkit.kernels import native_problem
 from llmkit.lora.inject import LoraSettings, adapted, inject
 from llmkit.lora.settings import AdapterSettings
-from llmkit.lora.write import write_adapter
+from llmkit.lora.write import AdapterWeights, write_adapter
 from llmkit.model.attention import LayerCaches, Rotary
 from llmkit.model.layers import Linear
 from llmkit.model.transformer import Transformer
@@ -180,7 +180,7 @@ def test_lora(folder: Path, tmp_path: Path) -> None:
         losses.append(float(loss))
     assert losses[-1] < losses[0]
     terms = {path: one.factors for path, one in trained.items()}
-    write_adapter(tmp_path / "adapter", terms, load_config(folder), AdapterSettings(r=2, lora_alpha=32))
+    write_adapter(tmp_path / "adapter", AdapterWeights(terms), load_config(folder), AdapterSettings(r=2, lora_alpha=32))
     llm = llmkit.load(folder, adapter=tmp_path / "adapter", device="cpu")
     with torch.inference_mode():
         expected = model(torch.tensor([IDS]))[0].numpy()
