@@ -174,10 +174,10 @@ def test_what_a_side_raises_comes_back_as_it_is(tmp_path: Path) -> None:
 
 
 def test_rivals_have_about_as_many_bits(quantized: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    assert rival_types(quantized, load_config(quantized)) == ("q4_0", "q4_k_m")
-    assert rival_types(tiny_model_dir, load_config(tiny_model_dir)) == ("f16",)
+    assert rival_types(quantized) == ("q4_0", "q4_k_m")
+    assert rival_types(tiny_model_dir) == ("f16",)
     quantize_folder(tiny_model_dir, tmp_path / "q8", "q8")
-    assert rival_types(tmp_path / "q8", load_config(tmp_path / "q8")) == ("q8_0",)
+    assert rival_types(tmp_path / "q8") == ("q8_0",)
 
 
 class Answers:

@@ -451,7 +451,7 @@ def test_a_quantized_folder_is_measured_alone(folder: Path, tmp_path: Path) -> N
     config = load_config(quantized)
     check_train_plan(replace(PLAN, folder=quantized), config)
     with pytest.raises(UsageError, match="compared with full weights"):
-        check_rival(replace(PLAN, folder=quantized), "transformers", False, config)
+        check_rival(replace(PLAN, folder=quantized), "transformers", False)
     with pytest.raises(UsageError, match="--quantize has no effect"):
         check_train_plan(replace(PLAN, folder=quantized, quantize="q4"), config)
     side = started(quantized, "llmkit")

@@ -112,7 +112,7 @@ def test_without_bos_the_first_token_of_a_window_is_not_scored(tmp_path: Path) -
     del settings["bos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     llm = llmkit.load(folder, device="cpu")
-    assert llm.folder.bos_id is None
+    assert llm.bos_id is None
     ids = llm.tokenizer.encode(TEXT)
     found = evaluate(llm, [TEXT, "T"], ctx_size=10)
     windows = [ids[start : start + 10] for start in range(0, len(ids), 10)]

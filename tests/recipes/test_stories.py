@@ -233,7 +233,7 @@ class Words:
     """A model that reads one token per word."""
 
     def __init__(self, ctx_size: int) -> None:
-        self.ctx_size, self.folder, self.name = ctx_size, SimpleNamespace(bos_id=0), "words"
+        self.ctx_size, self.bos_id, self.name = ctx_size, 0, "words"
         self.tokenizer = SimpleNamespace(encode=lambda text, bos: [1] * len(text.split()))
 
 
