@@ -161,7 +161,7 @@ class AttentionConfig(PartConfig):
     """Causal grouped-query attention (arXiv:2305.13245)."""
 
     name = "self_attn"
-    module = "llmkit.model.attention:Attention"
+    module = "llmkit.model.layers:Attention"
 
     num_heads: int
     num_kv_heads: int  # each serves num_heads / num_kv_heads query heads

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmkit.bench.process import Answer, Settings, main
 from llmkit.errors import UsageError
+from llmkit.model.attention import PackedSequences
 from llmkit.planning.memory import check_gpu, check_limit, limit_gpu, peak_bytes
 from llmkit.training.data.packing import IGNORE, Batch
 
@@ -60,9 +61,8 @@ class OwnTraining:
     ) -> None:
         from llmkit.checkpoint.load import load_model_with_report
         from llmkit.compat import keep_freed_memory
-        from llmkit.lora.inject import LoraSettings, inject, use_integers
-        from llmkit.model.autograd import speed_up
-        from llmkit.model.transformer import set_checkpointing
+        from llmkit.lora.fused import training_ops
+        from llmkit.lora.inject import LoraSettings, inject, integers_possible
         from llmkit.training.loop import product_dtype
         from llmkit.training.objective import Objective
 
@@ -73,14 +73,12 @@ class OwnTraining:
         self._bfloat16 = 2 * report.num_parameters
         self._base = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
         inject(model, LoraSettings(r=RANK, lora_alpha=ALPHA))
-        integers = use_integers(model)
-        set_checkpointing(model, checkpointing)
-        speed_up(model)
+        integers = integers_possible(model)
         self.dtype = product_dtype("auto", self.device)
         products = "integer" if integers else "float32" if self.dtype is None else "bfloat16"
         self.path = f"{quantize or report.dtype}, {products} forward{', checkpointing' if checkpointing else ''}"
         self.model: nn.Module = model.train()
-        self.objective = Objective()
+        self.objective = Objective(ops=training_ops(self.device, adapters=True, checkpointing=checkpointing, integers=integers))
         self.renew_optimizer()
 
     def renew_optimizer(self) -> None:
@@ -92,7 +90,7 @@ class OwnTraining:
         tokens = torch.from_numpy(ids)
         labels = torch.cat((tokens[:, 1:], torch.full((len(tokens), 1), IGNORE)), 1)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return self._step([Batch(tokens, labels, positions, torch.zeros_like(tokens), ())])
+        return self._step([Batch(tokens, labels, positions, PackedSequences(torch.zeros_like(tokens)))])
 
     def chats(self, chats: Sequence[Chat], micro_batch: int) -> tuple[float, int]:
         """Packed into rows of `length` slots, `rows` of them at a time; micro_batch is a rival's affair."""
@@ -114,10 +112,10 @@ class OwnTraining:
         return self._step(batches), sum(batch.tokens.numel() for batch in batches)
 
     def _step(self, batches: Sequence[Batch]) -> float:
-        units, total = sum(self.objective.units(batch) for batch in batches), 0.0
+        normalizer, total = sum(self.objective.normalizer(batch) for batch in batches), 0.0
         for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
-                loss = self.objective.sum_of(self.model, batch.to(self.device)) / units
+                loss = self.objective.loss_sum(self.model, batch.to(self.device)) / normalizer
             loss.backward()
             total += loss.item()
         self.optimizer.step()

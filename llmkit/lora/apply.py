@@ -78,10 +78,16 @@ class AdaptedLinear(nn.Module):
         low: Tensor = F.linear(F.linear(x, self.a), self.b)
         return out + low
 
-    def dequantize(self) -> Tensor:
-        """The weight, float32 `[out_features, in_features]`."""
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight with the adapter `[out_features, in_features]`, float32 unless another dtype is asked for."""
         dense: Tensor = self.base.dequantize().float()  # type: ignore[operator]
-        return (dense if self.stretch is None else dense * self.stretch.float()[:, None]) + self.b.float() @ self.a.float()
+        dense = (dense if self.stretch is None else dense * self.stretch.float()[:, None]) + self.b.float() @ self.a.float()
+        return dense if dtype is None else dense.to(dtype)
 
 
 class AdaptedEmbedding(nn.Module):

@@ -16,181 +16,358 @@ The last product of an MLP takes `act(gate) * up` apart: gate and up are saved, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.kernels.training_ops import MatmulWeight
-from llmkit.model import autograd as native
-from llmkit.model.layers import Activation, autocast_dtype, feed
+from llmkit.model.autograd import NativeOps, matmul_weight, native_ops, run_checkpointed
+from llmkit.model.layers import PLAIN, Activation, LinearLike, Ops, autocast_dtype, gated
+from llmkit.quant.linears import QuantizedLinear
 
 
-class Frozen(Protocol):
-    """What is asked of a linear that is not trained itself; see `model.layers.Linear` and `quant.linear.QuantizedLinear`."""
+def training_ops(device: torch.device, *, adapters: bool, checkpointing: bool = False, integers: bool = False) -> Ops:
+    """Return what a training run computes with. Made once for a run and given to the model with every call.
 
+    adapters: fuse them with their frozen linears. checkpointing: compute activations again in the backward pass.
+    integers: frozen q4 and q8 linears on a CPU compute forwards as in generating (see `integers_possible`).
+    """
+    native = native_ops() if device.type == "cpu" else None
+    ops = PLAIN if native is None else native.ops()
+    if adapters:
+        fused = FusedMatmuls(native, integers=integers)
+        ops = replace(ops, matmuls=fused, mlp=FusedMLP(fused))
+    return replace(ops, run_block=run_checkpointed) if checkpointing else ops
+
+
+def without_adapters(ops: Ops) -> Ops:
+    """Return the same operations on the base model alone: what a preference is compared with."""
+    assert isinstance(ops.matmuls, FusedMatmuls), "of a model without adapters, there is nothing to leave out"
+    fused = replace(ops.matmuls, adapters=False)
+    return replace(ops, matmuls=fused, mlp=FusedMLP(fused))
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear of any storage with one adapter beside it. Who makes its factors says so in a subclass (`inject.py`).
+
+    `forward` is the definition, in PyTorch; training calls it through `FusedMatmuls`.
+    """
+
+    base_layer: nn.Module
     in_features: int
     out_features: int
-    bias: Tensor | None
+    scale: float
+    dropout: nn.Dropout | None
+    magnitude: nn.Parameter | None  # [out], of DoRA
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor: ...
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A `[rank, in]` and B `[out, rank]`, float32."""
+        raise NotImplementedError
+
+    @property
+    def base(self) -> LinearLike:
+        base: Any = self.base_layer
+        return base
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def fusible(self) -> bool:
+        """Whether `x W^T + s (x A^T) B^T` is all there is to it: no dropout in between, no magnitude (DoRA)."""
+        return self.magnitude is None and not (self.training and self.dropout is not None)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight with its adapter `[out, in]`, float32 unless another dtype is asked for."""
+        a, b = self.factors
+        weight = self.base.dequantize(torch.float32) + self.scale * b @ a
+        if self.magnitude is not None:
+            weight = weight * (self.magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
+        return weight if dtype is None else weight.to(dtype)
+
+    def row_norms(self) -> Tensor:
+        """Return the norm of each row of `W + s B A`, float32 `[out]`, without making that matrix."""
+        weight = self.base.dequantize(torch.float32)
+        a, b = self.factors
+        cross = ((weight @ a.T) * b).sum(1)
+        own = ((b @ (a @ a.T)) * b).sum(1)
+        return (weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in]`; returns `[..., out]`."""
+        return self.adapt(x, self.base)
+
+    def adapt(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the linear of x `[..., in]` with its adapter, where `base` computes `x W^T + b`."""
+        a, b = self.factors
+        dropped = x if self.dropout is None else self.dropout(x)
+        y = base(x)
+        added = F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype)) * self.scale
+        if self.magnitude is None:
+            return y + added
+        # DoRA (arXiv:2402.09353, 4.3): the norm is a constant for the gradient. As in PEFT, what is rescaled passes dropout too.
+        factor = (self.magnitude / self.row_norms().detach()).to(y.dtype)
+        again = y if dropped is x else base(dropped)
+        without_bias = again if self.bias is None else again - self.bias.to(y.dtype)
+        return y + (factor - 1) * without_bias + factor * added
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """A frozen linear and what is learned beside it.
+class AdaptedWeight:
+    """A frozen linear and what is trained beside it: `W + scale B A`.
 
-    base: the linear. a: `[rank, in]`, b: `[out, rank]`, both None where this linear has no adapter; scale: s.
-    integer: `x W^T + b` by the kernels that generate, float32 `[tokens, in]` to `[tokens, out]`, where they are to run forwards.
+    a `[rank, in]`, b `[out, rank]`, both None where this linear has no adapter.
     """
 
-    base: Frozen
+    base: LinearLike
     a: Tensor | None = None
     b: Tensor | None = None
     scale: float = 1.0
-    integer: Callable[[Tensor], Tensor] | None = None
 
 
-def project_fused(x: Tensor, parts: Sequence[LowRank]) -> tuple[Tensor, ...]:
-    """Several linears on `x [..., in]`."""
-    out: tuple[Tensor, ...] = _Project.apply(x, tuple(parts), *_factors(parts))  # type: ignore[no-untyped-call]
-    return out
+@dataclass(frozen=True)
+class FusedMatmuls:
+    """`Ops.matmuls` in which frozen linears of one input are one function, with their adapters or without.
+
+    native: the kernels that multiply float32 on a CPU. adapters: False for the base model alone. integers: frozen q4 and q8
+    linears compute forwards as in generating.
+    """
+
+    native: NativeOps | None = None
+    adapters: bool = True
+    integers: bool = False
+
+    def __call__(self, x: Tensor, linears: Sequence[LinearLike]) -> tuple[Tensor, ...]:
+        weights = [self.weight(linear) for linear in linears]
+        fusible = [weight for weight in weights if weight is not None]
+        if len(fusible) == len(linears):
+            return self.fused(x, fusible)
+        return tuple([self._single(x, linear) for linear in linears])
+
+    def weight(self, linear: LinearLike) -> AdaptedWeight | None:
+        """Return what a linear is in the fused function; None where it is computed apart: one that is trained, dropout, DoRA."""
+        if not isinstance(linear, LoraLinear):
+            trained = isinstance(linear, nn.Module) and any(parameter.requires_grad for parameter in linear.parameters())
+            return None if trained else AdaptedWeight(linear)
+        if not self.adapters:
+            return AdaptedWeight(linear.base)
+        return AdaptedWeight(linear.base, *linear.factors, linear.scale) if linear.fusible else None
+
+    def fused(self, x: Tensor, weights: Sequence[AdaptedWeight]) -> tuple[Tensor, ...]:
+        """Return the linears of x `[..., in]`, each `[..., out]`."""
+        out: tuple[Tensor, ...] = _Matmuls.apply(x, self, tuple(weights), *_factors(weights))  # type: ignore[no-untyped-call]
+        return out
+
+    def _single(self, x: Tensor, linear: LinearLike) -> Tensor:
+        weight = self.weight(linear)
+        if weight is not None:
+            return self.fused(x, (weight,))[0]
+        if isinstance(linear, LoraLinear):
+            return linear.adapt(x, lambda x: self.fused(x, (AdaptedWeight(linear.base),))[0])
+        return linear(x)
+
+    # -- the arithmetic of the two directions, on x [tokens, in] ---------------------------------------------------------
+
+    def forward(
+        self, x: Tensor, weights: Sequence[AdaptedWeight], factors: Sequence[Tensor | None], trained: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return the outputs `[tokens, out]`; and `x A^T` of all A, `[tokens, sum of ranks]`, where the backward pass will ask for it."""
+        pairs = _pairs(factors, x.dtype)
+        a = _stack(pair[0] for pair in pairs if pair is not None)
+        codes = self._integer_weights(x, weights)
+        if codes is None and self.native is not None and self.native.takes(x):
+            out = self.native.matmul(x, [*_native(weights, pairs), *([matmul_weight(a)] if trained and a is not None else [])])
+            return out[: len(weights)], out[len(weights)] if len(out) > len(weights) else None
+        if codes is not None and self.native is not None:
+            out = [self.native.quantized_matmul(x, one.matrix, one.bias) for one in codes]
+        else:
+            out = _dense_matmuls(x, weights, pairs)
+        apart = codes is not None or x.dtype != torch.float32
+        xa = x @ a.T if a is not None and (trained or apart) else None
+        if xa is not None and apart:
+            at = 0
+            for weight, pair, y in zip(weights, pairs, out, strict=True):
+                if pair is not None:
+                    y.addmm_(xa[:, at : at + len(pair[0])], pair[1].T, alpha=weight.scale)
+                    at += len(pair[0])
+        return out, xa
+
+    def _integer_weights(self, x: Tensor, weights: Sequence[AdaptedWeight]) -> list[QuantizedLinear] | None:
+        """Return the linears in codes where all of them are, and are to compute in integers."""
+        if not self.integers or self.native is None or x.dtype != torch.float32 or x.device.type != "cpu":
+            return None
+        codes = [weight.base for weight in weights if isinstance(weight.base, QuantizedLinear)]
+        return codes if len(codes) == len(weights) else None
+
+    def backward(
+        self,
+        x: Tensor | None,
+        xa: Tensor | None,
+        weights: Sequence[AdaptedWeight],
+        factors: Sequence[Tensor | None],
+        grads: Sequence[Tensor],
+        wanted: bool,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the gradient of x (None unless wanted), and of every A and B; grads are those of the outputs `[tokens, out]`."""
+        native = self.native if self.native is not None and self.native.takes(grads[0]) else None
+        dtype = grads[0].dtype  # that of the products
+        pairs = _pairs(factors, dtype)
+        dx: Tensor | None = None
+        if wanted and native is not None:
+            dx = native.matmul_back(grads, _native(weights, pairs))
+        elif wanted:
+            dx = _dense_matmuls_back(weights, pairs, grads)
+        present = [(weight.scale, pair, grad) for weight, pair, grad in zip(weights, pairs, grads, strict=True) if pair is not None]
+        if x is None or xa is None or not present:
+            return dx, [None] * len(factors)
+        ranks = [len(pair[0]) for _, pair, _ in present]
+        if native is not None:
+            stacked_da, all_db = native.adapter_gradients(x, xa, [(pair[1], scale, grad) for scale, pair, grad in present])
+        else:
+            dxa = torch.cat([(grad @ pair[1]).mul_(scale) for scale, pair, grad in present], 1)  # [tokens, sum of ranks]
+            if dx is not None and dtype != torch.float32:
+                dx.addmm_(dxa, torch.cat([pair[0] for _, pair, _ in present]))
+            stacked_da = dxa.T @ x
+            all_db = [(grad.T @ own).mul_(scale) for (scale, _, grad), own in zip(present, xa.split(ranks, 1), strict=True)]
+        das, dbs = iter(stacked_da.split(ranks)), iter(all_db)
+        found: list[Tensor | None] = []
+        for pair, own_a, own_b in zip(pairs, factors[::2], factors[1::2], strict=True):
+            if pair is None or own_a is None or own_b is None:
+                found += [None, None]
+            else:
+                found += [next(das).to(own_a.dtype), next(dbs).to(own_b.dtype)]
+        return dx, found
 
 
-def feed_fused(act: Activation, gate: Tensor | None, up: Tensor, part: LowRank) -> Tensor:
-    """`down(act(gate) * up)`, or `down(act(up))` without a gate."""
-    out: Tensor = _Feed.apply(gate, up, act, part, *_factors((part,)))  # type: ignore[no-untyped-call]
-    return out
+@dataclass(frozen=True)
+class FusedMLP:
+    """`Ops.mlp` with the last product fused as in `FusedMatmuls`."""
+
+    matmuls: FusedMatmuls
+
+    def __call__(self, act: Activation, gate: Tensor | None, up: Tensor, down: LinearLike) -> Tensor:
+        """gate, up `[..., intermediate]`; returns `[..., hidden]`."""
+        weight = self.matmuls.weight(down)
+        return self.matmuls(gated(act, gate, up), (down,))[0] if weight is None else self.fused(act, gate, up, weight)
+
+    def fused(self, act: Activation, gate: Tensor | None, up: Tensor, weight: AdaptedWeight) -> Tensor:
+        """Return the MLP's result for a `down` that is fused."""
+        out: Tensor = _MLP.apply(gate, up, self, act, weight, *_factors((weight,)))  # type: ignore[no-untyped-call]
+        return out
+
+    def gated(self, act: Activation, gate: Tensor | None, up: Tensor) -> Tensor:
+        """Return what goes into the last product, in its dtype; no gradients."""
+        native = self.native_gate(act, gate, up)
+        return gated(act, gate, up).to(autocast_dtype(up)) if native is None or gate is None else native.gated(gate, up)
+
+    def native_gate(self, act: Activation, gate: Tensor | None, up: Tensor) -> NativeOps | None:
+        """Return the kernels that compute `silu(gate) * up`, where they do."""
+        native = self.matmuls.native
+        if native is None or gate is None or act is not F.silu or autocast_dtype(up) != torch.float32:
+            return None
+        return native if native.takes(up) else None
 
 
-def _factors(parts: Sequence[LowRank]) -> list[Tensor | None]:
-    return [factor for part in parts for factor in (part.a, part.b)]
+def _factors(weights: Sequence[AdaptedWeight]) -> list[Tensor | None]:
+    return [factor for weight in weights for factor in (weight.a, weight.b)]
 
 
 def _pairs(factors: Sequence[Tensor | None], dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
-    """A and B of each part, None where it has none."""
+    """A and B of each linear, None where it has none."""
     pairs = zip(factors[::2], factors[1::2], strict=True)
     return [None if a is None or b is None else (a.detach().to(dtype), b.detach().to(dtype)) for a, b in pairs]
 
 
-def _merged(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | None], device: torch.device) -> Tensor:
-    """`W + s B A` of all parts below each other, float32 `[sum of out, in]`."""
-    if len(parts) == 1 and pairs[0] is None:
-        return parts[0].base.dequantize(torch.float32).detach()
-    whole = torch.empty(sum(part.base.out_features for part in parts), parts[0].base.in_features, device=device)
-    for part, pair, own in zip(parts, pairs, whole.split([part.base.out_features for part in parts]), strict=True):
-        own.copy_(part.base.dequantize(torch.float32).detach())
-        if pair is not None:
-            own.addmm_(pair[1], pair[0], alpha=part.scale)
-    return whole
-
-
-def _native(parts: Sequence[LowRank], pairs: Sequence[tuple[Tensor, Tensor] | None]) -> list[MatmulWeight]:
-    return [native.matmul_weight(part.base.dequantize(), part.base.bias, pair, part.scale) for part, pair in zip(parts, pairs, strict=True)]
-
-
-def _forward(x: Tensor, parts: Sequence[LowRank], factors: Sequence[Tensor | None], learns: bool) -> tuple[list[Tensor], Tensor | None]:
-    """What each part makes of x `[tokens, in]`; and `x A^T` of all A, `[tokens, sum of ranks]`, where learning will ask for it."""
-    pairs = _pairs(factors, x.dtype)
-    a = _below(pair[0] for pair in pairs if pair is not None)
-    integer = x.dtype == torch.float32 and all(part.integer is not None for part in parts)
-    if not integer and native.kernels_for(x) is not None:
-        out = native.matmuls(x, [*_native(parts, pairs), *([native.matmul_weight(a)] if learns and a is not None else [])])
-        return out[: len(parts)], out[len(parts)] if len(out) > len(parts) else None
-    if integer:
-        out = [part.integer(x) for part in parts]  # type: ignore[misc]
-    else:
-        if x.dtype == torch.float32:
-            out = list((x @ _merged(parts, pairs, x.device).T).split([part.base.out_features for part in parts], 1))
-        else:  # one W in memory at a time, and no result that keeps the others
-            out = [x @ part.base.dequantize(x.dtype).detach().T for part in parts]
-        for part, y in zip(parts, out, strict=True):
-            if part.base.bias is not None:
-                y += part.base.bias.detach()
-    apart = integer or x.dtype != torch.float32
-    xa = x @ a.T if a is not None and (learns or apart) else None
-    if xa is not None and apart:
-        at = 0
-        for part, pair, y in zip(parts, pairs, out, strict=True):
-            if pair is not None:
-                y.addmm_(xa[:, at : at + len(pair[0])], pair[1].T, alpha=part.scale)
-                at += len(pair[0])
-    return out, xa
-
-
-def _below(matrices: Iterable[Tensor]) -> Tensor | None:
+def _stack(matrices: Iterable[Tensor]) -> Tensor | None:
     """All of them below each other."""
     found = list(matrices)
     return None if not found else found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _backward(
-    x: Tensor, xa: Tensor | None, parts: Sequence[LowRank], factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: bool
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradient of x `[tokens, in]` (None unless wanted), and of every A and B; grads are those of the outputs `[tokens, out]`."""
-    dtype, fast = x.dtype, native.kernels_for(x) is not None
-    pairs = _pairs(factors, dtype)
+def _native(weights: Sequence[AdaptedWeight], pairs: Sequence[tuple[Tensor, Tensor] | None]) -> list[MatmulWeight]:
+    return [matmul_weight(one.base.dequantize(), one.base.bias, pair, one.scale) for one, pair in zip(weights, pairs, strict=True)]
+
+
+def _merged(weights: Sequence[AdaptedWeight], pairs: Sequence[tuple[Tensor, Tensor] | None], device: torch.device) -> Tensor:
+    """`W + s B A` of all linears below each other, float32 `[sum of out, in]`."""
+    if len(weights) == 1 and pairs[0] is None:
+        return weights[0].base.dequantize(torch.float32).detach()
+    sizes = [one.base.out_features for one in weights]
+    merged = torch.empty(sum(sizes), weights[0].base.in_features, device=device)
+    for one, pair, own in zip(weights, pairs, merged.split(sizes), strict=True):
+        own.copy_(one.base.dequantize(torch.float32).detach())
+        if pair is not None:
+            own.addmm_(pair[1], pair[0], alpha=one.scale)
+    return merged
+
+
+def _dense_matmuls(x: Tensor, weights: Sequence[AdaptedWeight], pairs: Sequence[tuple[Tensor, Tensor] | None]) -> list[Tensor]:
+    """Return the outputs `[tokens, out]` of x: with the adapters in float32, of the bases alone in 16 bits."""
+    if x.dtype == torch.float32:
+        out = list((x @ _merged(weights, pairs, x.device).T).split([one.base.out_features for one in weights], 1))
+    else:  # one W in memory at a time, and no result that keeps the others
+        out = [x @ one.base.dequantize(x.dtype).detach().T for one in weights]
+    for one, y in zip(weights, out, strict=True):
+        if one.base.bias is not None:
+            y += one.base.bias.detach()
+    return out
+
+
+def _dense_matmuls_back(weights: Sequence[AdaptedWeight], pairs: Sequence[tuple[Tensor, Tensor] | None], grads: Sequence[Tensor]) -> Tensor:
+    """Return the gradient of x `[tokens, in]` from those of the outputs, by what `_dense_matmuls` multiplied with."""
+    dtype = grads[0].dtype
+    if dtype == torch.float32:
+        stacked = grads[0] if len(grads) == 1 else torch.cat(list(grads), 1)
+        return stacked @ _merged(weights, pairs, stacked.device)
     dx: Tensor | None = None
-    if wanted and fast:
-        dx = native.matmuls_back(grads, _native(parts, pairs))
-    elif wanted and dtype == torch.float32:
-        dx = (grads[0] if len(grads) == 1 else torch.cat(list(grads), 1)) @ _merged(parts, pairs, x.device)
-    elif wanted:
-        for part, grad in zip(parts, grads, strict=True):
-            weight = part.base.dequantize(dtype).detach()
-            dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
-            del weight  # before the next one
-    present = [(part.scale, pair, grad) for part, pair, grad in zip(parts, pairs, grads, strict=True) if pair is not None]
-    if xa is None or not present:
-        return dx, [None] * len(factors)
-    ranks = [len(pair[0]) for _, pair, _ in present]
-    if fast:
-        whole_da, all_db = native.adapter_gradients(x, xa, [(pair[1], scale, grad) for scale, pair, grad in present])
-    else:
-        dxa = torch.cat([(grad @ pair[1]).mul_(scale) for scale, pair, grad in present], 1)
-        if dx is not None and dtype != torch.float32:
-            dx.addmm_(dxa, torch.cat([pair[0] for _, pair, _ in present]))
-        whole_da = dxa.T @ x
-        all_db = [(grad.T @ own).mul_(scale) for (scale, _, grad), own in zip(present, xa.split(ranks, 1), strict=True)]
-    das, dbs = iter(whole_da.split(ranks)), iter(all_db)
-    found: list[Tensor | None] = []
-    for pair, own_a, own_b in zip(pairs, factors[::2], factors[1::2], strict=True):
-        if pair is None or own_a is None or own_b is None:
-            found += [None, None]
-        else:
-            found += [next(das).to(own_a.dtype), next(dbs).to(own_b.dtype)]
-    return dx, found
+    for one, grad in zip(weights, grads, strict=True):
+        weight = one.base.dequantize(dtype).detach()
+        dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+        del weight  # before the next one
+    assert dx is not None
+    return dx
 
 
-def _gated(act: Activation, up: Tensor) -> bool:
-    return act is F.silu and autocast_dtype(up) == torch.float32 and native.kernels_for(up) is not None
-
-
-class _Project(torch.autograd.Function):
+class _Matmuls(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: tuple[LowRank, ...], *factors: Tensor | None) -> tuple[Tensor, ...]:
-        flat = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x))
-        out, xa = _forward(flat, parts, factors, any(ctx.needs_input_grad[2:]))
-        ctx.parts, ctx.shape, ctx.dtype = parts, x.shape, x.dtype
-        ctx.save_for_backward(flat, xa, *factors)
+    def forward(
+        ctx: Any, x: Tensor, fused: FusedMatmuls, weights: tuple[AdaptedWeight, ...], *factors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x))  # [tokens, in]
+        out, xa = fused.forward(flat, weights, factors, any(ctx.needs_input_grad[3:]))
+        ctx.fused, ctx.weights, ctx.shape, ctx.dtype = fused, weights, x.shape, x.dtype
+        # Frozen linears without an adapter need no input for the gradient of it.
+        ctx.save_for_backward(None if xa is None else flat, xa, *factors)
         return tuple([y.view(*x.shape[:-1], -1) for y in out])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, xa, *factors = ctx.saved_tensors
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dx, found = _backward(x, xa, ctx.parts, factors, flat, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, *found
+        dx, found = ctx.fused.backward(x, xa, ctx.weights, factors, flat, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, *found
 
 
-class _Feed(torch.autograd.Function):
+class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor | None, up: Tensor, act: Activation, part: LowRank, a: Tensor | None, b: Tensor | None) -> Tensor:
-        h = native.gated(gate, up) if gate is not None and _gated(act, up) else feed(act, gate, up, nn.Identity()).to(autocast_dtype(up))
-        (y,), xa = _forward(h.reshape(-1, h.shape[-1]), (part,), (a, b), any(ctx.needs_input_grad[4:]))
-        ctx.act, ctx.part = act, part
+    def forward(
+        ctx: Any,
+        gate: Tensor | None,
+        up: Tensor,
+        fused: FusedMLP,
+        act: Activation,
+        weight: AdaptedWeight,
+        a: Tensor | None,
+        b: Tensor | None,
+    ) -> Tensor:
+        h = fused.gated(act, gate, up)
+        (y,), xa = fused.matmuls.forward(h.reshape(-1, h.shape[-1]), (weight,), (a, b), any(ctx.needs_input_grad[5:]))
+        ctx.fused, ctx.act, ctx.weight = fused, act, weight
         ctx.save_for_backward(gate, up, xa, a, b)
         return y.view(*up.shape[:-1], -1)
 
@@ -198,16 +375,16 @@ class _Feed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         gate, up, ha, a, b = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        if gate is not None and _gated(ctx.act, up):
+        matmuls = ctx.fused.matmuls
+        native = ctx.fused.native_gate(ctx.act, gate, up)
+        if native is not None:
             h = native.gated(gate, up)
-            dh, found = _backward(h.view(-1, h.shape[-1]), ha, (ctx.part,), (a, b), [grad], True)
-            assert dh is not None
-            return *native.gated_back(gate, up, dh), None, None, *found
+            dh, found = matmuls.backward(h.view(-1, h.shape[-1]), ha, (ctx.weight,), (a, b), [grad], True)
+            return *native.gated_back(gate, up, dh), None, None, None, *found
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (gate, up) if t is not None]
-            h = feed(ctx.act, None if gate is None else inputs[0], inputs[-1], nn.Identity())
+            h = gated(ctx.act, None if gate is None else inputs[0], inputs[-1])
         flat = h.detach().reshape(-1, h.shape[-1]).to(grad.dtype)
-        dh, found = _backward(flat, ha, (ctx.part,), (a, b), [grad], True)
-        assert dh is not None
+        dh, found = matmuls.backward(flat, ha, (ctx.weight,), (a, b), [grad], True)
         found_inputs = torch.autograd.grad(h, inputs, dh.view_as(h).to(h.dtype))
-        return None if gate is None else found_inputs[0], found_inputs[-1], None, None, *found
+        return None if gate is None else found_inputs[0], found_inputs[-1], None, None, None, *found

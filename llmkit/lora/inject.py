@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.compat import bitsandbytes, register_peft_linears
@@ -19,10 +16,7 @@ from llmkit.errors import UsageError
 from llmkit.kernels.format import widen
 from llmkit.kernels.training_ops import training_kernels
 from llmkit.lora.adapter import Adapter
-from llmkit.lora.fused import LowRank, feed_fused, project_fused
-from llmkit.model import autograd as native
-from llmkit.model.attention import Attention
-from llmkit.model.layers import MLP, Activation, Products, feed, project
+from llmkit.lora.fused import LoraLinear
 from llmkit.model.transformer import Transformer
 from llmkit.quant.linears import QuantizedLinear
 
@@ -53,8 +47,8 @@ class LoraSettings:
     modules_to_save: tuple[str, ...] = ()
 
 
-class LoraLinear(nn.Module, LoraLayer):
-    """A frozen linear of any storage with one adapter beside it."""
+class PeftLinear(LoraLinear, LoraLayer):
+    """A linear with an adapter whose factors PEFT makes, under PEFT's names."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **kwargs: Any
@@ -71,9 +65,7 @@ class LoraLinear(nn.Module, LoraLayer):
         layer.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.scale = float(layer.scaling[adapter_name])
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else None
-        self.active = True  # False: the base alone
-        self.integer: Callable[[Tensor], Tensor] | None = None  # see `fused.LowRank`
-        self.magnitude: nn.Parameter | None = None
+        self.magnitude = None
         if config.use_dora:
             self.magnitude = nn.Parameter(self.row_norms().detach().clone())
 
@@ -83,55 +75,7 @@ class LoraLinear(nn.Module, LoraLayer):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A `[rank, in]` and B `[out, rank]`, float32."""
         return self.get_parameter(f"lora_A.{NAME}.weight"), self.get_parameter(f"lora_B.{NAME}.weight")
-
-    @property
-    def low_rank(self) -> LowRank:
-        base: Any = self.base_layer
-        return LowRank(base, *self.factors, self.scale, self.integer) if self.active else LowRank(base, integer=self.integer)
-
-    @property
-    def fusible(self) -> bool:
-        """Whether `x W^T + s (x A^T) B^T` is all there is to it: no dropout in between, no magnitude (DoRA)."""
-        return not self.active or (self.magnitude is None and not (self.training and self.dropout is not None))
-
-    def row_norms(self) -> Tensor:
-        """The norm of each row of `W + s B A`, float32 `[out]`, without making that matrix."""
-        base: Any = self.base_layer
-        weight: Tensor = base.dequantize().float()
-        a, b = self.factors
-        cross = ((weight @ a.T) * b).sum(1)
-        own = ((b @ (a @ a.T)) * b).sum(1)
-        return (weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fusible:
-            return project_fused(x, (self.low_rank,))[0]
-        base: Any = self.base_layer
-        a, b = self.factors
-        dropped = x if self.dropout is None else self.dropout(x)
-        (y,) = project_fused(x, (LowRank(base),))
-        added = F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype)) * self.scale
-        if self.magnitude is None:
-            return y + added
-        # DoRA (arXiv:2402.09353, 4.3): the norm is a constant for the gradient. As in PEFT, what is rescaled passes dropout too.
-        factor = (self.magnitude / self.row_norms().detach()).to(y.dtype)
-        (again,) = (y,) if dropped is x else project_fused(dropped, (LowRank(base),))
-        without_bias = again if base.bias is None else again - base.bias.to(y.dtype)
-        return y + (factor - 1) * without_bias + factor * added
-
-
-def _project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    if not all(linear.fusible for linear in linears if isinstance(linear, LoraLinear)):
-        return project(x, linears)
-    return project_fused(x, [linear.low_rank if isinstance(linear, LoraLinear) else LowRank(linear) for linear in linears])  # type: ignore[arg-type]
-
-
-def _feed(act: Activation, gate: Tensor | None, up: Tensor, down: nn.Module) -> Tensor:
-    if isinstance(down, LoraLinear) and not down.fusible:
-        return feed(act, gate, up, down)
-    return feed_fused(act, gate, up, down.low_rank if isinstance(down, LoraLinear) else LowRank(down))  # type: ignore[arg-type]
 
 
 def inject(model: Transformer, settings: LoraSettings) -> None:
@@ -157,7 +101,7 @@ def inject(model: Transformer, settings: LoraSettings) -> None:
         use_dora=settings.use_dora,
         init_lora_weights=settings.init_lora_weights,
     )
-    register_peft_linears(config, {type(model.get_submodule(name)): LoraLinear for name in targets})
+    register_peft_linears(config, {type(model.get_submodule(name)): PeftLinear for name in targets})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft speaks of checkpoints it saves itself
         inject_adapter_in_model(config, model, adapter_name=NAME)
@@ -165,9 +109,6 @@ def inject(model: Transformer, settings: LoraSettings) -> None:
         parameter.requires_grad_("lora_" in name or name.endswith(".magnitude"))
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
-    for module in model.modules():
-        if isinstance(module, (Attention, MLP)):
-            module.products = Products(_project, _feed)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -175,26 +116,10 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 
-def use_integers(model: Transformer) -> bool:
-    """Lets frozen q4 and q8 linears on a CPU compute forwards as in generating; False where there are none, or no native kernels."""
-    if training_kernels() is None:
-        return False
-    found = False
-    for _, linear in adapted(model):
-        base = linear.base_layer
-        if isinstance(base, QuantizedLinear) and base.codes.device.type == "cpu":
-            linear.integer = partial(_integer_product, base)
-            found = True
-    return found
-
-
-def _integer_product(base: QuantizedLinear, x: Tensor) -> Tensor:
-    bias = None if base.bias is None else base.bias.detach().float().numpy()
-    y = native.memory.empty(len(x), base.out_features)
-    kernels = training_kernels()
-    assert kernels is not None
-    kernels.linear(base.matrix, bias, x.detach().contiguous().numpy(), torch.get_num_threads(), y.numpy())
-    return y
+def integers_possible(model: Transformer) -> bool:
+    """Return whether frozen linears can compute forwards in integers: q4 or q8 under an adapter, on a CPU with native kernels."""
+    bases = (linear.base for _, linear in adapted(model))
+    return training_kernels() is not None and any(isinstance(base, QuantizedLinear) and base.codes.device.type == "cpu" for base in bases)
 
 
 @torch.no_grad()
@@ -224,19 +149,6 @@ def start_from(model: Transformer, adapter: Adapter) -> None:
         if name not in parameters or not parameters[name].requires_grad:
             raise UsageError(f"the adapter {adapter.folder} has weights of its own for {name}. Name its module in lora.modules_to_save.")
         parameters[name].copy_(torch.from_numpy(widen(array)))
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model, while this lasts."""
-    linears = [module for _, module in adapted(model)]
-    for linear in linears:
-        linear.active = False
-    try:
-        yield
-    finally:
-        for linear in linears:
-            linear.active = True
 
 
 def find_targets(wanted: str | Sequence[str], linears: Sequence[str]) -> list[str]:

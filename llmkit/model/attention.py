@@ -5,24 +5,23 @@
     kv heads        k0        k1         num_key_value_heads = 2: each serves a group of 3 query heads
 
 A mask is never a padding convention. It comes from positions: a key is visible iff
-`0 <= key position <= query position`, `query position - key position < window`, and both are of the same segment, or the
-query's segment goes on from the key's.
+`0 <= key position <= query position`, `query position - key position < window`, and both are of the same sequence, or the
+query's sequence goes on from the key's (its parent). Here is attention as a function; the module with its weights is in `layers.py`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmkit.config import AttentionConfig, ModelConfig
+from llmkit.config import ModelConfig
 from llmkit.errors import UsageError
-from llmkit.model.layers import Linear, Products, make_norm
 
 # One layer's recurrence over consecutive tokens of a sequence: (inputs [batch, tokens, ...], states, each [batch, *State.shape])
 # -> (outputs [batch, tokens, ...], the states after the last token). It makes new tensors and leaves those it is given as they are.
@@ -34,6 +33,11 @@ class LayerCaches(Protocol):
 
     `NoCache` below knows the given tokens alone; `cache.StepCaches` everything before them too.
     """
+
+    @property
+    def rope_lengths(self) -> Sequence[int]:
+        """The lengths of text that rotary frequencies are chosen for, one for all tokens or one for each; (0,) where none depend on it."""
+        ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep keys and values, and attend to all a query can see: q `[b, t, heads, d]`, k, v `[b, t, kv_heads, d]` -> q's shape."""
@@ -48,8 +52,6 @@ class LayerCaches(Protocol):
         """
         ...
 
-
-Rotary = tuple[Tensor, Tensor]
 
 # Scores computed at a time where they must be materialised (soft caps): 64 MiB of float32.
 _SCORE_ELEMENTS = 1 << 24
@@ -102,157 +104,134 @@ def attention(
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Where the documents of a flattened batch lie, one behind the other, and where their keys.
+class PackedLayout:
+    """Where the sequences of a flattened batch lie, one behind the other, and where the keys that each of them sees.
 
-    lengths: rows of q that are each document's. places: int64, of all documents' keys one document behind the other, the own ones
-    last, where some go on from others; None: a document's keys are its own. key_lengths: how many are each document's.
+    lengths: tokens of each sequence. key_lengths: keys that it sees, its own the last of them. key_indices: int64
+    `[sum of key_lengths]`, the keys of all sequences as rows of the flattened batch; None: a sequence sees its own alone.
+    parents: the index of the sequence that each goes on from.
     """
 
     lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
-    places: Tensor | None = None
+    key_indices: Tensor | None = None
+    parents: tuple[int | None, ...] = ()
 
-    def keys(self, k: Tensor) -> Tensor:
-        """The keys (or values) `[keys, kv_heads, head_dim]` of all documents, of k `[batch, seq, kv_heads, head_dim]`."""
+    def gather_keys(self, k: Tensor) -> Tensor:
+        """Return all sequences' keys (or values) `[sum of key_lengths, kv_heads, head_dim]` of k `[batch, seq, kv_heads, head_dim]`."""
         k = k.flatten(0, 1)
-        return k if self.places is None else k.index_select(0, self.places)
+        return k if self.key_indices is None else k.index_select(0, self.key_indices)
 
 
-# Attention within documents: (q, k, v, documents, window, scale) -> [b, t, heads, d].
-DocumentAttention = Callable[[Tensor, Tensor, Tensor, Documents, int | None, float], Tensor]
+@dataclass(frozen=True)
+class PackedSequences:
+    """Which tokens belong together where several sequences share a row: sequences do not see each other.
+
+    ids: int64 `[batch, seq]`; a sequence is a run of one id within a row.
+    parents: ids that go on from another one and so see it and its parents. A parent stands before them as a whole, and their positions
+    go on from its last: what several sequences begin with is computed once.
+    """
+
+    ids: Tensor
+    parents: Mapping[int, int] = field(default_factory=dict)
+
+    def layout(self) -> PackedLayout | None:
+        """Return where sequences begin and end; None where every row is one sequence."""
+        changes = self.ids[:, 1:] != self.ids[:, :-1]
+        if not self.parents and not changes.any():
+            return None
+        starts = torch.cat((torch.ones_like(changes[:, :1]), changes), 1).flatten()  # the first token of a row begins a sequence too
+        bounds = [*starts.nonzero().flatten().tolist(), len(starts)]
+        lengths = tuple(end - begin for begin, end in itertools.pairwise(bounds))
+        if not self.parents:
+            return PackedLayout(lengths, lengths, None, (None,) * len(lengths))
+        names = self.ids.flatten()[torch.tensor(bounds[:-1], device=self.ids.device)].tolist()
+        index_of = {name: index for index, name in enumerate(names)}
+        parents = tuple(index_of[self.parents[name]] if name in self.parents else None for name in names)
+        keys: list[Tensor] = []  # of each sequence: those of its parent, then its own
+        for (begin, end), parent in zip(itertools.pairwise(bounds), parents, strict=True):
+            own = torch.arange(begin, end)
+            keys.append(own if parent is None else torch.cat((keys[parent], own)))
+        return PackedLayout(lengths, tuple(map(len, keys)), torch.cat(keys).to(self.ids.device), parents)
+
+
+# Causal attention within packed sequences: (q, k, v, layout, window, scale, softcap) -> the shape of q; see `attend_packed`.
+AttendPacked = Callable[[Tensor, Tensor, Tensor, PackedLayout | None, int | None, float, float | None], Tensor]
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | None, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Attend causally within each sequence by PyTorch's operations.
+
+    q `[batch, seq, heads, head_dim]`; k, v `[batch, seq, kv_heads, head_dim]`; returns the shape of q. layout None: every row is one
+    sequence. window: how many positions a query sees, its own among them; None: all.
+
+    Sequences attend one by one: the work then grows with the squares of their lengths, not with the square of the row's,
+    and no mask is built where causal order says it all.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q `[rows, queries, heads, head_dim]`, the last of the keys `[rows, keys, kv_heads, head_dim]`."""
+        queries, keys = q.shape[1], k.shape[1]
+        if queries == keys and (window is None or keys <= window):
+            return attention(q, k, v, None, True, scale, softcap)
+        index = torch.arange(keys, device=q.device)
+        return attention(q, k, v, visible(index[-queries:], index, window).unsqueeze(0), False, scale, softcap)
+
+    if layout is None:
+        return attend(q, k, v)
+    queries = q.flatten(0, 1).unsqueeze(0).split(list(layout.lengths), 1)
+    keys, values = (layout.gather_keys(t).unsqueeze(0).split(list(layout.key_lengths), 1) for t in (k, v))
+    return torch.cat(list(map(attend, queries, keys, values)), 1).view_as(q)
 
 
 class NoCache:
-    """`LayerCaches` that keep nothing: the tokens of one forward see each other, as in training and in scoring a whole text.
-
-    Packed rows are cut into their documents, and each attends alone: the work of a row then grows with the squares of
-    the documents' lengths, not with the square of the row's, and no mask is built where causal order says it all.
-    """
+    """`LayerCaches` that keep nothing: the tokens of one forward see each other, as in training and in scoring a whole text."""
 
     def __init__(
         self,
         config: ModelConfig,
         positions: Tensor,
-        segments: Tensor | None,
-        of_documents: DocumentAttention | None = None,
-        follows: Mapping[int, int] | None = None,
+        packed: PackedSequences | None = None,
+        attend_packed: AttendPacked = attend_packed,
     ) -> None:
-        """positions, segments: `[batch, seq]`; a document is a run of one segment whose positions rise by one.
-
-        of_documents: what attends within documents without soft caps; by default `attention` above. follows: the segments that go
-        on from another one, which stands before them as a whole, and those: such a segment's positions go on, too.
-        """
-        self.config, self.of_documents = config, of_documents
-        length = positions.shape[1]
-        starts = positions[:, 1:] != positions[:, :-1] + 1
-        if segments is not None:
-            starts |= segments[:, 1:] != segments[:, :-1]
-        self.scattered = False
-        self.parents: list[int | None] = []  # of each document, the index of the one that it goes on from
-        self.documents: Documents | None = None  # None: every row is one document
-        self.masks: dict[int | None, Tensor | None] = dict.fromkeys(config.cache_windows)
-        if not starts.any() and not follows:
-            for window in config.cache_windows:
-                if window is not None and length > window:
-                    self.masks[window] = visible(positions, positions, window)
+        """positions: `[batch, seq]`; they rise by one within a sequence, or else they alone tell what is visible."""
+        self.config, self.attend_packed = config, attend_packed
+        self.rope_lengths = (int(positions.max()) + 1,) if config.rope_depends_on_length else (0,)
+        jumps = positions[:, 1:] != positions[:, :-1] + 1
+        if packed is not None:
+            jumps &= packed.ids[:, 1:] == packed.ids[:, :-1]
+        self.layout: PackedLayout | None = None
+        self.masks: dict[int | None, Tensor] | None = None  # per window `[batch, seq, seq]`, where positions jump
+        if not jumps.any():
+            self.layout = None if packed is None else packed.layout()
             return
-        self.scattered = segments is None or bool((starts & (segments[:, 1:] == segments[:, :-1])).any())
-        if self.scattered:  # positions jump within a document, so only they can tell what is visible
-            for window in config.cache_windows:
-                mask = visible(positions, positions, window)
-                self.masks[window] = mask if segments is None else mask & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
-            return
-        starts = torch.cat((torch.ones_like(starts[:, :1]), starts), 1).flatten()  # a row begins a document, too
-        bounds = [*starts.nonzero().flatten().tolist(), len(starts)]
-        self.documents = _documents(bounds, segments, follows or {})
-        self.parents = [None] * (len(bounds) - 1)
-        if follows and segments is not None:
-            names = segments.flatten()[torch.tensor(bounds[:-1], device=segments.device)].tolist()
-            self.parents = [names.index(follows[name]) if name in follows else None for name in names]
+        self.masks = {}
+        for window in config.cache_windows:
+            mask = visible(positions, positions, window)
+            self.masks[window] = mask if packed is None else mask & (packed.ids.unsqueeze(-1) == packed.ids.unsqueeze(-2))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         part = self.config.attention(layer)
-        window, scale, softcap = part.sliding_window, part.score_scale, part.softcap
-        if self.of_documents is not None and softcap is None and not self.scattered and not torch.compiler.is_compiling():
-            rows = (q.shape[1],) * q.shape[0]
-            return self.of_documents(q, k, v, self.documents or Documents(rows, rows), window, scale)
-        if self.documents is None:
-            mask = self.masks[window]
-            return attention(q, k, v, mask, mask is None, scale, softcap)
-        parts = []
-        lengths, key_lengths, keys = list(self.documents.lengths), list(self.documents.key_lengths), self.documents.keys
-        for qd, kd, vd in zip(q.flatten(0, 1).split(lengths), keys(k).split(key_lengths), keys(v).split(key_lengths), strict=True):
-            mask, length = None, len(kd)
-            if len(qd) < length or (window is not None and length > window):
-                index = torch.arange(length, device=q.device)
-                mask = visible(index[-len(qd) :], index, window).unsqueeze(0)
-            parts.append(attention(qd.unsqueeze(0), kd.unsqueeze(0), vd.unsqueeze(0), mask, mask is None, scale, softcap))
-        return torch.cat(parts, 1).view_as(q)
+        if self.masks is not None:
+            return attention(q, k, v, self.masks[part.sliding_window], False, part.score_scale, part.softcap)
+        return self.attend_packed(q, k, v, self.layout, part.sliding_window, part.score_scale, part.softcap)
 
     def recur(self, layer: int, inputs: Tensor, recurrence: Recurrence) -> Tensor:
-        if self.scattered:
+        if self.masks is not None:
             raise UsageError("the positions jump within a text, which a layer with a recurrent state cannot follow. Number them in order.")
         shapes = [state.shape for state in self.config.states[layer] if state.kind != "kv"]
 
         def zeros(batch: int) -> tuple[Tensor, ...]:
             return tuple(torch.zeros(batch, *shape, device=inputs.device) for shape in shapes)
 
-        if self.documents is None:
+        if self.layout is None:
             return recurrence(inputs, zeros(len(inputs)))[0]
         outputs: list[Tensor] = []
-        ends: list[tuple[Tensor, ...]] = []  # the state after each document, for those that go on from it
-        for part, parent in zip(inputs.flatten(0, 1).split(list(self.documents.lengths)), self.parents, strict=True):
+        ends: list[tuple[Tensor, ...]] = []  # the state after each sequence, for those that go on from it
+        for part, parent in zip(inputs.flatten(0, 1).split(list(self.layout.lengths)), self.layout.parents, strict=True):
             output, end = recurrence(part.unsqueeze(0), zeros(1) if parent is None else ends[parent])
             outputs.append(output)
             ends.append(end)
         return torch.cat(outputs, 1).unflatten(1, inputs.shape[:2]).squeeze(0)
-
-
-def _documents(bounds: Sequence[int], segments: Tensor | None, follows: Mapping[int, int]) -> Documents:
-    """bounds: where documents begin along the flattened batch, and its end."""
-    lengths = tuple(end - begin for begin, end in itertools.pairwise(bounds))
-    if not follows:
-        return Documents(lengths, lengths)
-    assert segments is not None
-    names = segments.flatten()[torch.tensor(bounds[:-1], device=segments.device)].tolist()
-    spans = {name: torch.arange(begin, end) for name, (begin, end) in zip(names, itertools.pairwise(bounds), strict=True)}
-    places = []
-    for name in names:
-        spans[name] = torch.cat((spans[follows[name]], spans[name])) if name in follows else spans[name]
-        places.append(spans[name])
-    return Documents(lengths, tuple(map(len, places)), torch.cat(places).to(segments.device))
-
-
-class Attention(nn.Module):
-    """The attention block of one layer: project, normalise, rotate, attend, project back."""
-
-    def __init__(self, part: AttentionConfig, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.head_dim = part.head_dim
-        self.products = Products()
-        q_size, kv_size = part.query_size, part.kv_size
-        self.q_proj = Linear(config.hidden_size, q_size, part.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, part.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, part.qkv_bias)
-        self.o_proj = Linear(q_size, config.hidden_size, part.o_bias)
-        self.norm_before_heads = part.qk_norm == "full"  # OLMo 2 normalizes all heads at once
-        self.q_norm: nn.Module | None = None
-        self.k_norm: nn.Module | None = None
-        if part.qk_norm is not None:
-            self.q_norm = make_norm(config, q_size if part.qk_norm == "full" else part.head_dim)
-            self.k_norm = make_norm(config, kv_size if part.qk_norm == "full" else part.head_dim)
-
-    def forward(self, x: Tensor, rotary: Rotary | None, caches: LayerCaches, rows: Tensor | None = None) -> Tensor:
-        """x `[batch, seq, hidden]`; rotary None: this layer does not rotate. rows: of the flattened batch, those that are returned."""
-        q, k, v = self.products.project(x, (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None and self.norm_before_heads:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None and not self.norm_before_heads:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = self.products.rotate(q, rotary), self.products.rotate(k, rotary)
-        attended = caches.attend(self.layer, q, k, v).flatten(-2)
-        return self.o_proj(attended if rows is None else attended.flatten(0, 1).index_select(0, rows))

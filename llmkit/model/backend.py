@@ -100,13 +100,11 @@ class TorchBackend:
         if self.decode is not None and one_each and not hidden and self.decode.fits(len(tokens), int(positions.max()) + 1):
             logits = self.decode(tokens, positions, [table[sequences] for table in batch.block_tables])
             return logits[self._int64(batch.logits_indices)].float().cpu().numpy()
-        lengths = batch.contexts[sequences].tolist() if self.config.rope_depends_on_length else (0,)
         out = model(
             self._int64(tokens).unsqueeze(0),
             self._int64(positions).unsqueeze(0),
-            lengths=lengths,
             caches=StepCaches(self.cache, batch),
-            rows=self._int64(batch.logits_indices),
+            logits_indices=self._int64(batch.logits_indices),
             hidden=hidden,
         )
         return out.float().cpu().numpy()

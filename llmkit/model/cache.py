@@ -114,6 +114,7 @@ class StepCaches:
     def __init__(self, cache: CacheStorage, batch: StepBatch) -> None:
         self.cache = cache
         sequences = batch.sequences
+        self.rope_lengths = batch.contexts[sequences].tolist() if cache.config.rope_depends_on_length else (0,)
         self.bounds = [0, *(np.flatnonzero(np.diff(sequences)) + 1).tolist(), len(sequences)]  # sequence i has tokens [i], [i + 1]
         self.parts: list[list[_Part]] = []  # per group
         for group, window in enumerate(cache.config.cache_windows):

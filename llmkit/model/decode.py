@@ -67,6 +67,8 @@ def cuda_graphs(device: torch.device) -> Capture:
 class StaticCaches:
     """`LayerCaches` for one token of each sequence, with shapes that do not depend on how long the sequences are."""
 
+    rope_lengths = (0,)  # no frequencies by length: see `capturable`
+
     def __init__(self, cache: CacheStorage, positions: Tensor, tables: list[Tensor]) -> None:
         """positions int64 `[batch]`; tables per group int64 `[batch, blocks]`, for at least the blocks up to the positions."""
         self.cache = cache
@@ -156,7 +158,7 @@ class _Step:
     def run(self) -> Tensor:
         tokens, positions = self.inputs[:, 0], self.inputs[:, 1]
         caches = StaticCaches(self.cache, positions, list(self.inputs[:, 2:].split(self.blocks, 1)))
-        logits: Tensor = self.model(tokens.unsqueeze(0), positions.unsqueeze(0), lengths=(0,), caches=caches)[0]
+        logits: Tensor = self.model(tokens.unsqueeze(0), positions.unsqueeze(0), caches=caches)[0]
         return logits
 
 

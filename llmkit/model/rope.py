@@ -11,8 +11,10 @@ from torch import Tensor
 from llmkit.config import RopeConfig
 from llmkit.rope import inverse_frequencies
 
+Rotary = tuple[Tensor, Tensor]  # cos and sin, each [batch, seq, 1, rotary_dim]
 
-def rotary_tables(rope: RopeConfig, head_dim: int, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+
+def rotary_tables(rope: RopeConfig, head_dim: int, positions: Tensor, lengths: Sequence[int]) -> Rotary:
     """cos and sin for every token, float32 `[batch, seq, 1, rotary_dim]`, ready for `rotate`.
 
     positions: `[batch, seq]`. lengths: one for all, or one per token of the flattened batch: the sequence lengths for
@@ -36,11 +38,11 @@ def _frequencies(rope: RopeConfig, head_dim: int, lengths: tuple[int, ...], devi
         return torch.stack([torch.from_numpy(frequencies) for frequencies, _ in chosen]).to(device), chosen[0][1]
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates each pair (i, i + rotary_dim/2) of the leading dimensions of `x` `[batch, seq, heads, head_dim]`."""
+def rotate(x: Tensor, tables: Rotary) -> Tensor:
+    """Rotate each pair (i, i + rotary_dim/2) of the leading dimensions of `x` `[batch, seq, heads, head_dim]`."""
     cos, sin = tables
     dim = cos.shape[-1]
     if dim == x.shape[-1]:
         return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
-    turned = x[..., :dim]
-    return torch.cat((torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin), x[..., dim:]), -1)
+    rotated = x[..., :dim]  # partial rotary: the dimensions behind are left as they are
+    return torch.cat((torch.addcmul(rotated * cos, rotated.roll(dim // 2, -1), sin), x[..., dim:]), -1)

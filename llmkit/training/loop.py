@@ -1,4 +1,4 @@
-"""The training loop: one for every recipe. What is learned comes in as an objective, what is judged as callables."""
+"""The training loop: one for every recipe. What is learned comes in as an objective, what is evaluated as callables."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from llmkit.training.parallel import Processes, gathered, scatter_states, scatte
 from llmkit.training.recipe import Recipe
 from llmkit.training.report import Report
 
-Judge = Callable[[Batch], dict[str, float]]  # the objective's sums over a held-out batch
-Evaluate = Callable[[Judge], dict[str, float]]  # held-out figures, among them eval_loss
+EvaluateBatch = Callable[[Batch], dict[str, float]]  # the objective's sums over a held-out batch
+Evaluate = Callable[[EvaluateBatch], dict[str, float]]  # held-out figures, among them eval_loss
 Export = Callable[[nn.Module], None]  # writes the model for people
 Sample = Callable[[nn.Module], list[str]]  # texts to look at
 
@@ -40,7 +40,7 @@ class Progress:
     """Where a run stands; stored in its checkpoint."""
 
     step: int = 0  # optimizer steps done
-    tokens: int = 0  # targets learned from
+    tokens: int = 0  # supervised ones learned from
     seconds: float = 0.0  # of training, over all sessions
     best_loss: float | None = None  # held out
     best_step: int = 0
@@ -54,9 +54,9 @@ class _Learner(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch, judged: bool = False) -> Any:
-        """The sum of the loss, or the sums of everything that an evaluation shows."""
-        return (self.objective.judged if judged else self.objective.sum_of)(self.model, batch)
+    def forward(self, batch: Batch, evaluate: bool = False) -> Any:
+        """Return the sum of the loss, or the sums of everything that an evaluation shows."""
+        return (self.objective.evaluate if evaluate else self.objective.loss_sum)(self.model, batch)
 
 
 class Trainer:
@@ -191,8 +191,8 @@ class Trainer:
     def _step(self) -> dict[str, float] | None:
         """One optimizer step; None where the data has ended.
 
-        The gradient is that of the sum over all micro-batches divided by all their targets, so accumulation gives what
-        one large batch would, however the targets are spread.
+        The gradient is that of the sum over all micro-batches divided by all their supervised tokens, so accumulation gives what
+        one large batch would, however those are spread.
         """
         recipe, processes = self.recipe, self.processes
         turns = []  # of the processes, each with a batch of its own; every process plans them all, so all know what the others have
@@ -202,7 +202,7 @@ class Trainer:
         if not turns:
             return None
         batches = [batch for turn in turns for batch in turn]
-        targets, units = sum(b.target_count for b in batches), sum(self.objective.units(b) for b in batches)
+        supervised, normalizer = sum(b.num_supervised for b in batches), sum(self.objective.normalizer(b) for b in batches)
         rate = self._set_learning_rate()
         # What is drawn in a step (dropout) follows from the seed, the step and the process: nothing to store for a resumed run.
         torch.manual_seed((recipe.seed * 1_000_003 + self.done.step) * 1_009 + processes.rank)
@@ -212,7 +212,7 @@ class Trainer:
             batch = turn[0 if idle else processes.rank]
             with processes.sharing(self.learner, index == len(turns) - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
-                    loss = self.learner(batch.to(self.device)) / units
+                    loss = self.learner(batch.to(self.device)) / normalizer
                 loss = loss * 0.0 if idle else loss
                 (loss * processes.count).backward()  # gradients are averaged over the processes
             total += loss.item()
@@ -224,7 +224,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.done.step += 1
-        self.done.tokens += targets
+        self.done.tokens += supervised
         if self.average is not None and recipe.ema is not None:
             decay = min(recipe.ema, (1 + self.done.step) / (10 + self.done.step))  # follow closely while the weights move fast
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
@@ -248,7 +248,7 @@ class Trainer:
             f"Look at those rows; else lower learning_rate or raise warmup_steps, and {again}."
         )
 
-    # -- judging and saving -------------------------------------------------------------------------------------------
+    # -- evaluating and saving ----------------------------------------------------------------------------------------
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -272,7 +272,7 @@ class Trainer:
         start = time.monotonic()
         with self.averaged() as model, torch.no_grad():
             model.eval()
-            figures = self.evaluate(self._judge) if self.evaluate is not None else {}
+            figures = self.evaluate(self._evaluate_batch) if self.evaluate is not None else {}
             model.train()
         self._compare(figures)
         with self.averaged() as model:
@@ -285,9 +285,9 @@ class Trainer:
             self.report.say(f"  {text}")
         self.report.draw(last=False)
 
-    def _judge(self, batch: Batch) -> dict[str, float]:
+    def _evaluate_batch(self, batch: Batch) -> dict[str, float]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
-            figures: dict[str, float] = self.learner(batch.to(self.device), judged=True)
+            figures: dict[str, float] = self.learner(batch.to(self.device), evaluate=True)
         return figures
 
     def _compare(self, figures: dict[str, float]) -> None:

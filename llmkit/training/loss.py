@@ -1,4 +1,4 @@
-"""Losses. A loss maps a model and a batch to the SUM over its units, so that the loop can normalise a whole step at once."""
+"""Losses. A loss maps a model and a batch to the SUM over its supervised tokens, so that the loop can divide a whole step at once."""
 
 from __future__ import annotations
 
@@ -10,56 +10,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmkit.model import autograd as native
-from llmkit.model.layers import autocast_dtype
+from llmkit.model.layers import PLAIN, Ops, autocast_dtype
 from llmkit.model.transformer import Transformer
 from llmkit.training.data.packing import IGNORE, Batch
 
 # Logits computed at a time: 64 MiB of float32, a few hundred rows of a large vocabulary.
 _LOGITS = 1 << 24
-# The same for some columns of all rows: on a CPU they stay in its cache. No more numbers of a 16-bit head are widened at a time.
+# The same for some columns of all rows: on a CPU they stay in its cache. No more numbers of a 16-bit head are upcast at a time.
 _TILE = {"cpu": 1 << 22}
 _SMALLEST = 1 << 10  # columns
 
 RowLoss = Callable[[Tensor, slice], Tensor]  # float32 logits `[rows, vocab]` of a slice of the rows -> a loss for each row
 
 
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Next-token cross-entropy in nats, summed over the batch's targets (a scalar)."""
-    return token_losses(model, batch)[0].sum()
+def cross_entropy(model: nn.Module, batch: Batch, ops: Ops = PLAIN) -> Tensor:
+    """Return next-token cross-entropy in nats, summed over the batch's supervised tokens (a scalar)."""
+    return token_losses(model, batch, ops)[0].sum()
 
 
-def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats of every target, float32 `[targets]`, and the targets' places in the flattened batch, int64.
+def token_losses(model: nn.Module, batch: Batch, ops: Ops = PLAIN) -> tuple[Tensor, Tensor]:
+    """Return cross-entropy in nats of every supervised token, float32 `[supervised]`, and their rows in the flattened batch, int64.
 
-    Only slots with a target go through the head: on chats that is a small part of them.
+    Only rows with a label go through the head: on chats that is a small part of them.
     """
     assert isinstance(model, Transformer)
-    labels = batch.labels.flatten()
-    rows = (labels != IGNORE).nonzero().squeeze(1)
-    hidden = model(batch.tokens, batch.positions, segments=batch.segments, follows=batch.follows, rows=rows, hidden=True)
-    hidden, wanted = hidden.to(autocast_dtype(hidden)), labels[rows]  # a norm may have given float32
+    indices, labels = supervised(batch)
+    hidden = model(batch.tokens, batch.positions, packed=batch.packed, logits_indices=indices, hidden=True, ops=ops)
+    hidden = hidden.to(autocast_dtype(hidden))  # a norm may have given float32
     if not _trains_head(model) and model.config.final_logit_softcapping is None and torch.is_grad_enabled():
-        weight = model.head.dequantize()
-        losses: Tensor = _FrozenCrossEntropy.apply(hidden, weight, wanted, 1 / model.config.logits_scaling)  # type: ignore[no-untyped-call]
-        return losses, rows
-    return row_losses(model, hidden, lambda logits, part: F.cross_entropy(logits, wanted[part], reduction="none")), rows
+        weight, scale = model.head.dequantize(), 1 / model.config.logits_scaling
+        losses: Tensor = _FrozenCrossEntropy.apply(hidden, weight, labels, scale, ops)  # type: ignore[no-untyped-call]
+        return losses, indices
+    return row_losses(model, hidden, lambda logits, part: F.cross_entropy(logits, labels[part], reduction="none"), ops), indices
 
 
-def row_losses(model: nn.Module, hidden: Tensor, loss: RowLoss) -> Tensor:
-    """A loss for each row of final hidden states `[rows, hidden]`, float32 `[rows]`; the logits of all rows are never in memory at once.
+def supervised(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the rows of the flattened batch that have a label, and these labels: int64 `[supervised]` each."""
+    labels = batch.labels.flatten()
+    indices = (labels != IGNORE).nonzero().squeeze(1)
+    return indices, labels[indices]
 
-    With a frozen head (LoRA) the gradient of each row's loss by its hidden state is computed beside the loss, so nothing
-    is computed twice and the head gets none; else a part's logits are made again on the way back.
+
+def row_losses(model: nn.Module, hidden: Tensor, loss: RowLoss, ops: Ops = PLAIN) -> Tensor:
+    """Return a loss for each row of final hidden states `[rows, hidden]`, float32 `[rows]`.
+
+    The logits of all rows are never in memory at once. With a frozen head (LoRA) the gradient of each row's loss by its hidden state is
+    computed with the loss, so nothing is computed twice and the head gets none; else a part's logits are made again in the backward pass.
     """
     assert isinstance(model, Transformer)
-    logits = model.logits
+
+    def logits(hidden: Tensor) -> Tensor:
+        return model.logits(hidden, ops).float()
+
     rows = max(1, _LOGITS // model.config.vocab_size)
     parts = [slice(start, start + rows) for start in range(0, len(hidden), rows)]
     if not torch.is_grad_enabled() or (len(parts) <= 1 and _trains_head(model)):
-        return torch.cat([loss(logits(hidden[part]).float(), part) for part in parts]) if parts else hidden.new_zeros(0).float()
+        return torch.cat([loss(logits(hidden[part]), part) for part in parts]) if parts else hidden.new_zeros(0).float()
     if _trains_head(model):
-        return torch.cat([checkpoint(lambda h, p: loss(logits(h).float(), p), hidden[part], part, use_reentrant=False) for part in parts])
+        return torch.cat([checkpoint(lambda h, p: loss(logits(h), p), hidden[part], part, use_reentrant=False) for part in parts])
     out: Tensor = _FrozenHead.apply(hidden, logits, loss, parts)  # type: ignore[no-untyped-call]
     return out
 
@@ -72,7 +80,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float, ops: Ops) -> Tensor:
         count, (vocab, size) = len(hidden), weight.shape
         scaled = hidden * scale if scale != 1 else hidden
         columns = max(_SMALLEST, _TILE.get(hidden.device.type, _LOGITS) // max(count, size))
@@ -80,8 +88,8 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         total, target = torch.zeros_like(largest), torch.zeros_like(largest)
         expected = torch.zeros(count, size, device=hidden.device)  # row of W, times total
         for start in range(0, vocab, columns):
-            project, back = _products(hidden, weight[start : start + columns])
-            logits = project(scaled).float()
+            matmul, matmul_back = ops.frozen_head(hidden, weight[start : start + columns])
+            logits = matmul(scaled).float()  # [count, columns]
             place = labels.unsqueeze(1) - start
             at = place.clamp(0, logits.shape[1] - 1)
             target = torch.where(place == at, logits.gather(1, at), target)
@@ -89,26 +97,17 @@ class _FrozenCrossEntropy(torch.autograd.Function):
             logits.sub_(largest).exp_()
             shrink = (before - largest).exp_()
             total.mul_(shrink).add_(logits.sum(1, keepdim=True))
-            expected.mul_(shrink).add_(back(logits.to(hidden.dtype)))
+            expected.mul_(shrink).add_(matmul_back(logits.to(hidden.dtype)))
             del logits  # before those of the next columns
         losses = total.log() + (largest - target)  # of the same rounded products: never below 0
-        wanted = weight[labels].to(hidden.dtype).float()  # as `back` takes it: what is certain has no gradient
+        wanted = weight[labels].to(hidden.dtype).float()  # as `matmul_back` takes it: what is certain has no gradient
         ctx.save_for_backward(expected.div_(total).sub_(wanted).mul_(scale).to(hidden.dtype))
         return losses.squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradients,) = ctx.saved_tensors
-        return gradients * grads[0].unsqueeze(1).to(gradients.dtype), None, None, None
-
-
-def _products(hidden: Tensor, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """`h -> h W^T` and `logits -> logits W` for some rows W of a head, which are widened together at most."""
-    if native.kernels_for(hidden) is not None:
-        head = [native.matmul_weight(weight)]
-        return lambda h: native.matmuls(h, head)[0], lambda logits: native.matmuls_back([logits], head)
-    wide = weight.to(hidden.dtype)
-    return lambda h: h @ wide.T, lambda logits: logits @ wide
+        return gradients * grads[0].unsqueeze(1).to(gradients.dtype), None, None, None, None
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -121,7 +120,7 @@ class _FrozenHead(torch.autograd.Function):
         for part in parts:
             with torch.enable_grad():
                 leaf = hidden[part].detach().requires_grad_()
-                found = loss(logits(leaf).float(), part)
+                found = loss(logits(leaf), part)
                 gradients += torch.autograd.grad(found.sum(), leaf)
             losses.append(found.detach())
         ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))

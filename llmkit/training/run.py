@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,10 +27,11 @@ from llmkit.compat import keep_freed_memory
 from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
 from llmkit.lora.adapter import check_base, read_adapter
+from llmkit.lora.fused import training_ops, without_adapters
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import AdapterWeights, check_writable, write_adapter
-from llmkit.model.autograd import speed_up
-from llmkit.model.transformer import Transformer, init_weights, set_checkpointing
+from llmkit.model.layers import Ops
+from llmkit.model.transformer import Transformer, init_weights
 from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.nf4 import Nf4Linear
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
@@ -40,10 +40,10 @@ from llmkit.training.data.packing import RowStream, sequential_batches
 from llmkit.training.data.preview import row_length
 from llmkit.training.data.sources import Corpus, load_corpora
 from llmkit.training.data.vocabulary import train_tokenizer
-from llmkit.training.loop import Judge, Trainer
+from llmkit.training.loop import EvaluateBatch, Trainer
 from llmkit.training.objective import Distillation, Dpo, Objective, Orpo
 from llmkit.training.parallel import Processes, gathered
-from llmkit.training.recipe import DpoRecipe, LoraRecipe, OrpoRecipe, Recipe, TokenizerRecipe, to_dict
+from llmkit.training.recipe import DistillRecipe, DpoRecipe, LoraRecipe, OrpoRecipe, Recipe, TokenizerRecipe, to_dict
 from llmkit.training.report import Report, make_trackers
 
 _WRITTEN = "# Written by llmkit finetune: every key of the run in this folder."  # the first line of its recipe.yaml
@@ -130,7 +130,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
         # Where memory is short, smaller pieces: a quarter slower, and nearly no holes.
         keep_freed_memory(largest=(2 if recipe.checkpointing else 32) << 20)
     model = _model(recipe, tokenizer, device)
-    speed_up(model)
+    integers = _integers(recipe, model)
+    ops = training_ops(device, adapters=recipe.lora is not None, checkpointing=bool(recipe.checkpointing), integers=integers)
     _check_lengths(recipe, model, tokenizer)
     if (recipe.keep == "best" or recipe.early_stop is not None) and not len(held):
         raise UsageError("keep=best and early_stop compare held-out losses, and no document is held out. Raise held_out.")
@@ -141,11 +142,11 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
         f"{trained:,} of {all_:,} parameters are trained; {len(train):,} documents, {train.target_count:,} targets, "
         f"{stream.rows_per_epoch:,} rows of {group * recipe.max_length} per epoch; {len(held):,} documents held out"
     )
-    for line in (*data_report.lines(), *_notes(recipe, model)):
+    for line in (*data_report.lines(), *_notes(recipe, integers)):
         report.say(line)
     export = _Exporter(recipe, folder, tokenizer_folder, tokenizer, processes)
     export.check(model)
-    objective = _objective(recipe, model, tokenizer, device)
+    objective = _objective(recipe, model, ops, tokenizer)
     trainer = Trainer(
         model,
         stream,
@@ -220,19 +221,16 @@ def _parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trained, packed + sum(p.numel() for p in model.parameters())
 
 
-def _notes(recipe: Recipe, model: Transformer) -> Iterator[str]:
+def _notes(recipe: Recipe, integers: bool) -> Iterator[str]:
     """What of the recipe is slower or other than it may seem."""
-    if recipe.lora is not None:
-        from llmkit.lora.inject import adapted
-
-        if recipe.lora.use_dora or recipe.lora.dropout:
-            yield f"{'use_dora' if recipe.lora.use_dora else 'dropout'} of lora takes more products than plain lora does, and is slower"
-        if any(linear.integer is not None for _, linear in adapted(model)):
-            yield "the frozen weights compute forwards with integers, as in generating (integer_forward)"
+    if recipe.lora is not None and (recipe.lora.use_dora or recipe.lora.dropout):
+        yield f"{'use_dora' if recipe.lora.use_dora else 'dropout'} of lora takes more products than plain lora does, and is slower"
+    if integers:
+        yield "the frozen weights compute forwards with integers, as in generating (integer_forward)"
 
 
 class _Evaluation:
-    """Held-out figures over all sources and for each: the loss per unit, in nats; of targets in bits per byte, too."""
+    """Held-out figures over all sources and for each: the mean loss in nats; of supervised tokens in bits per byte, too."""
 
     def __init__(self, recipe: Recipe, held: Corpus, objective: Objective) -> None:
         self.recipe, self.objective = recipe, objective
@@ -246,27 +244,27 @@ class _Evaluation:
                 name = Path(source.path).stem
                 self.corpora[name if name not in self.corpora else f"{name}_{index}"] = held.select(documents)
 
-    def __call__(self, judge: Judge) -> dict[str, float]:
+    def __call__(self, evaluate: EvaluateBatch) -> dict[str, float]:
         assert self.recipe.max_length is not None
         figures: dict[str, float] = {}
         total: dict[str, float] = {}
-        units, size = 0, 0
+        normalizer, size = 0, 0
         for name, corpus in self.corpora.items():
             sums: dict[str, float] = {}
             count = 0
             for batch in sequential_batches(corpus, self.recipe.max_length, self.recipe.batch_size, self.group):
-                for figure, value in judge(batch).items():
+                for figure, value in evaluate(batch).items():
                     sums[figure] = sums.get(figure, 0.0) + value
-                count += self.objective.units(batch)
+                count += self.objective.normalizer(batch)
             bytes_ = int(corpus.target_bytes.sum())
             if len(self.corpora) > 1:
                 figures |= self._figures(f"{name}_", sums, count, bytes_)
             total = {figure: total.get(figure, 0.0) + value for figure, value in sums.items()}
-            units, size = units + count, size + bytes_
-        return {**self._figures("eval_", total, units, size), **figures}
+            normalizer, size = normalizer + count, size + bytes_
+        return {**self._figures("eval_", total, normalizer, size), **figures}
 
-    def _figures(self, prefix: str, sums: dict[str, float], units: int, size: int) -> dict[str, float]:
-        found = {f"{prefix}{figure}": value / units for figure, value in sums.items()}
+    def _figures(self, prefix: str, sums: dict[str, float], normalizer: int, size: int) -> dict[str, float]:
+        found = {f"{prefix}{figure}": value / normalizer for figure, value in sums.items()}
         if not self.recipe.preference:
             found[f"{prefix}bits_per_byte"] = sums["loss"] / math.log(2) / size
         return found
@@ -352,40 +350,35 @@ def _samples(recipe: Recipe, export: _Exporter, sample: Sampler, model: nn.Modul
             return [f"no samples: {error}"]
 
 
-def _objective(recipe: Recipe, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> Objective:
+def _objective(recipe: Recipe, model: Transformer, ops: Ops, tokenizer: Tokenizer) -> Objective:
     if recipe.loss == "dpo":
         settings = recipe.dpo or DpoRecipe()
-        if recipe.lora is not None:
-            return Dpo(_without_adapter, settings.beta, settings.label_smoothing)
-        before = copy.deepcopy(model).requires_grad_(False).eval()
-        return Dpo(lambda _: nullcontext(before), settings.beta, settings.label_smoothing)
+        before = (model, without_adapters(ops)) if recipe.lora is not None else (copy.deepcopy(model).requires_grad_(False).eval(), ops)
+        return Dpo(before, settings.beta, settings.label_smoothing, ops=ops)
     if recipe.loss == "orpo":
-        return Orpo((recipe.orpo or OrpoRecipe()).beta)
+        return Orpo((recipe.orpo or OrpoRecipe()).beta, ops=ops)
     if recipe.loss == "distill":
         assert recipe.distill is not None
-        teacher = load_model(recipe.distill.teacher, device=str(device), quantize=recipe.distill.quantize)
-        if teacher.config.vocab_size != model.config.vocab_size:
-            raise UsageError(
-                f"distill.teacher {recipe.distill.teacher} has a vocabulary of {teacher.config.vocab_size}, the student of "
-                f"{model.config.vocab_size}. Take a teacher with the same tokenizer."
-            )
-        theirs = load_tokenizer(resolve(recipe.distill.teacher))
-        differs = next((i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) != theirs.token_bytes(i)), None)
-        if differs is not None:
-            raise UsageError(
-                f"distill.teacher {recipe.distill.teacher} has {theirs.token(differs)!r} for id {differs}, the student "
-                f"{tokenizer.token(differs)!r}. Take a teacher with the same tokenizer."
-            )
-        return Distillation(teacher.requires_grad_(False).eval(), recipe.distill.temperature, recipe.distill.weight)
-    return Objective()
+        return Distillation(_teacher(recipe.distill, model, tokenizer), recipe.distill.temperature, recipe.distill.weight, ops=ops)
+    return Objective(ops=ops)
 
 
-@contextmanager
-def _without_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    from llmkit.lora.inject import adapters_off
-
-    with adapters_off(model):
-        yield model
+def _teacher(settings: DistillRecipe, student: Transformer, tokenizer: Tokenizer) -> Transformer:
+    device = next(student.parameters()).device
+    teacher = load_model(settings.teacher, device=str(device), quantize=settings.quantize)
+    if teacher.config.vocab_size != student.config.vocab_size:
+        raise UsageError(
+            f"distill.teacher {settings.teacher} has a vocabulary of {teacher.config.vocab_size}, the student of "
+            f"{student.config.vocab_size}. Take a teacher with the same tokenizer."
+        )
+    theirs = load_tokenizer(resolve(settings.teacher))
+    differs = next((i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) != theirs.token_bytes(i)), None)
+    if differs is not None:
+        raise UsageError(
+            f"distill.teacher {settings.teacher} has {theirs.token(differs)!r} for id {differs}, the student "
+            f"{tokenizer.token(differs)!r}. Take a teacher with the same tokenizer."
+        )
+    return teacher.requires_grad_(False).eval()
 
 
 def _tokenizer_folder(recipe: Recipe, folder: RunFolder, resume: bool) -> Path:
@@ -412,7 +405,6 @@ def _model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Transf
         if source.quantized:
             raise UsageError(f"the weights of {recipe.model} are quantized and cannot be trained. Set lora: {{}}, or take the original.")
         model = load_model(source, dtype="float32", device=str(device))
-        set_checkpointing(model, bool(recipe.checkpointing))
         torch.manual_seed(recipe.seed)
         return model
     hf = {
@@ -426,14 +418,13 @@ def _model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Transf
     config = read_config({name: value for name, value in hf.items() if value is not None})
     model = Transformer(config)
     init_weights(model, torch.Generator().manual_seed(recipe.seed))
-    set_checkpointing(model, bool(recipe.checkpointing))
     torch.manual_seed(recipe.seed)
     return model.to(device)
 
 
 def _adapted(recipe: Recipe, lora: LoraRecipe, model: Transformer) -> Transformer:
     """The model with an adapter to be trained. PEFT is imported here and in its like: it takes seconds, and only lora needs it."""
-    from llmkit.lora.inject import LoraSettings, inject, start_from, use_integers
+    from llmkit.lora.inject import LoraSettings, inject, start_from
 
     torch.manual_seed(recipe.seed)
     inject(
@@ -442,12 +433,6 @@ def _adapted(recipe: Recipe, lora: LoraRecipe, model: Transformer) -> Transforme
             lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, lora.use_dora, modules_to_save=lora.modules_to_save
         ),
     )
-    if recipe.integer_forward is not False:
-        possible = use_integers(model)
-        if recipe.integer_forward and not possible:
-            raise UsageError(
-                "integer_forward needs q4 or q8 weights on a CPU and the native kernels. Set quantize=q4, or drop integer_forward."
-            )
     if recipe.adapter is not None:
         assert isinstance(recipe.model, str)
         adapter = read_adapter(recipe.adapter, model.config)
@@ -455,8 +440,21 @@ def _adapted(recipe: Recipe, lora: LoraRecipe, model: Transformer) -> Transforme
             adapter, ModelSource.open(recipe.model), "Set model to that one, or put it into the weights first (llmkit merge --any-base)."
         )
         start_from(model, adapter)
-    set_checkpointing(model, bool(recipe.checkpointing))
     return model
+
+
+def _integers(recipe: Recipe, model: Transformer) -> bool:
+    """Whether frozen weights compute forwards in integers: where they can, unless the recipe says otherwise."""
+    if recipe.lora is None or recipe.integer_forward is False:
+        return False
+    from llmkit.lora.inject import integers_possible
+
+    possible = integers_possible(model)
+    if recipe.integer_forward and not possible:
+        raise UsageError(
+            "integer_forward needs q4 or q8 weights on a CPU and the native kernels. Set quantize=q4, or drop integer_forward."
+        )
+    return possible
 
 
 def _check_lengths(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> None:

@@ -15,14 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import UsageError
-from llmkit.lora.fused import LowRank, feed_fused, project_fused
-from llmkit.lora.inject import NAME, LoraSettings, adapted, adapters_off, inject, use_integers
-from llmkit.model import autograd as native
-from llmkit.model.layers import Linear
+from llmkit.lora.fused import AdaptedWeight, FusedMatmuls, FusedMLP, training_ops, without_adapters
+from llmkit.lora.inject import NAME, LoraSettings, adapted, inject, integers_possible
+from llmkit.model.attention import PackedSequences
+from llmkit.model.autograd import native_ops
+from llmkit.model.layers import PLAIN, Linear
 from llmkit.model.transformer import Transformer
 from llmkit.quant.apply import quantize_model
 
 IDS = torch.arange(3, 43).view(2, 20)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +78,14 @@ def test_logits_and_gradients_are_pefts(folder: Path, keys: dict[str, Any]) -> N
             parameter.data.copy_(own[mine].data)
             pairs[name] = mine
     assert set(pairs.values()) == {name for name, p in own.items() if p.requires_grad}
-    logits, expected = ours(IDS), peft(IDS).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    gradients, wanted = target_gradients(ours, logits), target_gradients(peft, expected)
-    for name, mine in pairs.items():
-        torch.testing.assert_close(gradients[mine], wanted[name], rtol=1e-4, atol=1e-6)
+    expected = peft(IDS).logits
+    wanted = target_gradients(peft, expected)
+    for ops in (PLAIN, training_ops(CPU, adapters=True), training_ops(CPU, adapters=True, checkpointing=True)):
+        logits = ours(IDS, ops=ops)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        gradients = target_gradients(ours, logits)
+        for name, mine in pairs.items():
+            torch.testing.assert_close(gradients[mine], wanted[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["q4", "q8"])
@@ -96,7 +101,7 @@ def test_a_quantized_base_is_its_dequantized_weights(folder: Path, scheme: str) 
         torch.manual_seed(3)
         inject(one, LoraSettings(r=4))
         perturb(p for name, p in one.named_parameters() if "lora_" in name)
-        logits = one(IDS)
+        logits = one(IDS, ops=training_ops(CPU, adapters=True))
         found.append((logits, target_gradients(one, logits)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
     assert found[0][1].keys() == found[1][1].keys()
@@ -111,8 +116,9 @@ def test_only_the_adapter_is_trained_and_can_be_left_out(folder: Path) -> None:
     torch.testing.assert_close(model(IDS), base)  # B is zero
     perturb(p for name, p in model.named_parameters() if "lora_" in name)
     assert not torch.allclose(model(IDS), base, atol=1e-3)
-    with adapters_off(model):
-        torch.testing.assert_close(model(IDS), base)
+    ops = training_ops(CPU, adapters=True)
+    torch.testing.assert_close(model(IDS, ops=ops), model(IDS))
+    torch.testing.assert_close(model(IDS, ops=without_adapters(ops)), base)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name == "lm_head.weight" for name in trained)
     assert len(list(adapted(model))) == 14
@@ -130,13 +136,11 @@ def test_a_compiled_model_learns_the_same(folder: Path, scheme: str | None) -> N
             quantize_model(model, model.config.parameters, "q4")
         inject(model, LoraSettings(r=4))
         perturb(p for p in model.parameters() if p.requires_grad)
-        if scheme == "integers":
-            use_integers(model)
-        native.speed_up(model)
+        ops = training_ops(CPU, adapters=True, integers=scheme == "integers" and integers_possible(model))
         if compiled:
             model.compile(backend="eager")
-        segments = torch.arange(20).div(9, rounding_mode="floor").expand(2, 20)
-        found.append(target_gradients(model, model(IDS, torch.arange(20).expand(2, 20) % 9, segments=segments)))
+        packed = PackedSequences(torch.arange(20).div(9, rounding_mode="floor").expand(2, 20))
+        found.append(target_gradients(model, model(IDS, torch.arange(20).expand(2, 20) % 9, packed=packed, ops=ops)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
@@ -145,10 +149,12 @@ def test_dropout_changes_training_only(folder: Path) -> None:
     inject(model, LoraSettings(r=4, lora_dropout=0.5))
     perturb(p for name, p in model.named_parameters() if "lora_" in name)
     model.eval()
-    still = model(IDS)
-    torch.testing.assert_close(model(IDS), still, rtol=0, atol=0)
-    model.train()
-    assert not torch.allclose(model(IDS), model(IDS))
+    for ops in (PLAIN, training_ops(CPU, adapters=True)):
+        model.eval()
+        still = model(IDS, ops=ops)
+        torch.testing.assert_close(model(IDS, ops=ops), still, rtol=0, atol=0)
+        model.train()
+        assert not torch.allclose(model(IDS, ops=ops), model(IDS, ops=ops))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def linear(out: int, inside: int, bias: bool, dtype: torch.dtype) -> Linear:
     return Linear(inside, out, bias).to(dtype).requires_grad_(False)
 
 
-def plain(x: Tensor, part: LowRank) -> Tensor:
+def plain(x: Tensor, part: AdaptedWeight) -> Tensor:
     y = x @ part.base.dequantize().to(x.dtype).T
     if part.base.bias is not None:
         y = y + part.base.bias
@@ -185,28 +191,31 @@ def plain(x: Tensor, part: LowRank) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [True, False])
-def test_gradients_are_those_of_autograd(gated: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_gradients_are_those_of_autograd(native: bool, gated: bool, dtype: torch.dtype) -> None:
     """The fused functions against the same formula in plain PyTorch, in float64 where autograd is exact enough to compare."""
     torch.manual_seed(0)
+    fused = FusedMatmuls(native_ops() if native else None)
+    fused_mlp = FusedMLP(fused)
 
-    def part(out: int, inside: int, rank: int) -> LowRank:
+    def part(out: int, inside: int, rank: int) -> AdaptedWeight:
         base = linear(out, inside, out == 5, dtype)
         if not rank:
-            return LowRank(base)
-        return LowRank(base, torch.randn(rank, inside, requires_grad=True), torch.randn(out, rank, requires_grad=True), 0.7)
+            return AdaptedWeight(base)
+        return AdaptedWeight(base, torch.randn(rank, inside, requires_grad=True), torch.randn(out, rank, requires_grad=True), 0.7)
 
     parts, down = [part(6, 8, 2), part(6, 8, 0), part(5, 8, 3)], part(8, 6, 2)
     leaves = [t for p in [*parts, down] for t in (p.a, p.b) if t is not None]
     act: Callable[[Tensor], Tensor] = torch.nn.functional.silu
     x = torch.randn(3, 4, 8, requires_grad=True)
 
-    def run(fused: bool) -> list[Tensor]:
-        q, k, v = project_fused(x, parts) if fused else tuple(plain(x, p) for p in parts)
+    def run(plainly: bool) -> list[Tensor]:
+        q, k, v = tuple(plain(x, p) for p in parts) if plainly else fused.fused(x, parts)
         gate = q if gated else None
-        y = feed_fused(act, gate, k, down) if fused else plain(act(k) if gate is None else act(gate) * k, down)
+        y = plain(act(k) if gate is None else act(gate) * k, down) if plainly else fused_mlp.fused(act, gate, k, down)
         return [*torch.autograd.grad(y.square().sum() + v.sin().sum() + q.cos().sum(), [x, *leaves]), y]
 
-    for found, expected in zip(run(True), run(False), strict=True):
+    for found, expected in zip(run(False), run(True), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -217,11 +226,11 @@ def test_bfloat16_products_keep_the_adapter() -> None:
     a, b = torch.full((1, 16), 0.01), torch.full((16, 1), 0.01)
     x = torch.randn(4, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        with_adapter = project_fused(x - x.mean(1, keepdim=True), [LowRank(base, a, b)])[0].float()
+        with_adapter = FusedMatmuls().fused(x - x.mean(1, keepdim=True), [AdaptedWeight(base, a, b)])[0].float()
     assert with_adapter.isfinite().all()
     small = torch.full((4, 16), 1e-3)
     with torch.autocast("cpu", torch.bfloat16):
-        difference = project_fused(small * 0 + 1, [LowRank(base, 100 * a, b)])[0].float() - 16
+        difference = FusedMatmuls().fused(small * 0 + 1, [AdaptedWeight(base, 100 * a, b)])[0].float() - 16
     torch.testing.assert_close(difference, torch.full((4, 16), 0.16), rtol=0.5, atol=0.1)
 
 
@@ -241,9 +250,9 @@ class Unpacked:
 
 def test_16_bits_hold_one_weight_at_a_time() -> None:
     """Nor does a result keep the others: queries and keys go once they are rotated."""
-    parts = [LowRank(Unpacked(), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)) for _ in range(3)]
+    parts = [AdaptedWeight(Unpacked(), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)) for _ in range(3)]
     with torch.autocast("cpu", torch.bfloat16):
-        out = project_fused(torch.randn(4, 8, requires_grad=True), parts)
+        out = FusedMatmuls().fused(torch.randn(4, 8, requires_grad=True), parts)
     assert len({y.untyped_storage().data_ptr() for y in out}) == 3
     torch.autograd.backward(out, [torch.ones_like(y) for y in out])
     assert Unpacked.together == 1
@@ -253,3 +262,37 @@ def test_a_model_without_adapters_is_untouched(folder: Path) -> None:
     model = load_model(folder)
     assert isinstance(model, Transformer)
     assert not list(adapted(model))
+
+
+def test_trained_modules_beside_an_adapter_learn(folder: Path) -> None:
+    """A linear trained whole stands in one group with adapted ones: it is none of the frozen."""
+    found = []
+    for ops in (PLAIN, training_ops(CPU, adapters=True)):
+        torch.manual_seed(0)
+        model = load_model(folder)
+        inject(model, LoraSettings(r=4, target_modules=("q_proj", "up_proj"), modules_to_save=("k_proj", "down_proj")))
+        perturb(p for name, p in model.named_parameters() if "lora_" in name)
+        gradients = target_gradients(model, model(IDS, ops=ops))
+        assert {"model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"} <= gradients.keys()
+        found.append(gradients)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", [None, "q4"])
+def test_adapters_and_operations_in_any_order(folder: Path, scheme: str | None) -> None:
+    """What computes belongs to no model: made before the adapters or after them, losses and gradients are equal to the bit."""
+    found = []
+    for ops_first in (True, False):
+        torch.manual_seed(0)
+        model = load_model(folder)
+        if scheme is not None:
+            quantize_model(model, model.config.parameters, scheme)
+        before = training_ops(CPU, adapters=True, checkpointing=True)
+        model(IDS, ops=before)  # frozen linears, and none is remembered as such
+        inject(model, LoraSettings(r=4))
+        perturb(p for name, p in model.named_parameters() if "lora_" in name)
+        logits = model(IDS, ops=before if ops_first else training_ops(CPU, adapters=True, checkpointing=True))
+        found.append((logits.detach(), target_gradients(model, logits)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmkit.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, State
 from llmkit.engine.backend import StepBatch
 from llmkit.errors import UsageError
-from llmkit.model.attention import NoCache
+from llmkit.model.attention import NoCache, PackedSequences
 from llmkit.model.cache import CacheStorage, StepCaches
 
 WIDTH = 3
@@ -111,14 +111,14 @@ def test_a_repeated_step_gives_the_same() -> None:
 def test_packed_texts_start_anew_and_go_on_from_their_parent() -> None:
     first, second = text(5, 4), text(4, 5)
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 5, 6]])
-    segments = torch.tensor([[0] * 5 + [1] * 4 + [2] * 2])
+    packed = PackedSequences(torch.tensor([[0] * 5 + [1] * 4 + [2] * 2]), {2: 0})
     child = text(2, 6)
-    caches = NoCache(CONFIG, positions, segments, follows={2: 0})
+    caches = NoCache(CONFIG, positions, packed)
     found = caches.recur(1, torch.cat((first, second, child), 1), recurrence)
     expected = torch.cat((whole(first), whole(second), whole(torch.cat((first, child), 1))[:, 5:]), 1)
     assert torch.equal(found, expected)
     rows = torch.cat((first[:, :4], second), 0)
-    plain = NoCache(CONFIG, torch.arange(4).expand(2, 4), None).recur(1, rows, recurrence)
+    plain = NoCache(CONFIG, torch.arange(4).expand(2, 4)).recur(1, rows, recurrence)
     assert torch.equal(plain, whole(rows))
     with pytest.raises(UsageError, match="positions jump"):
-        NoCache(CONFIG, torch.tensor([[0, 2, 3]]), None).recur(1, text(3, 7), recurrence)
+        NoCache(CONFIG, torch.tensor([[0, 2, 3]])).recur(1, text(3, 7), recurrence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from torch import Tensor
 from llmkit.config import ModelConfig
 from llmkit.families import read_config
 from llmkit.kernels import native_problem
-from llmkit.kernels.training_ops import TrainingKernels, training_kernels
-from llmkit.model import autograd as native
-from llmkit.model.attention import Documents, attention, visible
-from llmkit.model.autograd import Memory
-from llmkit.model.layers import rms_norm
+from llmkit.kernels.training_ops import TrainingKernels
+from llmkit.lora.fused import training_ops
+from llmkit.model.attention import PackedLayout, PackedSequences, attention, visible
+from llmkit.model.autograd import ActivationMemory, NativeOps, matmul_weight, native_ops
+from llmkit.model.layers import PLAIN, HeadMatmuls, Ops, rms_norm
 from llmkit.model.rope import rotate
 from llmkit.model.transformer import Transformer, init_weights
 from llmkit.training import loss
@@ -39,15 +39,17 @@ SETS = _native.available()
 
 
 @pytest.fixture(params=SETS)
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each set of instructions that this processor has: chosen once in a process, so chosen again for each."""
-    monkeypatch.setenv("LLMKIT_KERNELS", request.param)
-    training_kernels.cache_clear()
-    kernels = training_kernels()
-    assert kernels is not None
-    assert kernels.name == request.param
-    yield request.param
-    training_kernels.cache_clear()
+def native(request: pytest.FixtureRequest) -> NativeOps:
+    """The operations of each set of instructions that this processor has."""
+    return NativeOps(TrainingKernels(request.param))
+
+
+@pytest.fixture
+def best() -> NativeOps:
+    """Those of the best one."""
+    found = native_ops()
+    assert found is not None
+    return found
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -64,24 +66,24 @@ def close(found: Tensor, exact: Tensor, tolerance: float = 1e-5) -> None:
     ("tokens", "inputs", "outputs", "rank"),
     [(37, 50, (33, 70), 4), (5, 16, (16,), 0), (100, 577, (40, 24, 24), 16), (1, 3, (2,), 1), (61, 1200, (90,), 3), (13, 40, (800, 9), 8)],
 )
-def test_products(instructions: str, dtype: torch.dtype, tokens: int, inputs: int, outputs: Sequence[int], rank: int) -> None:
+def test_products(native: NativeOps, dtype: torch.dtype, tokens: int, inputs: int, outputs: Sequence[int], rank: int) -> None:
     x = normal(tokens, inputs)
     weights = [normal(n, inputs, seed=i).to(dtype) for i, n in enumerate(outputs)]
     pairs = [(normal(rank, inputs, seed=i), normal(n, rank, seed=9)) if rank else None for i, n in enumerate(outputs)]
     biases = [normal(n, seed=5) for n in outputs]
     exact = [w.double() + (0 if p is None else 0.7 * p[1].double() @ p[0].double()) for w, p in zip(weights, pairs, strict=True)]
-    factors = [native.matmul_weight(w, b, p, 0.7) for w, b, p in zip(weights, biases, pairs, strict=True)]
-    for y, u, bias in zip(native.matmuls(x, factors), exact, biases, strict=True):
+    factors = [matmul_weight(w, b, p, 0.7) for w, b, p in zip(weights, biases, pairs, strict=True)]
+    for y, u, bias in zip(native.matmul(x, factors), exact, biases, strict=True):
         close(y, x.double() @ u.T + bias.double())
     grads = [normal(tokens, n, seed=7) for n in outputs]
-    close(native.matmuls_back(grads, factors), sum((g.double() @ u for g, u in zip(grads, exact, strict=True)), torch.zeros(1)))
+    close(native.matmul_back(grads, factors), sum((g.double() @ u for g, u in zip(grads, exact, strict=True)), torch.zeros(1)))
 
 
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs", "ranks"),
     [(37, 50, (33, 70), (4, 1)), (1, 3, (2,), (1,)), (130, 577, (40, 24, 300), (16, 3, 16)), (65, 20, (500,), (37,)), (0, 5, (4,), (2,))],
 )
-def test_what_adapters_learn(instructions: str, tokens: int, inputs: int, outputs: Sequence[int], ranks: Sequence[int]) -> None:
+def test_what_adapters_learn(native: NativeOps, tokens: int, inputs: int, outputs: Sequence[int], ranks: Sequence[int]) -> None:
     x, a = normal(tokens, inputs), normal(sum(ranks), inputs, seed=1)
     bs = [normal(n, rank, seed=2) for n, rank in zip(outputs, ranks, strict=True)]
     grads = [normal(tokens, n, seed=3) for n in outputs]
@@ -111,12 +113,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("lengths", "heads", "kv_heads", "dim", "window"), CASES)
-def test_attention(instructions: str, lengths: tuple[int, ...], heads: int, kv_heads: int, dim: int, window: int | None) -> None:
+def test_attention(native: NativeOps, lengths: tuple[int, ...], heads: int, kv_heads: int, dim: int, window: int | None) -> None:
     total = sum(lengths)
     inputs = [normal(1, total, h, dim, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads))]
     grad = normal(1, total, heads, dim, seed=4)
     ours = [t.clone().requires_grad_() for t in inputs]
-    out = native.document_attention(*ours, whole(*lengths), window, dim**-0.5)
+    out = native.attend_packed(*ours, whole(*lengths), window, dim**-0.5, None)
     out.backward(grad)
     exact = [t.double().requires_grad_() for t in inputs]
     parts = []
@@ -133,17 +135,17 @@ def test_attention(instructions: str, lengths: tuple[int, ...], heads: int, kv_h
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_attention_of_large_scores(large: bool) -> None:
+def test_attention_of_large_scores(best: NativeOps, large: bool) -> None:
     """Rows whose softmax is all on one key, or would overflow without its maximum."""
     q, k, v = (normal(1, 50, 2, 16, seed=i) * (100 if large else 1e-4) for i in range(3))
-    out = native.document_attention(q, k, v, whole(50), None, 1.0)
+    out = best.attend_packed(q, k, v, whole(50), None, 1.0, None)
     index = torch.arange(50)
     close(out, attention(q.double(), k.double(), v.double(), visible(index, index, None).unsqueeze(0)), 1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("place", [4, 250])
-def test_attention_hides_no_nan(instructions: str, place: int, window: int | None) -> None:
+def test_attention_hides_no_nan(native: NativeOps, place: int, window: int | None) -> None:
     """A broken key reaches all who see it, a broken query its own row; else a run would go on with broken weights."""
     length = 400
     last = length if window is None else place + window
@@ -151,18 +153,18 @@ def test_attention_hides_no_nan(instructions: str, place: int, window: int | Non
         inputs = [normal(1, length, heads, 8, seed=heads) for heads in (2, 1, 1)]
         inputs[broken][0, place, 0, 3] = float("nan")
         q, k, v = (t.requires_grad_() for t in inputs)
-        out = native.document_attention(q, k, v, whole(length), window, 0.3)
+        out = native.attend_packed(q, k, v, whole(length), window, 0.3, None)
         assert out[0, :, 0].isnan().all(-1).nonzero().flatten().tolist() == list(rows)
         assert all(grad.isnan().any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_no_bit(threads: int) -> None:
+def test_threads_change_no_bit(best: NativeOps, threads: int) -> None:
     def everything() -> list[Tensor]:
         x = normal(70, 64)
-        found = native.matmuls(x, [native.matmul_weight(normal(100, 64), None, (normal(4, 64), normal(100, 4)), 2.0)])
+        found = best.matmul(x, [matmul_weight(normal(100, 64), None, (normal(4, 64), normal(100, 4)), 2.0)])
         q, k, v = (normal(2, 35, h, 16, seed=h).requires_grad_() for h in (6, 3, 3))
-        out = native.document_attention(q, k, v, whole(20, 50), None, 0.25)
+        out = best.attend_packed(q, k, v, whole(20, 50), None, 0.25, None)
         return [*found, out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
 
     before = torch.get_num_threads()
@@ -175,13 +177,13 @@ def test_threads_change_no_bit(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_norm_rotation_and_gate(instructions: str) -> None:
+def test_norm_rotation_and_gate(native: NativeOps) -> None:
     x, weight, grad = normal(2, 7, 50), normal(50, seed=1), normal(2, 7, 50, seed=2)
     own, other = x.clone().requires_grad_(), x.double().requires_grad_()
-    native.normalised(own, weight, 1e-5).backward(grad)
+    native.rms_norm(own, weight, 1e-5).backward(grad)
     wanted = rms_norm(other, weight.double(), 1e-5)
     wanted.backward(grad.double())
-    close(native.normalised(x, weight, 1e-5), wanted.detach())
+    close(native.rms_norm(x, weight, 1e-5), wanted.detach())
     assert own.grad is not None
     assert other.grad is not None
     close(own.grad, other.grad)
@@ -190,9 +192,9 @@ def test_norm_rotation_and_gate(instructions: str) -> None:
     angles = normal(1, 7, 1, 15)  # 30 of 40 numbers turn, the same in every row of the batch
     tables = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
     own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    native.rotated(own, tables).backward(grad)
+    native.rotate(own, tables).backward(grad)
     rotate(other, tables).backward(grad)
-    torch.testing.assert_close(native.rotated(x, tables), rotate(x, tables))
+    torch.testing.assert_close(native.rotate(x, tables), rotate(x, tables))
     torch.testing.assert_close(own.grad, other.grad)
 
     gate, up, grad = (5 * normal(3, 45, seed=i) for i in range(3))
@@ -203,9 +205,9 @@ def test_norm_rotation_and_gate(instructions: str) -> None:
         close(found, expected)
 
 
-def test_a_trained_norm_has_its_gradient() -> None:
+def test_a_trained_norm_has_its_gradient(best: NativeOps) -> None:
     weight = normal(16).requires_grad_()
-    native.normalised(normal(3, 16), weight, 1e-5).sum().backward()
+    best.rms_norm(normal(3, 16), weight, 1e-5).sum().backward()
     assert weight.grad is not None
     assert weight.grad.abs().sum() > 0
 
@@ -220,16 +222,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def whole(*lengths: int) -> Documents:
-    return Documents(lengths, lengths)
+def whole(*lengths: int) -> PackedLayout:
+    return PackedLayout(lengths, lengths)
 
 
 def batch(packed: bool) -> Batch:
     tokens = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(3))
     lengths = [[9, 15], [24]] if packed else [[24], [24]]
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
-    segments = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths])
-    return Batch(tokens, tokens.roll(-1, 1), positions, segments, ())
+    ids = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths])
+    return Batch(tokens, tokens.roll(-1, 1), positions, PackedSequences(ids))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -237,13 +239,10 @@ def batch(packed: bool) -> Batch:
 def test_models_learn_the_same(name: str, packed: bool) -> None:
     config: ModelConfig = read_config({**SIZES, **MODELS[name]})
     losses, gradients = [], []
-    for fast in (False, True):
+    for ops in (PLAIN, training_ops(torch.device("cpu"), adapters=False)):
         model = Transformer(config)
         init_weights(model, torch.Generator().manual_seed(0))
-        if fast:
-            native.speed_up(model)
-            assert model.of_documents is not None
-        loss = cross_entropy(model, batch(packed))
+        loss = cross_entropy(model, batch(packed), ops)
         loss.backward()
         losses.append(loss.detach())
         gradients.append({n: p.grad for n, p in model.named_parameters()})
@@ -254,14 +253,14 @@ def test_models_learn_the_same(name: str, packed: bool) -> None:
 def test_a_batch_without_targets_has_no_loss() -> None:
     model = Transformer(read_config({**SIZES, **MODELS["llama"]})).requires_grad_(False)
     given = batch(packed=True)
-    empty = Batch(given.tokens, torch.full_like(given.labels, IGNORE), given.positions, given.segments, ())
+    empty = Batch(given.tokens, torch.full_like(given.labels, IGNORE), given.positions, given.packed)
     assert cross_entropy(model, empty).item() == 0
 
 
-def test_weights_stay_resizable() -> None:
+def test_weights_stay_resizable(best: NativeOps) -> None:
     """FSDP frees the storage of gathered weights; PyTorch's `numpy()` would forbid that."""
     weight, x = normal(8, 8), normal(4, 8)
-    native.matmuls(x, [native.matmul_weight(weight, normal(8))])
+    best.matmul(x, [matmul_weight(weight, normal(8))])
     assert weight.untyped_storage().resizable()
     assert x.untyped_storage().resizable()
 
@@ -269,14 +268,14 @@ def test_weights_stay_resizable() -> None:
 @pytest.mark.parametrize(
     "sizes", [(3, 2, 8, 0, 1.0), (0, 0, 8, 0, 1.0), (2, 1, 0, 0, 1.0), (2, 1, 8, -1, 1.0), (2, 1, 8, 0, 1.0)]
 )  # the last: the arrays are too short
-def test_what_does_not_fit_is_refused(sizes: tuple[int, int, int, int, float]) -> None:
+def test_what_does_not_fit_is_refused(best: NativeOps, sizes: tuple[int, int, int, int, float]) -> None:
     arrays = [normal(4).numpy() for _ in range(5)]
     with pytest.raises(ValueError, match=r"heads|bytes"):
         TrainingKernels().varlen_attention(sizes, (4,), (4,), (arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]), None, 1)
     with pytest.raises(ValueError, match=r"bytes|fit"):
-        native.matmuls_back([normal(3, 5), normal(3, 5)], [native.matmul_weight(normal(5, 4)), native.matmul_weight(normal(6, 4))])
+        best.matmul_back([normal(3, 5), normal(3, 5)], [matmul_weight(normal(5, 4)), matmul_weight(normal(6, 4))])
     with pytest.raises(ValueError, match="columns"):
-        native.matmuls(normal(3, 4), [native.matmul_weight(normal(5, 4)), native.matmul_weight(normal(6, 3))])
+        best.matmul(normal(3, 4), [matmul_weight(normal(5, 4)), matmul_weight(normal(6, 3))])
 
 
 W = (0, 3, 4, np.ones((3, 4), np.float32), None, None, None, 32, None)  # a weight [3, 4]
@@ -360,21 +359,19 @@ def test_a_runtime_is_lent_whole() -> None:
         _native.lend(1, 0, 0)
 
 
-def test_nothing_is_as_good_as_something() -> None:
+def test_nothing_is_as_good_as_something(best: NativeOps) -> None:
     """No tokens, no rank: arrays of no numbers."""
-    one = native.matmul_weight(normal(5, 4), normal(5), (normal(0, 4), normal(5, 0)))
-    assert torch.equal(
-        native.matmuls(normal(3, 4), [one])[0], native.matmuls(normal(3, 4), [native.matmul_weight(normal(5, 4), normal(5))])[0]
-    )
-    assert native.matmuls(normal(0, 4), [one])[0].shape == (0, 5)
-    assert native.matmuls_back([normal(0, 5)], [one]).shape == (0, 4)
-    assert native.gated(normal(0, 4), normal(0, 4)).shape == (0, 4)
-    assert [t.shape for t in native.gated_back(normal(0, 4), normal(0, 4), normal(0, 4))] == [(0, 4)] * 2
+    one = matmul_weight(normal(5, 4), normal(5), (normal(0, 4), normal(5, 0)))
+    assert torch.equal(best.matmul(normal(3, 4), [one])[0], best.matmul(normal(3, 4), [matmul_weight(normal(5, 4), normal(5))])[0])
+    assert best.matmul(normal(0, 4), [one])[0].shape == (0, 5)
+    assert best.matmul_back([normal(0, 5)], [one]).shape == (0, 4)
+    assert best.gated(normal(0, 4), normal(0, 4)).shape == (0, 4)
+    assert [t.shape for t in best.gated_back(normal(0, 4), normal(0, 4), normal(0, 4))] == [(0, 4)] * 2
     for shape in [(1, 0, 2, 8), (0, 3, 2, 8)]:
         x = normal(*shape).requires_grad_()
         tables = normal(1, shape[1], 1, 8), normal(1, shape[1], 1, 8)
-        turned = native.rotated(native.normalised(x, normal(8), 1e-5), tables)
-        out = native.document_attention(turned, turned, turned, whole(), None, 1.0)
+        turned = best.rotate(best.rms_norm(x, normal(8), 1e-5), tables)
+        out = best.attend_packed(turned, turned, turned, whole(), None, 1.0, None)
         out.sum().backward()
         assert out.shape == shape
         assert x.grad is not None
@@ -384,7 +381,7 @@ def test_nothing_is_as_good_as_something() -> None:
 
 
 def test_memory_is_used_again() -> None:
-    memory = Memory()
+    memory = ActivationMemory()
     first = memory.empty(300, 300)
     place = first.data_ptr()
     view = first.view(-1)[5:]
@@ -396,13 +393,13 @@ def test_memory_is_used_again() -> None:
     assert memory.empty(299, 300).data_ptr() == place or memory.empty(300, 300).data_ptr() == place
 
 
-def test_what_autograd_keeps_is_not_used_again() -> None:
+def test_what_autograd_keeps_is_not_used_again(best: NativeOps) -> None:
     x = normal(300, 300).requires_grad_()
-    y = native.normalised(x, torch.ones(300), 1e-5)
+    y = best.rms_norm(x, torch.ones(300), 1e-5)
     z = y * y  # keeps y
     kept = y.detach().clone()
     del y
-    others = [native.memory.empty(300, 300).fill_(float("nan")) for _ in range(4)]
+    others = [best.memory.empty(300, 300).fill_(float("nan")) for _ in range(4)]
     (found,) = torch.autograd.grad(z.sum(), x)
     assert others
     assert bool(torch.isfinite(found).all())
@@ -411,7 +408,7 @@ def test_what_autograd_keeps_is_not_used_again() -> None:
 
 def test_a_tensor_may_go_while_a_piece_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the hand of another thread, or of the garbage collector."""
-    memory = Memory()
+    memory = ActivationMemory()
     small, large = [memory.empty(300, 300)], memory.empty(500, 500)
     del large
 
@@ -425,10 +422,10 @@ def test_a_tensor_may_go_while_a_piece_is_looked_for(monkeypatch: pytest.MonkeyP
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(Memory.SMALL, 4 * Memory.SMALL)), max_size=40))
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(ActivationMemory.SMALL, 4 * ActivationMemory.SMALL)), max_size=40))
 def test_tensors_never_share_memory_and_little_waits(steps: list[tuple[int, int]]) -> None:
     """Slots are filled anew in any order; what each holds stays, and what waits is at most twice what was once in use."""
-    memory, most = Memory(), 0
+    memory, most = ActivationMemory(), 0
     slots: list[Tensor | None] = [None] * 4
     for slot, count in steps:
         slots[slot] = None
@@ -439,25 +436,23 @@ def test_tensors_never_share_memory_and_little_waits(steps: list[tuple[int, int]
         assert memory.waiting <= 2 * most
 
 
-def test_one_tile_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_tile_of_logits_at_a_time(best: NativeOps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a frozen head."""
     before: list[weakref.ref[Any]] = []
-    products = loss._products
 
-    def watched(hidden: Tensor, weight: Tensor) -> tuple[Any, Any]:
-        project, back = products(hidden, weight)
+    def watched(hidden: Tensor, weight: Tensor) -> HeadMatmuls:
+        matmul, matmul_back = best.frozen_head(hidden, weight)
 
         def followed(h: Tensor) -> Tensor:
             assert all(storage() is None for storage in before)
-            logits = project(h)
+            logits = matmul(h)
             before.append(weakref.ref(logits.untyped_storage()))
             return logits
 
-        return followed, back
+        return followed, matmul_back
 
-    monkeypatch.setattr(loss, "_products", watched)
     monkeypatch.setattr(loss, "_SMALLEST", 4)
     monkeypatch.setitem(loss._TILE, "cpu", 1)
     hidden = torch.randn(3, 8, requires_grad=True)
-    loss._FrozenCrossEntropy.apply(hidden, torch.randn(10, 8), torch.tensor([1, 2, 9]), 1.0)
+    loss._FrozenCrossEntropy.apply(hidden, torch.randn(10, 8), torch.tensor([1, 2, 9]), 1.0, Ops(frozen_head=watched))
     assert len(before) == 3

@@ -35,8 +35,8 @@ from llmkit.kernels import native_problem
 from llmkit.lora.inject import LoraSettings, adapted, inject
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import AdapterWeights, write_adapter
-from llmkit.model.attention import LayerCaches, Rotary
-from llmkit.model.layers import Linear
+from llmkit.model.attention import PackedSequences
+from llmkit.model.layers import ForwardContext, Linear
 from llmkit.model.transformer import Transformer
 from llmkit.planning.model_info import read_facts
 from llmkit.quant.schemes import Choice, choose
@@ -76,10 +76,10 @@ class ShortConv(nn.Module):
         out = F.conv1d(seen.transpose(1, 2), self.taps.unsqueeze(1).to(inputs.dtype), groups=seen.shape[-1]).transpose(1, 2)
         return out, (seen[:, inputs.shape[1] :],)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, caches: LayerCaches, rows: Tensor | None = None) -> Tensor:
-        b, c, x = self.in_proj(x).chunk(3, -1)
-        gated = c * caches.recur(self.layer, b * x, self.convolve)
-        return self.out_proj(gated if rows is None else gated.flatten(0, 1).index_select(0, rows))
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        b, c, x = context.matmul(x, self.in_proj).chunk(3, -1)
+        gated = c * context.caches.recur(self.layer, b * x, self.convolve)
+        return context.matmul(context.select(gated), self.out_proj)
 
 
 def config_of(hf: Mapping[str, Any]) -> ModelConfig:
@@ -158,9 +158,9 @@ def test_packed_texts_do_not_see_each_other(folder: Path) -> None:
     model = load_model(folder).eval()
     texts = [IDS[:30], IDS[30:50]]
     positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
-    segments = torch.cat([torch.full((len(text),), i) for i, text in enumerate(texts)])[None]
+    ids = torch.cat([torch.full((len(text),), i) for i, text in enumerate(texts)])[None]
     with torch.inference_mode():
-        packed = model(torch.tensor([texts[0] + texts[1]]), positions, segments=segments)[0]
+        packed = model(torch.tensor([texts[0] + texts[1]]), positions, packed=PackedSequences(ids))[0]
         alone = torch.cat([model(torch.tensor([text]))[0] for text in texts])
     torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
 

@@ -24,6 +24,7 @@ from llmkit.checkpoint.load import load_model
 from llmkit.engine.backend import StepBatch
 from llmkit.engine.engine import Engine
 from llmkit.engine.sampling import SamplingParams
+from llmkit.model.attention import PackedSequences
 from llmkit.model.backend import TorchBackend
 from llmkit.model.transformer import Transformer
 from tests.families.tiny import ORIGINAL, VARIANTS, WINDOW, hf_config, hf_model, raw_config, save
@@ -141,17 +142,17 @@ def test_packed_documents_equal_documents_alone(pair: Pair) -> None:
     sizes = [5, WINDOW + 6, 1, 14]
     tokens = random_tokens(1, sum(sizes))
     positions = torch.cat([torch.arange(size) for size in sizes])[None]
-    segments = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])[None]
-    packed = pair.ours(tokens, positions, segments=segments)
+    ids = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])[None]
+    packed = pair.ours(tokens, positions, packed=PackedSequences(ids))
     for document, logits in zip(tokens.split(sizes, 1), packed.split(sizes, 1), strict=True):
         assert difference(logits, pair.expected(document)) < TOLERANCE
 
 
 def test_some_rows_and_hidden_states(pair: Pair) -> None:
     tokens = random_tokens(2, 9)
-    rows = torch.tensor([17, 3])
+    indices = torch.tensor([17, 3])
     theirs = pair.theirs(tokens, output_hidden_states=True)
-    assert difference(pair.ours(tokens, rows=rows), theirs.logits.flatten(0, 1)[rows]) < TOLERANCE
+    assert difference(pair.ours(tokens, logits_indices=indices), theirs.logits.flatten(0, 1)[indices]) < TOLERANCE
     assert difference(pair.ours(tokens, hidden=True), theirs.hidden_states[-1]) < TOLERANCE
 
 

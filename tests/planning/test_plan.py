@@ -29,9 +29,10 @@ from llmkit.families import read_config
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.llm.api import embedded_model
 from llmkit.llm.backends import Options, prepare
+from llmkit.lora.fused import FusedMatmuls, FusedMLP, training_ops
 from llmkit.lora.inject import LoraSettings, inject
-from llmkit.model.autograd import speed_up
 from llmkit.model.backend import TorchBackend
+from llmkit.model.layers import PLAIN
 from llmkit.planning import estimate, memory
 from llmkit.planning.check import Fit, fit_run, free, make_run
 from llmkit.planning.check_training import fit_recipe, recipe_facts, settle
@@ -291,8 +292,10 @@ def test_what_a_layer_keeps_for_the_backward_pass(tmp_path: Path, variant: str, 
     model = load_model(tiny_folder(tmp_path / "source", variant, **sizes))
     if lora:
         inject(model, LoraSettings(r=4))
+    fused = FusedMatmuls()
+    ops = replace(PLAIN, matmuls=fused, mlp=FusedMLP(fused)) if lora else PLAIN
     if native:
-        speed_up(model)
+        ops = training_ops(torch.device("cpu"), adapters=lora)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -304,7 +307,7 @@ def test_what_a_layer_keeps_for_the_backward_pass(tmp_path: Path, variant: str, 
 
     tokens = torch.arange(64).view(2, 32) % 97
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(tokens, hidden=True)
+        model(tokens, hidden=True, ops=ops)
     how = setting(recipe(max_length=32, batch_size=2, lora={"r": 4} if lora else None), read_facts(ModelSource.open(tmp_path / "source")))
     predicted = 4 * 64 * (sum(_saved_numbers(model.config, layer, how) for layer in model.config.layers) + 3 * model.config.hidden_size)
     assert predicted == pytest.approx(sum(size for size, _ in kept.values()), rel=0.15)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
 from llmkit.kernels.training_ops import training_kernels
-from llmkit.model import autograd as native
+from llmkit.lora.fused import training_ops
+from llmkit.model.layers import PLAIN
 from llmkit.model.transformer import Transformer
 from llmkit.text.chat import encode_prompt
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
@@ -200,13 +201,13 @@ def test_no_slot_is_unused() -> None:
     assert full.tokens.shape == (2, 16)
     (rest,) = sequential_batches(corpus_of([17, 13, 4, 9]), 16, 4)
     assert rest.tokens.shape == (1, 16 + 12 + 3 + 8)
-    assert sorted(rest.segments.unique().tolist()) == [0, 1, 2, 3]
+    assert sorted(rest.packed.ids.unique().tolist()) == [0, 1, 2, 3]
     assert (rest.labels != IGNORE).all()
 
 
 def test_chats_are_cut_not_continued() -> None:
     batches = list(sequential_batches(corpus_of([40, 5], divisible=False), 16, 4))
-    learned = sum(b.target_count for b in batches)
+    learned = sum(b.num_supervised for b in batches)
     assert learned == 16 + 4
 
 
@@ -246,7 +247,7 @@ def test_packed_documents_equal_separate_ones(tokenizer: Tokenizer, make_model: 
     train, *_ = load_corpora([write_rows(tmp_path / "a.jsonl", [{"text": t} for t in stories(12)])], tokenizer, 0.0)
     packed, separate = make_model(), make_model()
     batches = list(sequential_batches(train, 64, 3))
-    assert max(int(b.segments.max()) for b in batches) >= 2
+    assert max(int(b.packed.ids.max()) for b in batches) >= 2
     total = sum(cross_entropy(packed, batch) for batch in batches)
     alone = sum(
         cross_entropy(separate, batch) for n in range(len(train)) for batch in sequential_batches(train.select(np.array([n])), 64, 1)
@@ -283,31 +284,30 @@ def _texts(draw: st.DrawFn) -> list[tuple[list[int], int]]:
 @settings(max_examples=200, deadline=None)
 @given(_texts(), st.integers(8, 40), st.integers(1, 5))
 def test_a_batch_holds_its_documents(texts: list[tuple[list[int], int]], length: int, shortest: int) -> None:
-    """Along the segments that it goes on from, every piece has its tokens, labels and positions; what is shared is not learned."""
+    """Along its parents, every piece has its tokens, labels and positions; what is shared is not learned."""
     corpus = chats_of(texts)
     rows = rows_of(corpus, range(len(corpus)), length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SHORTEST", shortest)
         batch = make_batch(corpus, rows)
-    names, first = np.unique(batch.segments.numpy(), return_index=True)
-    slots = {int(n): (batch.segments.flatten() == n).nonzero().flatten() for n in names}
+    ids, parents = batch.packed.ids, batch.packed.parents
+    slots = {id_: (ids.flatten() == id_).nonzero().flatten() for id_ in ids.unique().tolist()}
     pieces = np.concatenate(rows)
     for piece, (document, start, count) in enumerate(pieces.tolist()):
-        chain, segment = slots[piece], piece
-        while segment in batch.follows:
-            segment = batch.follows[segment]
-            assert (batch.labels.flatten()[slots[segment]] == IGNORE).all()
-            assert len(slots[segment]) >= shortest
-            assert int(slots[segment][-1]) < int(chain[0])
-            chain = torch.cat((slots[segment], chain))
+        chain, id_ = slots[piece], piece
+        while id_ in parents:
+            id_ = parents[id_]
+            assert (batch.labels.flatten()[slots[id_]] == IGNORE).all()
+            assert len(slots[id_]) >= shortest
+            assert int(slots[id_][-1]) < int(chain[0])
+            chain = torch.cat((slots[id_], chain))
         at = int(corpus.offsets[document]) + start
         assert batch.tokens.flatten()[chain].tolist() == corpus.tokens[at : at + count].tolist()
         assert batch.positions.flatten()[chain].tolist() == list(range(count))
         labels = np.where(corpus.learned[at + 1 : at + 1 + count], corpus.tokens[at + 1 : at + 1 + count], IGNORE)
         assert batch.labels.flatten()[chain].tolist() == labels.tolist()
     assert batch.tokens.numel() == sum(map(len, slots.values())) <= int(pieces[:, 2].sum())
-    assert len(first) == len(slots)
-    assert set(slots) == set(range(len(pieces))) | set(batch.follows.values())
+    assert set(slots) == set(range(len(pieces))) | set(parents.values())
 
 
 SYSTEM = list(range(3, 15))
@@ -331,11 +331,9 @@ def test_a_common_beginning_is_computed_once(fast: bool, make_model: Callable[..
         monkeypatch.setattr(module, "SHORTEST", shortest)
         (batch,) = sequential_batches(corpus, 64, 4)
         model = make_model()
-        if fast:
-            native.speed_up(model)
-        losses, places = token_losses(model, batch)
+        losses, places = token_losses(model, batch, training_ops(torch.device("cpu"), adapters=False) if fast else PLAIN)
         losses.sum().backward()
-        order = batch.segments.flatten()[places].argsort(stable=True)
+        order = batch.packed.ids.flatten()[places].argsort(stable=True)
         found.append((batch.tokens.numel(), losses.detach()[order], [p.grad for p in model.parameters()]))
     assert found[0][0] == found[1][0] - 3 * len(SYSTEM) - 4  # the slot before the first target is a chat's own
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)

@@ -26,9 +26,10 @@ import llmkit
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.lora.adapter import read_adapter
+from llmkit.model.layers import PLAIN
 from llmkit.text.tokenizer import Tokenizer
 from llmkit.training.data.packing import Batch, make_batch, rows_of
-from llmkit.training.objective import Dpo, Orpo
+from llmkit.training.objective import Dpo, Orpo, answers
 from llmkit.training.recipe import Recipe, from_dict, to_dict
 from llmkit.training.run import run_recipe
 from tests.families.tiny import tiny_folder
@@ -166,8 +167,6 @@ def test_preferences_are_learned(make: Callable[..., Recipe], pairs: Path, keys:
 
 def test_preference_losses_are_their_formulas(make: Callable[..., Recipe], pairs: Path, base: Path, tokenizer: Tokenizer) -> None:
     """Packed pairs against each answer alone through transformers."""
-    from contextlib import nullcontext
-
     from llmkit.training.data.sources import load_corpora
 
     corpus, _, _ = load_corpora(make(data=[{"path": str(pairs)}]).data, tokenizer, 0.0, 32, preference=True)
@@ -183,20 +182,19 @@ def test_preference_losses_are_their_formulas(make: Callable[..., Recipe], pairs
         lengths.append(int(learned[1:].sum()))
     good, bad = torch.tensor(logprobs[0::2]), torch.tensor(logprobs[1::2])
     twice = make_batch(corpus, rows_of(corpus, [0, 1, 0, 1], 32, group=2))
-    assert Orpo(0.2).units(twice) == 2  # the same pair twice, as of a source with the weight 2
+    assert Orpo(0.2).normalizer(twice) == 2  # the same pair twice, as of a source with the weight 2
     model, other = load_model(base), load_model(base)
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1.01)
-    reference = Dpo(lambda _: nullcontext(other), 0.3)
-    was_good, was_bad, _ = reference.answers(other, batch)
+    was_good, was_bad, _ = answers(other, batch, PLAIN)
     expected = -torch.nn.functional.logsigmoid(0.3 * ((good - was_good) - (bad - was_bad))).sum()
-    torch.testing.assert_close(reference.sum_of(model, batch), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Dpo((other, PLAIN), 0.3).loss_sum(model, batch), expected, rtol=1e-4, atol=1e-4)
 
     mean_good, mean_bad = good / torch.tensor(lengths[0::2]), bad / torch.tensor(lengths[1::2])
     odds = torch.logit(mean_good.exp()) - torch.logit(mean_bad.exp())
     expected = (-mean_good - 0.2 * torch.nn.functional.logsigmoid(odds)).sum()
-    torch.testing.assert_close(Orpo(0.2).sum_of(model, batch), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Orpo(0.2).loss_sum(model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_student_learns_its_teacher(make: Callable[..., Recipe], base: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from llmkit.model.transformer import Transformer
 from llmkit.text.tokenizer import Tokenizer
 from llmkit.training.data.packing import Batch, RowStream
 from llmkit.training.data.sources import load_corpora
-from llmkit.training.loop import Judge, Trainer, TrainingError
+from llmkit.training.loop import EvaluateBatch, Trainer, TrainingError
 from llmkit.training.loss import cross_entropy
 from llmkit.training.objective import Objective
 from llmkit.training.recipe import Recipe
@@ -33,19 +33,29 @@ from llmkit.training.report import Report
 MakeTrainer = Callable[..., Trainer]
 
 
+class LossOf(Objective):
+    """A loss of a test's own."""
+
+    def __init__(self, loss: Callable[[nn.Module, Batch], torch.Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return self.loss(model, batch)
+
+
 @pytest.fixture
 def make_trainer(
     make_model: Callable[..., Transformer], make_recipe: Callable[..., Recipe], tokenizer: Tokenizer, tmp_path: Path
 ) -> MakeTrainer:
-    def make(folder: str = "run", loss: Any = cross_entropy, **keys: Any) -> Trainer:
+    def make(folder: str = "run", loss: Any = None, **keys: Any) -> Trainer:
         recipe = make_recipe(**keys)
         output = tmp_path / folder
         output.mkdir(exist_ok=True)
         train, *_ = load_corpora(recipe.data, tokenizer, recipe.held_out)
         stream = RowStream(train, [1.0], recipe.max_length, recipe.seed, recipe.epochs)
         torch.manual_seed(0)
-        objective = Objective()
-        objective.sum_of = loss  # type: ignore[method-assign]
+        objective = Objective() if loss is None else LossOf(loss)
         return Trainer(make_model(), stream, recipe, Report(output), output / "checkpoint.pt", objective=objective)
 
     return make
@@ -92,9 +102,9 @@ def test_accumulation_equals_the_large_batch(make_trainer: MakeTrainer, optimize
     one, two = make_trainer("a", batch_size=6), make_trainer("b", batch_size=6)
     for trainer, parts in ((one, 1), (two, 6)):
         batches = [b for _ in range(parts) if (b := trainer.stream.next_batch(6 // parts)) is not None]
-        targets = sum(b.target_count for b in batches)
+        supervised = sum(b.num_supervised for b in batches)
         for batch in batches:
-            (cross_entropy(trainer.model, batch) / targets).backward()
+            (cross_entropy(trainer.model, batch) / supervised).backward()
     for p, q in zip(one.model.parameters(), two.model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5 * float(p.grad.abs().max()))
 
@@ -204,18 +214,18 @@ def test_epochs_end_the_run_and_a_time_budget_does(make_trainer: MakeTrainer) ->
 def test_evaluation_sees_the_average_and_leaves_no_trace(make_trainer: MakeTrainer) -> None:
     seen: list[bool] = []
 
-    def evaluate(judge: Judge) -> dict[str, float]:
-        model = judged.model
-        seen.append(not model.training and torch.equal(next(model.parameters()), judged.average[0]))  # type: ignore[index]
+    def evaluate(evaluate_batch: EvaluateBatch) -> dict[str, float]:
+        model = evaluated.model
+        seen.append(not model.training and torch.equal(next(model.parameters()), evaluated.average[0]))  # type: ignore[index]
         torch.randn(3)
         return {"eval_loss": 1.0}
 
-    plain, judged = make_trainer("plain", ema=0.9), make_trainer("judged", ema=0.9, eval_every=2)
-    judged.evaluate = evaluate
+    plain, evaluated = make_trainer("plain", ema=0.9), make_trainer("evaluated", ema=0.9, eval_every=2)
+    evaluated.evaluate = evaluate
     plain.train()
-    judged.train()
+    evaluated.train()
     assert seen == [True] * 4
-    for a, b in zip(weights(plain), weights(judged), strict=True):
+    for a, b in zip(weights(plain), weights(evaluated), strict=True):
         assert torch.equal(a, b)
 
 

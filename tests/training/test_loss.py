@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmkit.lora.fused import training_ops, without_adapters
+from llmkit.model.attention import PackedSequences
 from llmkit.model.transformer import Transformer
 from llmkit.training import loss as module
 from llmkit.training.data.packing import Batch
@@ -19,9 +21,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def losses_of(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The loss of each row and its gradient by the hidden state."""
+    """The loss of each row and its gradient by the hidden state, as a run computes them."""
+    ops = training_ops(hidden.device, adapters=True)
     leaf = hidden.clone().requires_grad_()
-    losses: Tensor = module._FrozenCrossEntropy.apply(leaf, weight, labels, scale)  # type: ignore[no-untyped-call]
+    losses: Tensor = module._FrozenCrossEntropy.apply(leaf, weight, labels, scale, ops)  # type: ignore[no-untyped-call]
     losses.sum().backward()
     assert leaf.grad is not None
     return losses.detach(), leaf.grad
@@ -63,12 +66,13 @@ def test_it_is_that_of_an_evaluation(bfloat16: bool, make_model: Callable[[], Tr
     model = make_model().requires_grad_(False)
     model.head.weight.mul_(100)
     tokens = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
-    batch = Batch(tokens, tokens.roll(-1, 1), torch.arange(40).expand(2, 40), torch.arange(2)[:, None].expand(2, 40), ())
+    batch = Batch(tokens, tokens.roll(-1, 1), torch.arange(40).expand(2, 40), PackedSequences(torch.arange(2)[:, None].expand(2, 40)))
+    ops = training_ops(torch.device("cpu"), adapters=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        learned, _ = module.token_losses(model, batch)
+        learned, _ = module.token_losses(model, batch, ops)
         with torch.no_grad():
-            judged, _ = module.token_losses(model, batch)
-    torch.testing.assert_close(learned, judged, rtol=1e-5, atol=1e-4)
+            evaluated, _ = module.token_losses(model, batch, without_adapters(ops))
+    torch.testing.assert_close(learned, evaluated, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])

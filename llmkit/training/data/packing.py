@@ -1,26 +1,26 @@
 """Documents to packed rows of token ids.
 
 A *slot* of a row holds an input token and the token to be predicted from it, so a document of n tokens fills n - 1
-slots. Several documents share a row; `segments` keeps them apart in attention and `positions` begin again at 0:
+slots. Several documents share a row; sequence ids keep them apart in attention and positions begin again at 0:
 
     tokens     <s> Once upon a | <s> The cat sat   .
     labels     Once upon a </s>| The cat sat   . </s>      -100 where nothing is learned
     positions    0   1   2   3 |  0   1   2   3   4
-    segments     0   0   0   0 |  1   1   1   1   1
+    ids          0   0   0   0 |  1   1   1   1   1
 
-What documents of a batch have in common at their beginnings, and do not learn there (a system prompt, the prompt of a pair of
-answers), stands in it once, as a segment that others go on from:
+A prefix that documents of a batch share, and do not learn (a system prompt, the prompt of a pair of answers), stands in it once, as a
+sequence that others have as their parent:
 
     tokens     <s> You are a helpful assistant . | What is | 2 + 2 ? | pi ? | Hello !
-    segments    3                                |  4      |  0      |  1   |  2            follows: {4: 3, 0: 4, 1: 4, 2: 3}
+    ids         3                                |  4      |  0      |  1   |  2            parents: {4: 3, 0: 4, 1: 4, 2: 3}
 """
 
 from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -28,30 +28,34 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import UsageError
+from llmkit.model.attention import PackedSequences
 from llmkit.training.data.sources import Corpus, Ints
 
-SHORTEST = 4  # slots that documents have in common to be worth a segment
+SHORTEST = 4  # slots that documents share to be worth a sequence of their own
 IGNORE = -100  # the label of a slot that is not learned, as everywhere in PyTorch
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows: int64 tensors `[rows, length]`, and the documents that lie in them. Each slot has a token."""
+    """Packed rows: int64 tensors `[rows, length]`. Each slot has a token.
+
+    labels: the token to predict at each slot; IGNORE: none. packed: the ids of sequences are numbered as the pieces of documents are, and
+    behind those the prefixes that several share. documents: those that lie in the rows.
+    """
 
     tokens: Tensor
-    labels: Tensor  # the token to predict at each slot; IGNORE: none
+    labels: Tensor
     positions: Tensor
-    segments: Tensor  # numbered as the pieces of documents are, and behind those what several begin with
-    documents: tuple[int, ...]
-    follows: Mapping[int, int] = field(default_factory=dict)  # segments that go on from another one
+    packed: PackedSequences
+    documents: tuple[int, ...] = ()
 
     @property
-    def target_count(self) -> int:
+    def num_supervised(self) -> int:
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> Batch:
-        tokens, labels, positions, segments = (t.to(device) for t in (self.tokens, self.labels, self.positions, self.segments))
-        return Batch(tokens, labels, positions, segments, self.documents, self.follows)
+        tokens, labels, positions, ids = (t.to(device) for t in (self.tokens, self.labels, self.positions, self.packed.ids))
+        return Batch(tokens, labels, positions, PackedSequences(ids, self.packed.parents), self.documents)
 
 
 # Pieces of documents: int64 `[pieces, 3]` of document, first slot, number of slots.
@@ -104,81 +108,82 @@ def rows_of(corpus: Corpus, documents: Iterable[int], max_length: int, group: in
 
 
 def make_batch(corpus: Corpus, rows: Sequence[Ints]) -> Batch:
-    """Rows of pieces (each `[pieces, 3]`) as tensors. Every piece is a segment of its own, numbered through the batch.
+    """Return rows of pieces (each `[pieces, 3]`) as tensors. Every piece is a sequence of its own, numbered through the batch.
 
-    Rows of different lengths, or with beginnings in common, become one row, one behind the other: no slot is unused.
+    Rows of different lengths, or with prefixes in common, become one row, one behind the other: no slot is unused.
     """
     pieces = np.concatenate(rows)
-    parts, follows = _segments(corpus, pieces)
+    spans, parents = _share_prefixes(corpus, pieces)
     lengths = [int(row[:, 2].sum()) for row in rows]
-    total = sum(part.count for part in parts)
-    shape = (1, total) if follows or len(set(lengths)) > 1 else (len(rows), lengths[0])
-    tokens, labels, positions, segments = (np.empty(total, np.int64) for _ in range(4))
+    total = sum(span.count for span in spans)
+    shape = (1, total) if parents or len(set(lengths)) > 1 else (len(rows), lengths[0])
+    tokens, labels, positions, ids = (np.empty(total, np.int64) for _ in range(4))
     at = 0
-    for part in parts:
-        document, start, _ = pieces[part.piece].tolist()
-        first, count = int(corpus.offsets[document]) + start + part.start, part.count
+    for span in spans:
+        document, start, _ = pieces[span.piece].tolist()
+        first, count = int(corpus.offsets[document]) + start + span.start, span.count
         here = slice(at, at + count)
         targets = slice(first + 1, first + 1 + count)
         tokens[here] = corpus.tokens[first : first + count]
         labels[here] = np.where(corpus.learned[targets], corpus.tokens[targets], IGNORE)
-        positions[here] = np.arange(part.start, part.start + count)
-        segments[here] = part.number
+        positions[here] = np.arange(span.start, span.start + count)
+        ids[here] = span.id
         at += count
     documents = tuple(dict.fromkeys(pieces[:, 0].tolist()))
-    made = [torch.from_numpy(array.reshape(shape)) for array in (tokens, labels, positions, segments)]
-    return Batch(made[0], made[1], made[2], made[3], documents, follows)
+    made = [torch.from_numpy(array.reshape(shape)) for array in (tokens, labels, positions, ids)]
+    return Batch(made[0], made[1], made[2], PackedSequences(made[3], parents), documents)
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Slots `[start, start + count)` of a piece, which stand in a batch under a number."""
+class SequenceSpan:
+    """Slots `[start, start + count)` of a piece, which stand in a batch under an id."""
 
-    number: int
+    id: int
     piece: int
     start: int
     count: int
 
 
-def _segments(corpus: Corpus, pieces: Ints) -> tuple[list[Segment], dict[int, int]]:
-    """The segments of a batch in order, and which ones go on from which: the pieces are the leaves of a tree of what they begin with."""
-    begins: list[tuple[list[int], int]] = []  # what a piece could share, and its number
+def _share_prefixes(corpus: Corpus, pieces: Ints) -> tuple[list[SequenceSpan], dict[int, int]]:
+    """The sequences of a batch in order, and their parents: the pieces are the leaves of a tree of the prefixes they share."""
+    prefixes: list[tuple[list[int], int]] = []  # what a piece could share, and its number
     for piece, (document, start, count) in enumerate(pieces.tolist()):
         first = int(corpus.offsets[document]) + start
         learned = corpus.learned[first + 1 : first + count]
         free = int(learned.argmax()) if learned.any() else count - 1  # a piece keeps a slot of its own
-        begins.append(([] if start else corpus.tokens[first : first + free].tolist(), piece))
-    begins.sort()
-    common = [_common(left, right) for (left, _), (right, _) in pairwise(begins)]
-    segments: list[Segment] = []
-    follows: dict[int, int] = {}
+        prefixes.append(([] if start else corpus.tokens[first : first + free].tolist(), piece))
+    prefixes.sort()
+    common = [_common(left, right) for (left, _), (right, _) in pairwise(prefixes)]
+    spans: list[SequenceSpan] = []
+    parents: dict[int, int] = {}
 
-    def add(number: int, piece: int, start: int, count: int, parent: int | None) -> None:
-        segments.append(Segment(number, piece, start, count))
+    def add(id_: int, piece: int, start: int, count: int, parent: int | None) -> None:
+        spans.append(SequenceSpan(id_, piece, start, count))
         if parent is not None:
-            follows[number] = parent
+            parents[id_] = parent
 
-    waiting: list[tuple[int, int, int, int | None]] = [(0, len(begins), 0, None)]  # a range of begins, slots they share, in which segment
+    # A range of the sorted prefixes, the slots that they are known to share, and the sequence that holds those.
+    waiting: list[tuple[int, int, int, int | None]] = [(0, len(prefixes), 0, None)]
     while waiting:
         low, high, shared, parent = waiting.pop()
-        piece = begins[low][1]
+        piece = prefixes[low][1]
         if high - low == 1:
             add(piece, piece, shared, int(pieces[piece, 2]) - shared, parent)
             continue
         here = min(common[low : high - 1])
         if here - shared >= SHORTEST:
-            number = len(pieces) + len(segments)
-            add(number, piece, shared, here - shared, parent)
-            shared, parent = here, number
+            id_ = len(pieces) + len(spans)
+            add(id_, piece, shared, here - shared, parent)
+            shared, parent = here, id_
         bounds = [low, *(i + 1 for i in range(low, high - 1) if common[i] == here), high]
         waiting += [(*bound, shared, parent) for bound in reversed(list(pairwise(bounds)))]
-    if not follows:
-        segments.sort(key=lambda segment: segment.number)
-    return segments, follows
+    if not parents:
+        spans.sort(key=lambda span: span.id)
+    return spans, parents
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many items two sequences have in common at their beginnings."""
+    """Return the length of the longest common prefix."""
     shorter = min(len(left), len(right))
     return next((i for i in range(shorter) if left[i] != right[i]), shorter)
 
