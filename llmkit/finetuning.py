@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmkit.checkpoint.source import ModelSource
+from llmkit.errors import LLMKitError
 from llmkit.planning.check_training import recipe_device, settle
 from llmkit.planning.memory import measured_peak, shown
 from llmkit.training.recipe import Recipe, from_dict, read_recipe
@@ -23,14 +25,26 @@ def finetune(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, r
     settings = (
         recipe if isinstance(recipe, Recipe) else from_dict(recipe) if isinstance(recipe, Mapping) else read_recipe(Path(recipe), overrides)
     )
-    settings, fit = settle(settings)
+    source = _opened(settings)
+    settings, fit = settle(settings, source)
     from llmkit.training.run import run_recipe
 
-    folder = run_recipe(settings, resume=resume, sample=_sample)
+    folder = run_recipe(settings, resume=resume, sample=_sample, source=source)
     if fit is not None:
         peak = measured_peak(recipe_device(settings))
         print(f"memory: {shown(fit.total)} predicted, {shown(peak)} measured ({peak / fit.total - 1:+.0%})", file=sys.stderr)
     return folder
+
+
+def _opened(recipe: Recipe) -> ModelSource | None:
+    """The model to start from, where it is on this machine as a whole; else the run downloads it, or says what is wrong with its name."""
+    if not isinstance(recipe.model, str):
+        return None
+    try:
+        source = ModelSource.open(recipe.model, download=False)
+    except LLMKitError:
+        return None
+    return source if source.has_weights else None
 
 
 def _sample(model: str, adapter: Path | None, prompts: Sequence[str]) -> list[str]:

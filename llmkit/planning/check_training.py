@@ -23,12 +23,12 @@ def fit_recipe(recipe: Recipe, facts: Facts, available: int, device: str) -> Fit
     return fit if fit.fits else replace(fit, change=cheaper_recipe(recipe, facts, available, device, teacher, data))
 
 
-def settle(recipe: Recipe) -> tuple[Recipe, Fit | None]:
+def settle(recipe: Recipe, source: ModelSource | None = None) -> tuple[Recipe, Fit | None]:
     """The recipe with what it leaves to the memory there is (`checkpointing`), and what it will take; None where its model is not here yet.
 
-    Raises DoesNotFit where it cannot be trained here.
+    source: the recipe's model, where it is open already. Raises DoesNotFit where it cannot be trained here.
     """
-    facts = recipe_facts(recipe)
+    facts = recipe_facts(recipe, source)
     if facts is None:
         return recipe, None
     device = recipe_device(recipe)
@@ -50,11 +50,11 @@ def recipe_device(recipe: Recipe) -> str:
     return default_device() if recipe.device == "auto" else recipe.device
 
 
-def recipe_facts(recipe: Recipe) -> Facts | None:
+def recipe_facts(recipe: Recipe, source: ModelSource | None = None) -> Facts | None:
     """The facts of a recipe's model; None where it is not here, or a file of it cannot be read."""
     try:
         if isinstance(recipe.model, str):
-            return read_facts(ModelSource.open(recipe.model, download=False))
+            return read_facts(source or ModelSource.open(recipe.model, download=False))
         assert recipe.tokenizer is not None  # the recipe refuses that
         tokenizer = recipe.tokenizer
         entries = tokenizer.vocab_size if isinstance(tokenizer, TokenizerRecipe) else tokenizer_entries(locate(tokenizer))

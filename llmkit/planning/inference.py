@@ -37,7 +37,7 @@ class Constants:
     huge_array: int = 4 << 20
     nf4_work: int = 30_000_000  # of a dequantization, beside the matrix
     logit_copies: int = 4  # float32 copies of a chunk of logits: they, their log-softmax, and both gradients
-    logit_elements: int = 1 << 24  # of a chunk of logits (training/loss.py)
+    logit_elements: int = 1 << 24  # of a chunk of logits (training/objective.py)
     logit_tile: int = 1 << 22  # of some columns of all rows, on a CPU
     logit_columns: int = 1 << 10  # at least
     step_tokens: int = 512  # prompt tokens in one step

@@ -159,7 +159,7 @@ def _activation_bytes(how: Setting, facts: Facts, size: int, attends: bool, betw
 
 def _logit_bytes(how: Setting, facts: Facts, head: Storage, size: int, columns: int, pooled: bool, constants: Constants) -> int:
     """What the loss takes while it goes over `columns` of the logits of all rows, of a frozen head; 0: over all of some rows. See
-    training/loss.py."""
+    training/objective.py."""
     config, numbers = facts.config, math.prod(facts.head)
     if columns:
         wide = 0 if pooled or head == ("F32" if size == 4 else "BF16") else size * columns * config.hidden_size

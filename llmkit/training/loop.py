@@ -7,9 +7,9 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,18 @@ from llmkit.training.recipe import Recipe
 from llmkit.training.report import Report
 
 EvaluateBatch = Callable[[Batch], dict[str, float]]  # the objective's sums over a held-out batch
-Evaluate = Callable[[EvaluateBatch], dict[str, float]]  # held-out figures, among them eval_loss
-Export = Callable[[nn.Module], None]  # writes the model for people
-Sample = Callable[[nn.Module], list[str]]  # texts to look at
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run does beside learning. Each is given the model with its averaged weights, where the recipe keeps an average.
+
+    evaluate: the figures of held-out data, among them eval_loss. export: write the model for people. sample: texts to look at.
+    """
+
+    evaluate: Callable[[EvaluateBatch], dict[str, float]] | None = None
+    export: Callable[[nn.Module], None] | None = None
+    sample: Callable[[nn.Module], list[str]] | None = None
 
 
 class TrainingError(LLMKitError):
@@ -47,7 +56,7 @@ class Progress:
     waited: int = 0  # evaluations since
 
 
-class _Learner(nn.Module):
+class Learner(nn.Module):
     """Model and objective as one module: all that needs the weights happens inside its forward, where wrappers can see to them."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -69,36 +78,27 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        learner: Learner,
         stream: RowStream,
         recipe: Recipe,
         report: Report,
-        checkpoint: Path,
-        *,
-        objective: Objective | None = None,
-        evaluate: Evaluate | None = None,
-        export: Export | None = None,
-        sample: Sample | None = None,
+        checkpoint: CheckpointFile,
+        hooks: Hooks | None = None,
         processes: Processes | None = None,
-        origin: dict[str, Any] | None = None,
     ) -> None:
-        """origin: settings by name that decide what the trained weights mean; a checkpoint with others is refused."""
-        self.model, self.stream, self.recipe, self.report, self.checkpoint = model, stream, recipe, report, checkpoint
-        self.objective = objective or Objective()
-        self.evaluate, self.export, self.sample = evaluate, export, sample
-        self.origin = origin or {}
-        self.device = next(model.parameters()).device
+        self.model, self.objective = learner.model, learner.objective
+        self.stream, self.recipe, self.report, self.checkpoint, self.hooks = stream, recipe, report, checkpoint, hooks or Hooks()
+        self.device = next(self.model.parameters()).device
         self.processes = processes or Processes(self.device.type == "cpu")
         if recipe.compile:
-            model.compile()
+            self.model.compile()
         self.dtype = product_dtype(recipe.dtype, self.device)
-        learner = _Learner(model, self.objective)
         self.processes.shard(learner)
         self.learner = self.processes.wrap(learner)
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.trained.values())
         self.optimizers = make_optimizers(
-            model, recipe.optimizer, recipe.learning_rate, recipe.muon_learning_rate, (recipe.beta1, recipe.beta2), recipe.weight_decay
+            self.model, recipe.optimizer, recipe.learning_rate, recipe.muon_learning_rate, (recipe.beta1, recipe.beta2), recipe.weight_decay
         )
         self.average = [p.detach().clone() for p in self.parameters] if recipe.ema else None
         self.done = Progress()
@@ -242,7 +242,7 @@ class Trainer:
         corpus: Corpus = self.stream.corpus
         places = [corpus.places[d] for batch in batches for d in batch.documents]
         shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
-        again = "go on from the last checkpoint with --resume" if self.checkpoint.exists() else "start again"
+        again = "go on from the last checkpoint with --resume" if self.checkpoint.path.exists() else "start again"
         raise TrainingError(
             f"at step {self.done.step + 1} the loss is {loss:g} and the gradient norm {norm:g}; the rows held {shown}. "
             f"Look at those rows; else lower learning_rate or raise warmup_steps, and {again}."
@@ -272,11 +272,11 @@ class Trainer:
         start = time.monotonic()
         with self.averaged() as model, torch.no_grad():
             model.eval()
-            figures = self.evaluate(self._evaluate_batch) if self.evaluate is not None else {}
+            figures = {} if self.hooks.evaluate is None else self.hooks.evaluate(self._evaluate_batch)
             model.train()
         self._compare(figures)
         with self.averaged() as model:
-            texts = self.sample(model) if self.sample is not None else []
+            texts = [] if self.hooks.sample is None else self.hooks.sample(model)
         self.done.seconds += time.monotonic() - start
         if figures:
             self.report.log({"step": self.done.step, **figures})
@@ -303,38 +303,24 @@ class Trainer:
             self._export()
 
     def _export(self) -> None:
-        if self.export is not None:
+        if self.hooks.export is not None:
             with self.averaged() as model:
-                self.export(model)
+                self.hooks.export(model)
 
     def save(self) -> None:
         """Write the checkpoint, replacing the last one whole, and the model for people."""
         state = self.state()
         if self.processes.is_main:
-            self._write(state)
+            self.checkpoint.write(state)
         if self.recipe.keep == "last" or self.done.best_loss is None:
             self._export()
         self.processes.wait()
-
-    def _write(self, state: dict[str, Any]) -> None:
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.checkpoint.with_name(f"{self.checkpoint.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.checkpoint)
-        except OSError as error:  # a full disk: a failing write does not name its file
-            raise OSError(error.errno, error.strerror or str(error), str(self.checkpoint)) from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on: of the weights those that are trained."""
         state = {
             **asdict(self.done),
-            "origin": self.origin,
+            "origin": dict(self.checkpoint.origin),
             "data": self.stream.fingerprint,
             "epoch": self.stream.epoch,
             "row": self.stream.row,
@@ -351,50 +337,89 @@ class Trainer:
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another model or optimizer.
         """
+        with self.checkpoint.explained():
+            self._restore(self.checkpoint.read(self.stream.fingerprint, self.trained.keys()))
+        self.report.rewind(self.done.step)
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(scattered(state["model"][name], parameter))
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            # The recipe's settings win over the stored ones, so that a key changed for the rest of a run takes effect.
+            settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(scatter_states(saved, [p for group in optimizer.param_groups for p in group["params"]]))
+            for group, setting in zip(optimizer.param_groups, settings, strict=True):
+                group.update(setting)
+        if self.average is not None:
+            for mean, saved in zip(self.average, state["average"], strict=True):
+                mean.copy_(scattered(saved, mean))
+        self.done = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+        self.stream.seek(state["epoch"], state["row"])
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """Where a run's state is kept. origin: settings by name that decide what the trained weights mean; a state with others is refused."""
+
+    path: Path
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Replace the file whole: a run that is killed meanwhile goes on from the last one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            if state["data"] != self.stream.fingerprint:
-                raise CheckpointError(
-                    f"the data, its weights, max_length or the seed have changed since {self.checkpoint} was written, so its place in them "
-                    "means nothing. Restore them, or start a new run from the model saved beside it."
-                )
-            changed = [name for name, value in self.origin.items() if state["origin"].get(name) != value]
-            if changed:
-                raise CheckpointError(
-                    f"the checkpoint {self.checkpoint} was made with another {' and another '.join(changed)}, "
-                    "without which its weights mean something else. Restore the recipe, or start a new run."
-                )
-            if state["model"].keys() != self.trained.keys():
-                raise CheckpointError(
-                    f"the checkpoint {self.checkpoint} is of other weights than this recipe trains. Use the recipe it was made with."
-                )
-            with torch.no_grad():
-                for name, parameter in self.trained.items():
-                    parameter.copy_(scattered(state["model"][name], parameter))
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                # The recipe's settings win over the stored ones, so that a key changed for the rest of a run takes effect.
-                settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-                optimizer.load_state_dict(scatter_states(saved, [p for group in optimizer.param_groups for p in group["params"]]))
-                for group, setting in zip(optimizer.param_groups, settings, strict=True):
-                    group.update(setting)
-            if self.average is not None:
-                for mean, saved in zip(self.average, state["average"], strict=True):
-                    mean.copy_(scattered(saved, mean))
-            self.done = Progress(**{field.name: state[field.name] for field in fields(Progress)})
-            self.stream.seek(state["epoch"], state["row"])
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as error:  # a full disk: a failing write does not name its file
+            raise OSError(error.errno, error.strerror or str(error), str(self.path)) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read(self, data: str, trained: Collection[str]) -> dict[str, Any]:
+        """Return the state. data: the fingerprint of the rows. trained: the names of the weights that are trained.
+
+        Raises CheckpointError where these or `origin` are others than the state was written with.
+        """
+        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        if state["data"] != data:
+            raise CheckpointError(
+                f"the data, its weights, max_length or the seed have changed since {self.path} was written, so its place in them "
+                "means nothing. Restore them, or start a new run from the model saved beside it."
+            )
+        changed = [name for name, value in self.origin.items() if state["origin"].get(name) != value]
+        if changed:
+            raise CheckpointError(
+                f"the checkpoint {self.path} was made with another {' and another '.join(changed)}, "
+                "without which its weights mean something else. Restore the recipe, or start a new run."
+            )
+        if state["model"].keys() != set(trained):
+            raise CheckpointError(
+                f"the checkpoint {self.path} is of other weights than this recipe trains. Use the recipe it was made with."
+            )
+        return state
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn what a missing or a damaged file makes torch raise into CheckpointError."""
+        try:
+            yield
         except FileNotFoundError:
-            raise CheckpointError(f"there is no checkpoint {self.checkpoint} to resume from. Start without --resume.") from None
+            raise CheckpointError(f"there is no checkpoint {self.path} to resume from. Start without --resume.") from None
         except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(
-                f"the checkpoint {self.checkpoint} does not fit this recipe or is damaged ({reason}). "
+                f"the checkpoint {self.path} does not fit this recipe or is damaged ({reason}). "
                 "Use the recipe it was made with, or start anew."
             ) from None
-        self.report.rewind(self.done.step)
 
 
 def product_dtype(wanted: str, device: torch.device) -> torch.dtype | None:
-    """What a recipe's `dtype` ("auto", "float32", "bfloat16") has products computed in on a device; None: in float32, without autocast."""
+    """Return what products are computed in on a device by a recipe's `dtype` (auto, float32, bfloat16); None: float32, without autocast."""
     can = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and can) else None
 

@@ -77,6 +77,12 @@ class Processes:
         """Whether one of them says so."""
         return self.sum(float(flag)) > 0
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Around what the first process makes and the others then find."""
+        with self.accelerator.main_process_first():
+            yield
+
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,30 +17,23 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.fingerprint import Fingerprint
-from llmkit.checkpoint.hub import resolve
 from llmkit.checkpoint.load import empty_model, load_model, usable_device
 from llmkit.checkpoint.save import save_model
 from llmkit.checkpoint.source import ModelSource
 from llmkit.compat import keep_freed_memory
 from llmkit.errors import ConfigError, LLMKitError, UsageError
 from llmkit.families import read_config
-from llmkit.lora.adapter import check_base, read_adapter
 from llmkit.lora.fused import training_ops, without_adapters
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import AdapterWeights, check_writable, write_adapter
 from llmkit.model.layers import Ops
 from llmkit.model.transformer import Transformer, init_weights
-from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
-from llmkit.quant.nf4 import Nf4Linear
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
 from llmkit.training.data.documents import training_texts
-from llmkit.training.data.packing import RowStream, sequential_batches
-from llmkit.training.data.preview import row_length
+from llmkit.training.data.packing import RowStream, row_length, sequential_batches
 from llmkit.training.data.sources import Corpus, load_corpora
-from llmkit.training.data.vocabulary import train_tokenizer
-from llmkit.training.loop import EvaluateBatch, Trainer
+from llmkit.training.loop import CheckpointFile, EvaluateBatch, Hooks, Learner, Trainer
 from llmkit.training.objective import Distillation, Dpo, Objective, Orpo
 from llmkit.training.parallel import Processes, gathered
 from llmkit.training.recipe import DistillRecipe, DpoRecipe, LoraRecipe, OrpoRecipe, Recipe, TokenizerRecipe, to_dict
@@ -78,23 +71,35 @@ class RunFolder:
         """What the run was made with, every key told."""
         return self.root / "recipe.yaml"
 
-    @property
-    def holds_a_strange_recipe(self) -> bool:
-        """Whether a file stands in the place of `recipe` that no run has written."""
-        if not self.recipe.exists():
-            return False
+    def result(self, recipe: Recipe) -> Path:
+        """Return the folder that people take away."""
+        return self.model if recipe.lora is None else self.adapter
+
+    def check(self, recipe: Recipe, resume: bool) -> None:
+        """Raise UsageError where the run would replace what it has not made."""
+        if not resume and self.checkpoint.exists():
+            raise UsageError(f"{self.root} already holds a run. Go on with it (--resume), or choose another output.")
+        result = self.result(recipe)
+        if not resume and result.exists():  # its checkpoint was deleted to free the disk: it is what somebody kept
+            raise UsageError(f"{result} exists and would be replaced. Choose another output, or take it away.")
+        if (resume and self.checkpoint.exists()) or not self.recipe.exists():
+            return
         with self.recipe.open("rb") as file:
-            return file.readline().rstrip() != _WRITTEN.encode()
+            if file.readline().rstrip() != _WRITTEN.encode():
+                raise UsageError(
+                    f"{self.recipe} was not written by a run and would be replaced. Choose another output, or rename that file."
+                )
 
 
 # Continues prompts with a model (a folder or a hub id) and perhaps an adapter: what a person would get, one text for each.
 Sampler = Callable[[str, Path | None, Sequence[str]], list[str]]
 
 
-def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = None) -> Path:
+def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = None, source: ModelSource | None = None) -> Path:
     """Train as the recipe says and return the folder with the result: a Hugging Face model, or with `lora` a PEFT adapter.
 
-    resume: go on from the run's last checkpoint. sample: says what the model says at evaluations.
+    resume: go on from the run's last checkpoint. sample: continues the recipe's prompts at evaluations.
+    source: the recipe's model, where somebody has opened it already.
 
     Raises:
         LLMKitError: of the kind that fits; TrainingError where the loss stops being a number.
@@ -103,33 +108,20 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     folder = RunFolder(Path(recipe.output))
     processes = Processes(recipe.device == "cpu", recipe.parallel)
     device = _device(recipe.device, processes)
-    if not resume and folder.checkpoint.exists():
-        raise UsageError(f"{folder.root} already holds a run. Go on with it (--resume), or choose another output.")
-    result = folder.model if recipe.lora is None else folder.adapter
-    if not resume and result.exists():  # its checkpoint was deleted to free the disk: it is what somebody kept
-        raise UsageError(f"{result} exists and would be replaced. Choose another output, or take it away.")
-    if folder.holds_a_strange_recipe and not (resume and folder.checkpoint.exists()):
-        raise UsageError(f"{folder.recipe} was not written by a run and would be replaced. Choose another output, or rename that file.")
-    folder.root.mkdir(parents=True, exist_ok=True)
-    trackers = make_trackers(recipe.trackers, folder.root) if processes.is_main else []
-    report = Report(folder.root, trackers=trackers, silent=not processes.is_main)
-    if not resume and processes.is_main:
-        report.metrics.unlink(missing_ok=True)
-
-    if processes.is_main:
-        tokenizer_folder = _tokenizer_folder(recipe, folder, resume)
-    processes.wait()
-    if not processes.is_main:
-        tokenizer_folder = _tokenizer_folder(recipe, folder, resume=True)
+    folder.check(recipe, resume)
+    report = _open_report(recipe, folder, processes, resume)
+    with processes.main_first():  # it downloads and trains what the others then find
+        if source is None and isinstance(recipe.model, str):
+            source = ModelSource.open(recipe.model)
+        tokenizer_folder = _tokenizer_folder(recipe, folder, source, resume or not processes.is_main)
     tokenizer = load_tokenizer(tokenizer_folder)
-    context = load_config(resolve(recipe.model)).max_position_embeddings if isinstance(recipe.model, str) else None
-    recipe = replace(recipe, max_length=row_length(recipe.max_length, context))
+    recipe = replace(recipe, max_length=row_length(recipe.max_length, None if source is None else source.config.max_position_embeddings))
     assert recipe.max_length is not None
     train, held, data_report = load_corpora(recipe.data, tokenizer, recipe.held_out, recipe.max_length, recipe.preference)
     if device.type == "cpu":
         # Where memory is short, smaller pieces: a quarter slower, and nearly no holes.
         keep_freed_memory(largest=(2 if recipe.checkpointing else 32) << 20)
-    model = _model(recipe, tokenizer, device)
+    model = _model(recipe, source, tokenizer, device)
     integers = _integers(recipe, model)
     ops = training_ops(device, adapters=recipe.lora is not None, checkpointing=bool(recipe.checkpointing), integers=integers)
     _check_lengths(recipe, model, tokenizer)
@@ -137,29 +129,22 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
         raise UsageError("keep=best and early_stop compare held-out losses, and no document is held out. Raise held_out.")
     group = 2 if recipe.preference else 1
     stream = RowStream(train, [source.weight for source in recipe.data], recipe.max_length, recipe.seed, recipe.epochs, group)
-    trained, all_ = _parameter_counts(model)
     report.say(
-        f"{trained:,} of {all_:,} parameters are trained; {len(train):,} documents, {train.target_count:,} targets, "
+        f"{_parameters(model)}; {len(train):,} documents, {train.target_count:,} supervised tokens, "
         f"{stream.rows_per_epoch:,} rows of {group * recipe.max_length} per epoch; {len(held):,} documents held out"
     )
     for line in (*data_report.lines(), *_notes(recipe, integers)):
         report.say(line)
-    export = _Exporter(recipe, folder, tokenizer_folder, tokenizer, processes)
+    export = _Exporter(recipe, folder.result(recipe), source, tokenizer_folder, tokenizer, processes)
     export.check(model)
     objective = _objective(recipe, model, ops, tokenizer)
-    trainer = Trainer(
-        model,
-        stream,
-        recipe,
-        report,
-        folder.checkpoint,
-        objective=objective,
+    hooks = Hooks(
         evaluate=_Evaluation(recipe, held, objective) if len(held) else None,
         export=export,
         sample=None if sample is None or not recipe.prompts else partial(_samples, recipe, export, sample),
-        processes=processes,
-        origin=_origin(recipe, export.base),
     )
+    checkpoint = CheckpointFile(folder.checkpoint, _origin(recipe, export.base))
+    trainer = Trainer(Learner(model, objective), stream, recipe, report, checkpoint, hooks, processes)
     if resume:
         trainer.resume()
         if changes := _changes(folder.recipe, recipe):
@@ -168,6 +153,15 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
         _write_recipe(recipe, folder.recipe)
     trainer.train()
     return export.target
+
+
+def _open_report(recipe: Recipe, folder: RunFolder, processes: Processes, resume: bool) -> Report:
+    folder.root.mkdir(parents=True, exist_ok=True)
+    trackers = make_trackers(recipe.trackers, folder.root) if processes.is_main else []
+    report = Report(folder.root, trackers=trackers, silent=not processes.is_main)
+    if not resume and processes.is_main:
+        report.metrics.unlink(missing_ok=True)
+    return report
 
 
 def _write_recipe(recipe: Recipe, path: Path) -> None:
@@ -213,12 +207,12 @@ def _origin(recipe: Recipe, base: Fingerprint | None) -> dict[str, Any]:
     return origin
 
 
-def _parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Numbers that are trained, and all of them: packed weights, which are no parameters to PyTorch, count as what they stand for."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, (QuantizedLinear, Nf4Linear)))
-    packed += sum(m.num_embeddings * m.embedding_dim for m in model.modules() if isinstance(m, QuantizedEmbedding))
-    return trained, packed + sum(p.numel() for p in model.parameters())
+def _parameters(model: Transformer) -> str:
+    """How many numbers are trained, and how many there are: those that the description names, however stored, and what an adapter adds."""
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    described = model.config.parameters
+    added = sum(count for name, count in trained.items() if name not in described)
+    return f"{sum(trained.values()):,} of {added + sum(math.prod(param.shape) for param in described.values()):,} parameters are trained"
 
 
 def _notes(recipe: Recipe, integers: bool) -> Iterator[str]:
@@ -273,13 +267,18 @@ class _Evaluation:
 class _Exporter:
     """Writes what people take away: the model's folder, or the adapter's."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, source: Path, tokenizer: Tokenizer, processes: Processes) -> None:
-        self.recipe, self.source, self.tokenizer, self.processes = recipe, source, tokenizer, processes
-        self.target = folder.model if recipe.lora is None else folder.adapter
-        self.base = None
-        if recipe.lora is not None:
-            assert isinstance(recipe.model, str)
-            self.base = ModelSource.open(recipe.model).fingerprint
+    def __init__(
+        self, recipe: Recipe, target: Path, source: ModelSource | None, tokenizer_folder: Path, tokenizer: Tokenizer, processes: Processes
+    ) -> None:
+        """source: the model that training started from; None where it was made."""
+        self.recipe, self.target, self.tokenizer_folder, self.tokenizer, self.processes = (
+            recipe,
+            target,
+            tokenizer_folder,
+            tokenizer,
+            processes,
+        )
+        self.base = source.fingerprint if source is not None and recipe.lora is not None else None
 
     def __call__(self, model: nn.Module, target: Path | None = None) -> None:
         assert isinstance(model, Transformer)
@@ -291,7 +290,7 @@ class _Exporter:
                 if weights is not None:
                     whole = empty_model(model.config)
                     whole.load_state_dict(weights, strict=True, assign=True)
-                save_model(whole, target, source=self.source, dtype=self.recipe.save_dtype, overwrite=True)
+                save_model(whole, target, source=self.tokenizer_folder, dtype=self.recipe.save_dtype, overwrite=True)
             return
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         if self.processes.kind == "fsdp":
@@ -365,13 +364,14 @@ def _objective(recipe: Recipe, model: Transformer, ops: Ops, tokenizer: Tokenize
 
 def _teacher(settings: DistillRecipe, student: Transformer, tokenizer: Tokenizer) -> Transformer:
     device = next(student.parameters()).device
-    teacher = load_model(settings.teacher, device=str(device), quantize=settings.quantize)
+    source = ModelSource.open(settings.teacher)
+    teacher = load_model(source, device=str(device), quantize=settings.quantize)
     if teacher.config.vocab_size != student.config.vocab_size:
         raise UsageError(
             f"distill.teacher {settings.teacher} has a vocabulary of {teacher.config.vocab_size}, the student of "
             f"{student.config.vocab_size}. Take a teacher with the same tokenizer."
         )
-    theirs = load_tokenizer(resolve(settings.teacher))
+    theirs = load_tokenizer(source.folder)
     differs = next((i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) != theirs.token_bytes(i)), None)
     if differs is not None:
         raise UsageError(
@@ -381,32 +381,41 @@ def _teacher(settings: DistillRecipe, student: Transformer, tokenizer: Tokenizer
     return teacher.requires_grad_(False).eval()
 
 
-def _tokenizer_folder(recipe: Recipe, folder: RunFolder, resume: bool) -> Path:
-    if isinstance(recipe.tokenizer, TokenizerRecipe):
-        if not (resume and (folder.tokenizer / "tokenizer.json").is_file()):
-            train_tokenizer(
-                recipe.tokenizer, training_texts(recipe.data, recipe.held_out), folder.tokenizer, row_length(recipe.max_length, None)
-            )
-            tokenizer = load_tokenizer(folder.tokenizer)
-            generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids), **recipe.generation}
-            (folder.tokenizer / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        return folder.tokenizer
-    name = recipe.tokenizer or recipe.model
-    assert isinstance(name, str)  # the recipe refuses a configuration without a tokenizer
-    return resolve(name)
+def _tokenizer_folder(recipe: Recipe, folder: RunFolder, source: ModelSource | None, resume: bool) -> Path:
+    """The folder of the tokenizer, which is trained where the recipe says so and, with `resume`, none is there."""
+    given = recipe.tokenizer
+    if not isinstance(given, TokenizerRecipe):
+        if given is None:
+            assert source is not None  # the recipe refuses a configuration without a tokenizer
+            return source.folder
+        return ModelSource.open(given).folder
+    if not (resume and (folder.tokenizer / "tokenizer.json").is_file()):
+        from llmkit.training.data.vocabulary import train_tokenizer
+
+        train_tokenizer(given, training_texts(recipe.data, recipe.held_out), folder.tokenizer, row_length(recipe.max_length, None))
+        tokenizer = load_tokenizer(folder.tokenizer)
+        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids), **recipe.generation}
+        (folder.tokenizer / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    return folder.tokenizer
 
 
-def _model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Transformer:
+def _model(recipe: Recipe, source: ModelSource | None, tokenizer: Tokenizer, device: torch.device) -> Transformer:
     """The model to train on its device: float32 weights, or with `lora` frozen ones as they are stored and a float32 adapter."""
-    if isinstance(recipe.model, str):
-        source = ModelSource.open(recipe.model)
-        if recipe.lora is not None:
-            return _adapted(recipe, recipe.lora, load_model(source, device=str(device), quantize=recipe.quantize))
-        if source.quantized:
-            raise UsageError(f"the weights of {recipe.model} are quantized and cannot be trained. Set lora: {{}}, or take the original.")
+    if source is None:
+        model = _new_model(recipe, tokenizer).to(device)
+    elif recipe.lora is not None:
+        return _adapted(recipe, recipe.lora, source, load_model(source, device=str(device), quantize=recipe.quantize))
+    elif source.quantized:
+        raise UsageError(f"the weights of {recipe.model} are quantized and cannot be trained. Set lora: {{}}, or take the original.")
+    else:
         model = load_model(source, dtype="float32", device=str(device))
-        torch.manual_seed(recipe.seed)
-        return model
+    torch.manual_seed(recipe.seed)
+    return model
+
+
+def _new_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
+    """A model with random weights, from the configuration that the recipe gives; what it leaves out is the tokenizer's."""
+    assert isinstance(recipe.model, Mapping)
     hf = {
         "vocab_size": tokenizer.vocab_size,
         "max_position_embeddings": recipe.max_length,
@@ -415,14 +424,12 @@ def _model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Transf
         "dtype": recipe.save_dtype,
         **recipe.model,
     }
-    config = read_config({name: value for name, value in hf.items() if value is not None})
-    model = Transformer(config)
+    model = Transformer(read_config({name: value for name, value in hf.items() if value is not None}))
     init_weights(model, torch.Generator().manual_seed(recipe.seed))
-    torch.manual_seed(recipe.seed)
-    return model.to(device)
+    return model
 
 
-def _adapted(recipe: Recipe, lora: LoraRecipe, model: Transformer) -> Transformer:
+def _adapted(recipe: Recipe, lora: LoraRecipe, source: ModelSource, model: Transformer) -> Transformer:
     """The model with an adapter to be trained. PEFT is imported here and in its like: it takes seconds, and only lora needs it."""
     from llmkit.lora.inject import LoraSettings, inject, start_from
 
@@ -434,11 +441,10 @@ def _adapted(recipe: Recipe, lora: LoraRecipe, model: Transformer) -> Transforme
         ),
     )
     if recipe.adapter is not None:
-        assert isinstance(recipe.model, str)
+        from llmkit.lora.adapter import check_base, read_adapter
+
         adapter = read_adapter(recipe.adapter, model.config)
-        check_base(
-            adapter, ModelSource.open(recipe.model), "Set model to that one, or put it into the weights first (llmkit merge --any-base)."
-        )
+        check_base(adapter, source, "Set model to that one, or put it into the weights first (llmkit merge --any-base).")
         start_from(model, adapter)
     return model
 

@@ -21,8 +21,8 @@ from llmkit.evaluate.verify import default_length, logits_of, relative, verify
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.lora.settings import AdapterSettings
 from llmkit.lora.write import AdapterWeights, write_adapter
-from llmkit.model.layers import Attention
 from llmkit.model.backend import TorchBackend
+from llmkit.model.layers import Attention
 from tests.families.tiny import tiny_folder
 from tests.lora.peft import random_terms
 from tests.tiny import write_model

@@ -26,9 +26,9 @@ from llmkit.model.autograd import ActivationMemory, NativeOps, matmul_weight, na
 from llmkit.model.layers import PLAIN, HeadMatmuls, Ops, rms_norm
 from llmkit.model.rope import rotate
 from llmkit.model.transformer import Transformer, init_weights
-from llmkit.training import loss
+from llmkit.training import objective
 from llmkit.training.data.packing import IGNORE, Batch
-from llmkit.training.loss import cross_entropy
+from llmkit.training.objective import cross_entropy
 
 if (problem := native_problem()) is not None:
     pytest.skip(problem, allow_module_level=True)
@@ -451,8 +451,8 @@ def test_one_tile_of_logits_at_a_time(best: NativeOps, monkeypatch: pytest.Monke
 
         return followed, matmul_back
 
-    monkeypatch.setattr(loss, "_SMALLEST", 4)
-    monkeypatch.setitem(loss._TILE, "cpu", 1)
+    monkeypatch.setattr(objective, "_SMALLEST", 4)
+    monkeypatch.setitem(objective._TILE, "cpu", 1)
     hidden = torch.randn(3, 8, requires_grad=True)
-    loss._FrozenCrossEntropy.apply(hidden, torch.randn(10, 8), torch.tensor([1, 2, 9]), 1.0, Ops(frozen_head=watched))
+    objective._FrozenCrossEntropy.apply(hidden, torch.randn(10, 8), torch.tensor([1, 2, 9]), 1.0, Ops(frozen_head=watched))
     assert len(before) == 3

@@ -39,7 +39,7 @@ from llmkit.planning.check_training import fit_recipe, recipe_facts, settle
 from llmkit.planning.inference import CONSTANTS, Run, cheaper_run, inference, quantizing
 from llmkit.planning.model_info import config_facts, read_facts
 from llmkit.planning.training import _saved_numbers, cheaper_recipe, predict, setting, training
-from llmkit.training import loss
+from llmkit.training import objective
 from llmkit.training.recipe import LoraRecipe, Recipe, from_dict
 from tests.checkpoint import raw
 from tests.families.tiny import VARIANTS, tiny_folder
@@ -314,7 +314,7 @@ def test_what_a_layer_keeps_for_the_backward_pass(tmp_path: Path, variant: str, 
 
 
 def test_the_loss_computes_so_many_logits_at_a_time() -> None:
-    found = loss._TILE["cpu"], loss._LOGITS, loss._SMALLEST
+    found = objective._TILE["cpu"], objective._LOGITS, objective._SMALLEST
     assert found == (CONSTANTS.logit_tile, CONSTANTS.logit_elements, CONSTANTS.logit_columns)
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from llmkit.cli.check_data import print_check
 from llmkit.cli.main import run
-from llmkit.training.data.preview import DataCheck, check_data, row_length
+from llmkit.training.data.packing import row_length
+from llmkit.training.data.preview import DataCheck, check_data
 from llmkit.training.recipe import Recipe, to_dict
 
 from .conftest import stories

@@ -26,7 +26,7 @@ from llmkit.training.data.packing import IGNORE, RowStream, make_batch, pack, ro
 from llmkit.training.data.sources import Corpus, load_corpora
 from llmkit.training.data.tokenize import encode_document
 from llmkit.training.data.vocabulary import train_tokenizer
-from llmkit.training.loss import cross_entropy, token_losses
+from llmkit.training.objective import cross_entropy, token_losses
 from llmkit.training.recipe import Source, TokenizerRecipe
 
 from .conftest import stories

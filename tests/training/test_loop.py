@@ -24,9 +24,8 @@ from llmkit.model.transformer import Transformer
 from llmkit.text.tokenizer import Tokenizer
 from llmkit.training.data.packing import Batch, RowStream
 from llmkit.training.data.sources import load_corpora
-from llmkit.training.loop import EvaluateBatch, Trainer, TrainingError
-from llmkit.training.loss import cross_entropy
-from llmkit.training.objective import Objective
+from llmkit.training.loop import CheckpointFile, EvaluateBatch, Hooks, Learner, Trainer, TrainingError
+from llmkit.training.objective import Objective, cross_entropy
 from llmkit.training.recipe import Recipe
 from llmkit.training.report import Report
 
@@ -48,15 +47,15 @@ class LossOf(Objective):
 def make_trainer(
     make_model: Callable[..., Transformer], make_recipe: Callable[..., Recipe], tokenizer: Tokenizer, tmp_path: Path
 ) -> MakeTrainer:
-    def make(folder: str = "run", loss: Any = None, **keys: Any) -> Trainer:
+    def make(folder: str = "run", loss: Any = None, hooks: Hooks | None = None, **keys: Any) -> Trainer:
         recipe = make_recipe(**keys)
         output = tmp_path / folder
         output.mkdir(exist_ok=True)
         train, *_ = load_corpora(recipe.data, tokenizer, recipe.held_out)
         stream = RowStream(train, [1.0], recipe.max_length, recipe.seed, recipe.epochs)
         torch.manual_seed(0)
-        objective = Objective() if loss is None else LossOf(loss)
-        return Trainer(make_model(), stream, recipe, Report(output), output / "checkpoint.pt", objective=objective)
+        learner = Learner(make_model(), Objective() if loss is None else LossOf(loss))
+        return Trainer(learner, stream, recipe, Report(output), CheckpointFile(output / "checkpoint.pt"), hooks)
 
     return make
 
@@ -164,9 +163,9 @@ def test_resume_takes_changed_settings_and_refuses_changed_data(make_trainer: Ma
 def test_a_damaged_checkpoint_is_a_clear_error(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("run", max_steps=2)
     trainer.train()
-    whole = trainer.checkpoint.read_bytes()
+    whole = trainer.checkpoint.path.read_bytes()
     for damaged in (b"", b"nonsense", whole[: len(whole) // 2]):
-        trainer.checkpoint.write_bytes(damaged)
+        trainer.checkpoint.path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="damaged"):
             make_trainer("run").resume()
 
@@ -174,7 +173,7 @@ def test_a_damaged_checkpoint_is_a_clear_error(make_trainer: MakeTrainer) -> Non
 def test_a_checkpoint_is_replaced_whole(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer("run", max_steps=2)
     trainer.train()
-    before = trainer.checkpoint.read_bytes()
+    before = trainer.checkpoint.path.read_bytes()
 
     def full(state: object, file: Any) -> None:
         file.write(b"half")
@@ -183,8 +182,8 @@ def test_a_checkpoint_is_replaced_whole(make_trainer: MakeTrainer, monkeypatch: 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space"):
         trainer.save()
-    assert trainer.checkpoint.read_bytes() == before
-    assert [path.name for path in trainer.checkpoint.parent.glob("checkpoint*")] == ["checkpoint.pt"]
+    assert trainer.checkpoint.path.read_bytes() == before
+    assert [path.name for path in trainer.checkpoint.path.parent.glob("checkpoint*")] == ["checkpoint.pt"]
 
 
 def test_a_loss_that_is_no_number_stops_with_the_rows(make_trainer: MakeTrainer) -> None:
@@ -220,8 +219,7 @@ def test_evaluation_sees_the_average_and_leaves_no_trace(make_trainer: MakeTrain
         torch.randn(3)
         return {"eval_loss": 1.0}
 
-    plain, evaluated = make_trainer("plain", ema=0.9), make_trainer("evaluated", ema=0.9, eval_every=2)
-    evaluated.evaluate = evaluate
+    plain, evaluated = make_trainer("plain", ema=0.9), make_trainer("evaluated", hooks=Hooks(evaluate=evaluate), ema=0.9, eval_every=2)
     plain.train()
     evaluated.train()
     assert seen == [True] * 4

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmkit.lora.fused import training_ops, without_adapters
 from llmkit.model.attention import PackedSequences
 from llmkit.model.transformer import Transformer
-from llmkit.training import loss as module
+from llmkit.training import objective as module
 from llmkit.training.data.packing import Batch
 
 

@@ -23,7 +23,7 @@ from llmkit.errors import ConfigError, UsageError
 from llmkit.text.tokenizer import load_tokenizer
 from llmkit.training.data.packing import sequential_batches
 from llmkit.training.data.sources import load_corpora
-from llmkit.training.loss import cross_entropy
+from llmkit.training.objective import cross_entropy
 from llmkit.training.recipe import Recipe, read_recipe, to_dict
 from llmkit.training.run import run_recipe
 

@@ -32,6 +32,7 @@ from llmkit.model.attention import PackedSequences
 from llmkit.training.data.sources import Corpus, Ints
 
 SHORTEST = 4  # slots that documents share to be worth a sequence of their own
+USUAL_LENGTH = 2048
 IGNORE = -100  # the label of a slot that is not learned, as everywhere in PyTorch
 
 
@@ -56,6 +57,11 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         tokens, labels, positions, ids = (t.to(device) for t in (self.tokens, self.labels, self.positions, self.packed.ids))
         return Batch(tokens, labels, positions, PackedSequences(ids, self.packed.parents), self.documents)
+
+
+def row_length(max_length: int | None, context: int | None) -> int:
+    """Return the tokens of a row: the recipe's `max_length`, or the smaller of 2,048 and the model's context."""
+    return max_length or min(USUAL_LENGTH, context or USUAL_LENGTH)
 
 
 # Pieces of documents: int64 `[pieces, 3]` of document, first slot, number of slots.

@@ -14,12 +14,11 @@ from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.hub import resolve
 from llmkit.text.tokenizer import Tokenizer, load_tokenizer
 from llmkit.training.data.documents import training_texts
-from llmkit.training.data.packing import pack, pieces_of
+from llmkit.training.data.packing import pack, pieces_of, row_length
 from llmkit.training.data.sources import Corpus, DataReport, load_corpora
 from llmkit.training.data.vocabulary import train_tokenizer
 from llmkit.training.recipe import Recipe, TokenizerRecipe
 
-USUAL_LENGTH = 2048
 BARS = 10  # of the histogram
 
 
@@ -44,11 +43,6 @@ class DataCheck:
     rows: int  # packed rows of one epoch, every document once
     fill: float  # share of their slots that hold a token
     problems: list[str]  # what would make the run useless
-
-
-def row_length(max_length: int | None, context: int | None) -> int:
-    """Tokens of a row: the recipe's `max_length`, or the smaller of 2,048 and the model's context."""
-    return max_length or min(USUAL_LENGTH, context or USUAL_LENGTH)
 
 
 def check_data(recipe: Recipe, samples: int = 2, preference: bool = False) -> DataCheck:
