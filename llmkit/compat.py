@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,26 @@ def openmp_functions() -> tuple[int, int, int] | None:
         return None
     parallel, thread, threads = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
     return parallel, thread, threads
+
+
+def default_device() -> str:
+    """Return cuda or mps where there is one, else cpu; torch is asked only where there may be one."""
+    if not _may_have_gpu():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _may_have_gpu() -> bool:
+    """Return whether torch could find a GPU: an Apple processor, an NVIDIA driver (torch loads it by these names), or an AMD one (ROCm)."""
+    if sys.platform == "darwin":
+        return platform.machine() == "arm64"
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 def keep_freed_memory(largest: int = 32 << 20) -> None:

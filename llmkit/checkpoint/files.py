@@ -24,6 +24,7 @@ from llmkit.families import MODEL_TYPES, read_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Bits of one element. The names are the format's own.

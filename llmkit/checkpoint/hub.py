@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.checkpoint.files import CONVERT, GGUF, INDEX, PICKLES, SINGLE, shard_names
+from llmkit.checkpoint.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONVERT, GGUF, INDEX, PICKLES, SINGLE, shard_names
 from llmkit.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Kind:
 
 
 MODEL = Kind("model", "a model", "config.json", SINGLE)
-ADAPTER = Kind("adapter", "an adapter", "adapter_config.json", "adapter_model.safetensors")
+ADAPTER = Kind("adapter", "an adapter", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 def resolve(model: str | Path, revision: str | None = None, kind: Kind = MODEL) -> Path:

@@ -23,7 +23,6 @@ from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
 from llmkit.errors import ConfigError, UsageError
 from llmkit.model.transformer import Transformer
-from llmkit.quant.apply import install, quantize_matrix
 from llmkit.quant.schemes import choose
 
 logger = logging.getLogger(__name__)
@@ -105,12 +104,16 @@ def load_model_with_report(
         weight = weights.weight(name)
         choice = None if quantize is None else choose(quantize, param)
         if isinstance(weight, np.ndarray) and choice is not None:
+            from llmkit.quant.apply import quantize_matrix
+
             weight = quantize_matrix(_parameter(weight, wanted, torch.device("cpu"))[0], choice)
             weights.release(name)
         if isinstance(weight, np.ndarray):
             parameter, in_place = _parameter(weight, wanted, place)
             state[name], nbytes = parameter, parameter.nbytes
         else:
+            from llmkit.quant.apply import install  # a dense model waits for no quantized linears
+
             install(net, {name: weight}, rows)
             schemes.add(quantize or weight.scheme)
             in_place, nbytes = on_cpu and choice is None, weight.nbytes  # codes are mapped like any array, unless they were made here

@@ -207,8 +207,8 @@ def load_arguments() -> dict[str, Any]:
 def load_model(default: Callable[[], Path] | None = None) -> LLM:
     """Open MODEL and the draft model, each once, and load them, unless they do not fit into memory."""
     from llmkit.checkpoint.source import ModelSource
+    from llmkit.compat import default_device
     from llmkit.llm.api import load
-    from llmkit.llm.backends import default_device
     from llmkit.planning.memory import clearly_fits
 
     arguments = load_arguments()

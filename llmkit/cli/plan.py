@@ -57,7 +57,7 @@ def plan(
     Exit code 4: it does not fit.
     """
     from llmkit.checkpoint.source import ModelSource
-    from llmkit.llm.backends import default_device
+    from llmkit.compat import default_device
     from llmkit.planning.check import fit_run, free, make_run
     from llmkit.planning.model_info import read_facts
 

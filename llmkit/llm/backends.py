@@ -5,19 +5,15 @@ torch is imported only where PyTorch runs the model, or may be needed to find a 
 
 from __future__ import annotations
 
-import ctypes
 import filecmp
 import logging
 import os
-import platform
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,12 +21,13 @@ import numpy as np
 from llmkit.checkpoint.arrays import DTYPES, converted, dtype_name
 from llmkit.checkpoint.files import AUTO_MAP
 from llmkit.checkpoint.source import ModelSource
-from llmkit.engine.backend import Backend
+from llmkit.compat import default_device
 from llmkit.errors import DoesNotFit, UsageError, out_of_memory
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.kernels.format import QuantizedMatrix, Weight
 
 if TYPE_CHECKING:
+    from llmkit.engine.backend import Backend
     from llmkit.lora.adapter import Adapter
 
 logger = logging.getLogger(__name__)
@@ -182,26 +179,6 @@ def _torch(source: ModelSource, device: str, options: Options, problem: str | No
         exact=False,
         problem=problem,
     )
-
-
-def default_device() -> str:
-    """cuda or mps where there is one, else cpu; torch is asked only where there may be one."""
-    if not _may_have_gpu():
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _may_have_gpu() -> bool:
-    """Whether torch could find a GPU: an Apple processor, an NVIDIA driver (torch loads it by these names), or an AMD one (ROCm)."""
-    if sys.platform == "darwin":
-        return platform.machine() == "arm64"
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return Path("/dev/kfd").exists()
-    return True
 
 
 # --- speculation -----------------------------------------------------------------------------------------------

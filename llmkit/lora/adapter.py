@@ -30,11 +30,9 @@ from llmkit.config import ModelConfig, MoEConfig
 from llmkit.errors import CheckpointError
 from llmkit.families import family
 from llmkit.kernels.format import widen
-from llmkit.lora.settings import AdapterSettings, parse_settings
+from llmkit.lora.settings import METADATA, PREFIX, AdapterSettings, parse_settings
 
 ANY_BASE = "Load it with that model, or take it all the same (any_base, --any-base)."
-METADATA = "llmkit"  # in the safetensors header: the fingerprints, as JSON; PEFT and transformers pass over it
-PREFIX = "base_model.model."
 _KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _EXPERTS = re.compile(r"model\.layers\.(\d{1,9})\.mlp\.experts(\.base_layer)?")
 _LONGEST_KEY = 300  # characters; patterns are matched against it

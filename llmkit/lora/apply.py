@@ -51,6 +51,7 @@ class AdaptedLinear(nn.Module):
     b: Tensor
     stretch: Tensor | None
     offset: Tensor | None
+    quantized = None
 
     def __init__(
         self, base: nn.Module, term: LowRank, device: torch.device, dtype: torch.dtype, magnitude: np.ndarray | None = None
@@ -112,7 +113,7 @@ class AdaptedEmbedding(nn.Module):
 class _TiedHead(nn.Module):
     """The head of a model that ties it to the embedding, as a linear."""
 
-    bias = None
+    bias = quantized = None
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
@@ -122,9 +123,9 @@ class _TiedHead(nn.Module):
         out: Tensor = self.embedding.logits(x)  # type: ignore[operator]
         return out
 
-    def dequantize(self) -> Tensor:
-        dense: Tensor = self.embedding.weight if isinstance(self.embedding, nn.Embedding) else self.embedding.dequantize()  # type: ignore[operator]
-        return dense
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        dense: Tensor = self.embedding.dequantize()  # type: ignore[operator]
+        return dense if dtype is None else dense.to(dtype)
 
 
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmkit.kernels.format import QuantizedMatrix
 from llmkit.kernels.training_ops import MatmulWeight
 from llmkit.model.autograd import NativeOps, matmul_weight, native_ops, run_checkpointed
 from llmkit.model.layers import PLAIN, Activation, LinearLike, Ops, autocast_dtype, gated
-from llmkit.quant.linears import QuantizedLinear
 
 
 def training_ops(device: torch.device, *, adapters: bool, checkpointing: bool = False, integers: bool = False) -> Ops:
@@ -76,6 +76,8 @@ class LoraLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
+
+    quantized = None  # with the adapter there are no codes for it
 
     @property
     def fusible(self) -> bool:
@@ -179,12 +181,12 @@ class FusedMatmuls:
         """Return the outputs `[tokens, out]`; and `x A^T` of all A, `[tokens, sum of ranks]`, where the backward pass will ask for it."""
         pairs = _pairs(factors, x.dtype)
         a = _stack(pair[0] for pair in pairs if pair is not None)
-        codes = self._integer_weights(x, weights)
+        codes = self._codes(x, weights)
         if codes is None and self.native is not None and self.native.takes(x):
             out = self.native.matmul(x, [*_native(weights, pairs), *([matmul_weight(a)] if trained and a is not None else [])])
             return out[: len(weights)], out[len(weights)] if len(out) > len(weights) else None
         if codes is not None and self.native is not None:
-            out = [self.native.quantized_matmul(x, one.matrix, one.bias) for one in codes]
+            out = [self.native.quantized_matmul(x, matrix, one.base.bias) for matrix, one in zip(codes, weights, strict=True)]
         else:
             out = _dense_matmuls(x, weights, pairs)
         apart = codes is not None or x.dtype != torch.float32
@@ -197,11 +199,12 @@ class FusedMatmuls:
                     at += len(pair[0])
         return out, xa
 
-    def _integer_weights(self, x: Tensor, weights: Sequence[AdaptedWeight]) -> list[QuantizedLinear] | None:
-        """Return the linears in codes where all of them are, and are to compute in integers."""
+    def _codes(self, x: Tensor, weights: Sequence[AdaptedWeight]) -> list[QuantizedMatrix] | None:
+        """Return the bases in codes where all of them are, and are to compute in integers."""
         if not self.integers or self.native is None or x.dtype != torch.float32 or x.device.type != "cpu":
             return None
-        codes = [weight.base for weight in weights if isinstance(weight.base, QuantizedLinear)]
+        found = [weight.base.quantized for weight in weights]
+        codes = [matrix for matrix in found if matrix is not None]
         return codes if len(codes) == len(weights) else None
 
     def backward(

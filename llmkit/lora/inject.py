@@ -6,7 +6,7 @@ import difflib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from llmkit.compat import bitsandbytes, register_peft_linears
 from llmkit.errors import UsageError
 from llmkit.kernels.format import widen
 from llmkit.kernels.training_ops import training_kernels
-from llmkit.lora.adapter import Adapter
 from llmkit.lora.fused import LoraLinear
 from llmkit.model.transformer import Transformer
-from llmkit.quant.linears import QuantizedLinear
+
+if TYPE_CHECKING:
+    from llmkit.lora.adapter import Adapter
 
 bitsandbytes()  # before PEFT imports it, so that it says nothing of kernels that are not used
 
@@ -118,8 +119,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 def integers_possible(model: Transformer) -> bool:
     """Return whether frozen linears can compute forwards in integers: q4 or q8 under an adapter, on a CPU with native kernels."""
-    bases = (linear.base for _, linear in adapted(model))
-    return training_kernels() is not None and any(isinstance(base, QuantizedLinear) and base.codes.device.type == "cpu" for base in bases)
+    return training_kernels() is not None and any(linear.base.quantized is not None for _, linear in adapted(model))
 
 
 @torch.no_grad()

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, TypeVar
 
+METADATA = "llmkit"  # in the safetensors header: the fingerprints, as JSON; PEFT and transformers pass over it
+PREFIX = "base_model.model."  # of the names of tensors
+
 # What an adapter may say and we need not know: how it was trained and initialised, and which modules its tensors name anyway.
 IGNORED = {
     "auto_mapping", "peft_version", "task_type", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out", "bias", "target_modules",

@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkit.checkpoint.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmkit.checkpoint.fingerprint import Fingerprint, text_fingerprint
-from llmkit.checkpoint.hub import ADAPTER
 from llmkit.checkpoint.save import copy_side_files, replacing, write_json
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, OutputTensor, stored_as, writing_rules
 from llmkit.config import ModelConfig, MoEConfig, Role
 from llmkit.errors import UsageError
 from llmkit.families import family
-from llmkit.lora.adapter import METADATA, PREFIX
-from llmkit.lora.settings import AdapterSettings
+from llmkit.lora.settings import METADATA, PREFIX, AdapterSettings
 
 # What transformers 5 keeps in one stacked parameter of a layer's experts -> the linears of each expert that stand in it.
 _SPREAD = {rule.theirs.rpartition(".")[2]: [name.split(".")[-2] for name in rule.ours] for rule in STACKED_EXPERTS}
@@ -77,14 +76,14 @@ def write_adapter(
     from safetensors.torch import save_file
 
     with replacing(target) as partial:
-        write_json(partial / ADAPTER.config, writer.config_json())
+        write_json(partial / ADAPTER_CONFIG, writer.config_json())
         if source is not None:
             copy_side_files(Path(source), partial)
         if chat_template is not None:
             (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        save_file(tensors, partial / ADAPTER.weights, metadata={"format": "pt", METADATA: json.dumps(marks)})
-        (partial / ADAPTER.weights).chmod((partial / ADAPTER.config).stat().st_mode)  # safetensors lets nobody else read it
-        _sync(partial / ADAPTER.weights)
+        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt", METADATA: json.dumps(marks)})
+        (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)  # safetensors lets nobody else read it
+        _sync(partial / ADAPTER_WEIGHTS)
 
 
 def check_writable(weights: AdapterWeights, config: ModelConfig, settings: AdapterSettings) -> None:
@@ -107,7 +106,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise UsageError(f"{target} is a file, and an adapter is saved as a folder. Choose another name.")
-    if any(target.iterdir()) and not (overwrite and (target / ADAPTER.config).is_file()):
+    if any(target.iterdir()) and not (overwrite and (target / ADAPTER_CONFIG).is_file()):
         what = "is not an adapter" if overwrite else "exists and is not empty"
         raise UsageError(f"{target} {what}, so it is not replaced. Choose another folder{'' if overwrite else ', or overwrite it'}.")
 

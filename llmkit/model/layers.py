@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmkit.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from llmkit.errors import ConfigError
+from llmkit.kernels.format import QuantizedMatrix
 from llmkit.model.attention import AttendPacked, LayerCaches, attend_packed
 from llmkit.model.rope import Rotary, rotate
 
@@ -95,6 +96,11 @@ class LinearLike(Protocol):
     @property
     def bias(self) -> Tensor | None:
         """`[out_features]`."""
+        ...
+
+    @property
+    def quantized(self) -> QuantizedMatrix | None:
+        """The codes as the native kernels take them, in place; None where there are none, or not on a CPU."""
         ...
 
     def __call__(self, x: Tensor, /) -> Tensor:
@@ -192,6 +198,8 @@ class ForwardContext:
 
 class Linear(nn.Linear):
     """A dense linear map."""
+
+    quantized = None
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmkit.checkpoint.source import ModelSource
+from llmkit.compat import default_device
 from llmkit.errors import DoesNotFit, LLMKitError
 from llmkit.kernels import native_problem
-from llmkit.llm.backends import default_device
 from llmkit.planning.inference import Change, Run, Terms, cheaper_run, inference, quantizing
 from llmkit.planning.memory import available_bytes, parse_size, shown
 from llmkit.planning.model_info import Facts, read_facts

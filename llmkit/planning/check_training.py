@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llmkit.checkpoint.hub import locate
 from llmkit.checkpoint.source import ModelSource
+from llmkit.compat import default_device
 from llmkit.errors import LLMKitError
-from llmkit.llm.backends import default_device
 from llmkit.planning.check import Fit, free
 from llmkit.planning.model_info import Facts, mapping_facts, read_facts, tokenizer_entries
 from llmkit.planning.training import cheaper_recipe, predict

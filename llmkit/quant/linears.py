@@ -73,6 +73,11 @@ class QuantizedLinear(_Quantized):
         self.out_features, self.in_features = matrix.shape
         self.bias = bias
 
+    @property
+    def quantized(self) -> QuantizedMatrix | None:
+        """The codes in place, for the native kernels; None where they are not on a CPU."""
+        return self.matrix if self.codes.device.type == "cpu" else None
+
     def forward(self, x: Tensor) -> Tensor:
         return _product(x, self.packed, self.bias)
 

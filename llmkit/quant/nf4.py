@@ -147,6 +147,8 @@ class Nf4Linear(nn.Module):
         for name in ("map", "absmax", "offset"):
             self.register_buffer(f"nested_{name}", None if nested is None else getattr(nested, name))
 
+    quantized = None  # in no format of the native kernels
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmkit
+from llmkit import compat
 from llmkit.checkpoint.arrays import converted
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels import NativeBackend, native_problem
-from llmkit.llm import backends
 from llmkit.llm.api import LLM
 from llmkit.model.backend import TorchBackend
 from tests.cli.test_commands import Said, only_our_settings, said, shell  # noqa: F401 - fixtures
@@ -128,16 +128,16 @@ def test_no_torch_is_imported_on_a_cpu(folders: dict[str, Path], stored: str, dr
 
 class TestWhereTheDeviceIsNotSaid:
     def test_without_a_driver_torch_is_not_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backends, "_may_have_gpu", lambda: False)
+        monkeypatch.setattr(compat, "_may_have_gpu", lambda: False)
         monkeypatch.setitem(sys.modules, "torch", None)  # an import would raise
-        assert backends.default_device() == "cpu"
+        assert compat.default_device() == "cpu"
 
     @pytest.mark.parametrize(("cuda", "mps", "expected"), [(True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")])
     def test_with_one_torch_decides(self, monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
-        monkeypatch.setattr(backends, "_may_have_gpu", lambda: True)
+        monkeypatch.setattr(compat, "_may_have_gpu", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        assert backends.default_device() == expected
+        assert compat.default_device() == expected
 
     def test_signs_of_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
@@ -148,17 +148,17 @@ class TestWhereTheDeviceIsNotSaid:
                 return object()
             raise OSError
 
-        monkeypatch.setattr(backends.ctypes, "CDLL", driver)
-        monkeypatch.setattr(backends.Path, "exists", lambda self: False)
+        monkeypatch.setattr(compat.ctypes, "CDLL", driver)
+        monkeypatch.setattr(compat.Path, "exists", lambda self: False)
         for platform, name in (("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")):
-            monkeypatch.setattr(backends.sys, "platform", platform)
+            monkeypatch.setattr(compat.sys, "platform", platform)
             for driver_there in (True, False):
-                assert backends._may_have_gpu() is driver_there
+                assert compat._may_have_gpu() is driver_there
                 assert asked.pop() == name
-        monkeypatch.setattr(backends.sys, "platform", "darwin")
+        monkeypatch.setattr(compat.sys, "platform", "darwin")
         for machine in ("arm64", "x86_64"):
-            monkeypatch.setattr(backends.platform, "machine", lambda machine=machine: machine)
-            assert backends._may_have_gpu() is (machine == "arm64")
+            monkeypatch.setattr(compat.platform, "machine", lambda machine=machine: machine)
+            assert compat._may_have_gpu() is (machine == "arm64")
 
 
 class TestTheLineThatSaysWhyPyTorchRuns:

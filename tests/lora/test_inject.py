@@ -237,7 +237,7 @@ def test_bfloat16_products_keep_the_adapter() -> None:
 class Unpacked:
     """A linear whose weight is made when it is asked for; `together`: the most that were in memory at once."""
 
-    in_features, out_features, bias = 8, 6, None
+    in_features, out_features, bias, quantized = 8, 6, None, None
     alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
     together = 0
 
