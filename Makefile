@@ -9,7 +9,7 @@ CONSTRAINT := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 INSTALLED := $(VENV)/.installed
 MODEL ?=
 
-.PHONY: help setup chat test test-slow lint format bench bench-gpu stories-data stories clean
+.PHONY: help setup chat test test-slow coverage docs lint format bench bench-gpu stories-data stories clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -22,17 +22,23 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "llmkit needs Python 3.11 or newer, this is %s; set PYTHON=python3.x" % sys.version.split()[0])'
 	@echo 'Setting up $(VENV) (once, a few minutes)...' >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) -e '.[gpu,rag,test]' >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) -e '.[gpu,rag,docs,test]' >&2
 	@touch $@
 
 chat: $(INSTALLED)  ## talk to the embedded model (or MODEL=folder-or-hub-id)
 	@$(BIN)/llmkit chat $(MODEL)
 
-test: $(INSTALLED)  ## run the tests (a few minutes)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# A file of tests stays in one process, whose fixtures (tiny models, quantized folders) its tests share.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test: $(INSTALLED)  ## run the tests, in random order, on all cores (a few minutes)
+	@$(PYTEST)
 
 test-slow: $(INSTALLED)  ## run the long checks too
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and not network'
+	@$(PYTEST) -m 'not gpu and not network'
+
+coverage: $(INSTALLED)  ## run the tests and print which lines of llmkit/ they reach; under 90% is a failure
+	@$(PYTEST) --cov=llmkit --cov-report=term --cov-fail-under=90
 
 lint: $(INSTALLED)  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -6,8 +6,14 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-import torch
+# Read by torch when it is imported: processes of tests that run side by side share the cores, and threads of several that wait for each
+# other by spinning would take turns on them.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // WORKERS, 1)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():  # read when Triton is first imported, by whatever test that is
