@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,22 +14,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llmkit"
 
-# Packages of one level do not import each other; a package may import any level below it.
-LEVELS = [
-    {"errors", "compat"},
-    {"config", "text"},
-    {"rope", "engine"},
-    {"families", "kernels"},
-    {"model", "quant"},
-    {"checkpoint"},
-    {"lora"},
-    {"training"},
-    {"llm"},
-    {"planning"},
-    {"rag", "evaluate", "bench"},
-    {"finetuning"},
-    {"cli"},
-]
+# Packages of one level do not import each other; a package may import any level above it in the list, which stands on that page alone.
+PAGE = PACKAGE.parent / "docs" / "architecture.md"
+LEVELS = [line.split() for line in PAGE.read_text(encoding="utf-8").split("```layers\n")[1].split("\n```")[0].splitlines()]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
 NO_TORCH = [
@@ -73,13 +61,31 @@ def test_imports_point_strictly_down(path: Path) -> None:
     own = package_of(path)
     if own in ("__init__", "__main__"):
         return
-    assert own in LEVEL_OF, f"{own} has no level; name it in LEVELS"
+    assert own in LEVEL_OF, f"{own} has no layer; name it in {PAGE.name}"
     for name in imported(path):
         parts = name.split(".")
         if parts[0] != "llmkit" or len(parts) < 2 or parts[1] == "__version__":
             continue
         other = parts[1]
-        assert other == own or LEVEL_OF[other] < LEVEL_OF[own], f"{path.relative_to(PACKAGE)} imports {name}, which is not below {own}"
+        assert other == own or LEVEL_OF[other] < LEVEL_OF[own], f"{path.relative_to(PACKAGE)} imports {name}, which is not above {own} in {PAGE.name}"
+
+
+def test_the_list_names_what_there_is() -> None:
+    """A package that is gone leaves the list, and the page's table names every other."""
+    packages = {package_of(path) for path in modules()} - {"__init__", "__main__"}
+    assert packages == set(LEVEL_OF)
+    table = PAGE.read_text(encoding="utf-8").partition("## The order of layers")[0]
+    missing = {name for name in packages if f"`{name}/`" not in table and f"`{name}.py`" not in table}
+    assert not missing
+
+
+def test_the_walks_name_files_there_are() -> None:
+    """Every path in the page's drawings is one under llmkit/, where it stands in full."""
+    walks = PAGE.read_text(encoding="utf-8").partition("## From a prompt to a token")[2].partition("## Four seams")[0]
+    named = set(re.findall(r"\b(?:[a-z_]+/)+(?:[a-z_]+\.(?:py|cpp))?", "".join(walks.split("```")[1::2])))
+    assert len(named) > 30
+    for name in named - {"llmkit/", "recipes/"}:
+        assert any((PACKAGE / folder / name).exists() for folder in ("", "training", "kernels", "checkpoint")), name
 
 
 def test_the_walk_sees_imports(tmp_path: Path) -> None:
