@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from llmkit.checkpoint.arrays import converted, parameter_shapes
-from llmkit.checkpoint.files import SINGLE, TensorFile
+from llmkit.checkpoint.files import SINGLE, TensorFile, replacing, write_json
 from llmkit.checkpoint.formats import RECORD
 from llmkit.checkpoint.quantize_nf4 import record, write_nf4
-from llmkit.checkpoint.save import replacing, write_json
 from llmkit.checkpoint.weights import Piece
 from llmkit.families import read_config
 from llmkit.quant.schemes import NF4, choose

@@ -1,4 +1,4 @@
-"""Checkpoint files: a folder of safetensors as named, memory-mapped tensors. No torch.
+"""Checkpoint files: a folder of safetensors as named, memory-mapped tensors; and how a folder is replaced as a whole. No torch.
 
 The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes little-endian header length, a JSON header
 `{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, then the data, to which the offsets are relative. Nothing
@@ -11,15 +11,18 @@ import json
 import math
 import mmap
 import os
+import shutil
 import struct
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from llmkit.config import ModelConfig
-from llmkit.errors import CheckpointError, ConfigError, DoesNotFit, out_of_memory
+from llmkit.errors import CheckpointError, ConfigError, DoesNotFit, UsageError, out_of_memory
 from llmkit.families import MODEL_TYPES, read_config
 
 SINGLE = "model.safetensors"
@@ -44,6 +47,22 @@ _MAX_RANK = 64
 REDOWNLOAD = "Download or copy the file again."
 GGUF = "GGUF files are not read yet; give the safetensors checkpoint that the file was made from."
 AUTO_MAP = "The folder brings its own modelling code (auto_map in config.json), and llmkit never runs code from a checkpoint."
+# What belongs to a model besides config.json and weights.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
 CONVERT = (
     "Pickle files can run code and are never opened; convert the model once, where you trust it: "
     "transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors."
@@ -272,3 +291,73 @@ def _no_weights(folder: Path) -> CheckpointError:
     others = [name for name in names if name.endswith(".safetensors")]
     found = f"it has {', '.join(others)}, but no {INDEX}" if others else "it has no safetensors file at all"
     return CheckpointError(f"{folder} has no {SINGLE}; {found}. Download or copy the folder again.")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    if not os.path.exists(target):
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file, and a model is saved as a folder. Choose another name.")
+    try:
+        if not os.listdir(target):
+            return
+    except OSError as error:
+        raise UsageError(f"{target} cannot be listed ({error.strerror}). Check its permissions, or choose another folder.") from error
+    if not overwrite:
+        raise UsageError(f"{target} exists and is not empty. Choose another folder, or replace it (overwrite, --overwrite).")
+    if not (target / "config.json").is_file():
+        # Replacing means deleting all that is in it; a home folder given by mistake must survive that.
+        raise UsageError(f"{target} is not a model folder (it has no config.json), so it is not overwritten. Choose another folder.")
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A hidden folder next to `target` that becomes `target` at the end, or vanishes whatever happens."""
+    suffix = uuid.uuid4().hex[:8]
+    partial, old = target.with_name(f".{target.name}.{suffix}.partial"), target.with_name(f".{target.name}.{suffix}.old")
+    new_parents = [parent for parent in target.parents if not os.path.exists(parent)]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    except BaseException as error:  # Ctrl-C too
+        if os.path.exists(old) and not target.exists():
+            old.rename(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"Cannot save to {target}: {error.strerror or error}. Nothing was written; free space, or choose another folder."
+            ) from error
+        raise
+    finally:
+        if os.path.exists(target):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    for pattern in SIDE_FILES:
+        for file in source.glob(pattern):
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with path.open("wb") as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+        sync(file)
+
+
+def sync(file: BinaryIO) -> None:
+    """A disk may report only here that it is full, and a rename must not come before the bytes."""
+    file.flush()
+    os.fsync(file.fileno())

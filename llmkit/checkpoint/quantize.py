@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from llmkit.checkpoint.arrays import parameter_array, release
-from llmkit.checkpoint.files import SINGLE
+from llmkit.checkpoint.files import SINGLE, check_target, copy_side_files, replacing, sync, write_json
 from llmkit.checkpoint.formats import FINGERPRINT, RECORD
 from llmkit.checkpoint.formats.dense import Dense
 from llmkit.checkpoint.formats.llmkit import METHOD, NUMPY_NAMES, PADDING, VERSION
 from llmkit.checkpoint.quantize_nf4 import record as nf4_record
 from llmkit.checkpoint.quantize_nf4 import write_nf4
-from llmkit.checkpoint.save import check_target, copy_side_files, replacing, sync, write_json
 from llmkit.checkpoint.source import ModelSource
 from llmkit.checkpoint.weights import Piece
 from llmkit.errors import CheckpointError, UsageError

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from llmkit.checkpoint.arrays import DTYPES, converted, parameter_array, release
+from llmkit.checkpoint.files import sync
 from llmkit.checkpoint.formats.bitsandbytes import METHOD, STATE
-from llmkit.checkpoint.save import sync
 from llmkit.checkpoint.weights import Piece, stored_layout
 from llmkit.config import ModelConfig
 from llmkit.errors import CheckpointError

@@ -9,42 +9,23 @@ import json
 import os
 import shutil
 import struct
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmkit.checkpoint.arrays import parameter_shapes
-from llmkit.checkpoint.files import INDEX, SINGLE
+from llmkit.checkpoint.files import INDEX, SINGLE, check_target, copy_side_files, replacing, sync, write_json
 from llmkit.checkpoint.load import TORCH_DTYPES, parse_dtype
 from llmkit.checkpoint.weights import OutputTensor, stored_layout
 from llmkit.config import ModelConfig
-from llmkit.errors import CheckpointError, ConfigError, UsageError
+from llmkit.errors import ConfigError, UsageError
 from llmkit.families import family
 from llmkit.model.transformer import Transformer
 
 MAX_SHARD_BYTES = 5_000_000_000
-# What belongs to a model besides config.json and weights.
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-
 _CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 
 
@@ -115,53 +96,6 @@ def save_weights(
         _write_weights(partial, [_Entry(stored, weights, materialize, dtype) for stored in layout], max_shard_bytes)
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    if not os.path.exists(target):
-        return
-    if not target.is_dir():
-        raise UsageError(f"{target} is a file, and a model is saved as a folder. Choose another name.")
-    try:
-        if not os.listdir(target):
-            return
-    except OSError as error:
-        raise UsageError(f"{target} cannot be listed ({error.strerror}). Check its permissions, or choose another folder.") from error
-    if not overwrite:
-        raise UsageError(f"{target} exists and is not empty. Choose another folder, or replace it (overwrite, --overwrite).")
-    if not (target / "config.json").is_file():
-        # Replacing means deleting all that is in it; a home folder given by mistake must survive that.
-        raise UsageError(f"{target} is not a model folder (it has no config.json), so it is not overwritten. Choose another folder.")
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A hidden folder next to `target` that becomes `target` at the end, or vanishes whatever happens."""
-    suffix = uuid.uuid4().hex[:8]
-    partial, old = target.with_name(f".{target.name}.{suffix}.partial"), target.with_name(f".{target.name}.{suffix}.old")
-    new_parents = [parent for parent in target.parents if not os.path.exists(parent)]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    except BaseException as error:  # Ctrl-C too
-        if os.path.exists(old) and not target.exists():
-            old.rename(target)
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in new_parents:
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"Cannot save to {target}: {error.strerror or error}. Nothing was written; free space, or choose another folder."
-            ) from error
-        raise
-    finally:
-        if os.path.exists(target):
-            shutil.rmtree(old, ignore_errors=True)
-
-
 def _config_json(config: ModelConfig, dtypes: set[torch.dtype]) -> dict[str, Any]:
     """The config.json as it was read, in its old or new spelling, with the dtype that is really written."""
     if not config.hf:
@@ -172,14 +106,6 @@ def _config_json(config: ModelConfig, dtypes: set[torch.dtype]) -> dict[str, Any
         if len(dtypes) == 1:
             hf[name] = str(*dtypes).removeprefix("torch.")
     return hf
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    for pattern in SIDE_FILES:
-        for file in source.glob(pattern):
-            copy = folder / file.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
 
 
 def _write_weights(folder: Path, entries: Sequence[_Entry], max_shard_bytes: int) -> None:
@@ -235,15 +161,3 @@ def _write_safetensors(path: Path, entries: Sequence[_Entry]) -> None:
         for entry in entries:
             file.write(entry.tensor().flatten().view(torch.uint8).numpy().data)
         sync(file)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("wb") as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
-        sync(file)
-
-
-def sync(file: BinaryIO) -> None:
-    """A disk may report only here that it is full, and a rename must not come before the bytes."""
-    file.flush()
-    os.fsync(file.fileno())

@@ -118,7 +118,7 @@ class TrainingKernels:
         _native.norm_back(self.name, threads, x, weight, eps, dy, dx)
 
     def rotate(self, x: Floats, cos: Floats, sin: Floats, y: Floats, threads: int, *, back: bool = False) -> None:
-        """Write `model.rope.rotate` of x `[..., heads, head_dim]` into y; cos, sin `[..., rotary_dim]`. back: its transpose."""
+        """Write `model.attention.rotate` of x `[..., heads, head_dim]` into y; cos, sin `[..., rotary_dim]`. back: its transpose."""
         from llmkit.kernels.cpu import _native
 
         heads, head_dim = x.shape[-2:]

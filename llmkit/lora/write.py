@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkit.checkpoint.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llmkit.checkpoint.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_side_files, replacing, write_json
 from llmkit.checkpoint.fingerprint import Fingerprint, text_fingerprint
-from llmkit.checkpoint.save import copy_side_files, replacing, write_json
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, OutputTensor, stored_as, writing_rules
 from llmkit.config import ModelConfig, MoEConfig, Role
 from llmkit.errors import UsageError

@@ -23,9 +23,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from llmkit.compat import fused_attention_ops
 from llmkit.kernels.format import QuantizedMatrix
 from llmkit.kernels.training_ops import MatmulWeight, TrainingKernels, training_kernels
-from llmkit.model.attention import PackedLayout, attend_packed
+from llmkit.model.attention import PackedLayout, Rotary, attend_packed, rotate
 from llmkit.model.layers import ForwardContext, HeadMatmuls, Ops, frozen_head, rms_norm, run_block
-from llmkit.model.rope import Rotary, rotate
 
 
 def run_checkpointed(block: nn.Module, x: Tensor, context: ForwardContext) -> Tensor:
@@ -193,7 +192,7 @@ class NativeOps:
         return out
 
     def rotate(self, x: Tensor, tables: Rotary) -> Tensor:
-        """Return `rope.rotate`."""
+        """Return `attention.rotate`."""
         if not self.takes(x):
             return rotate(x, tables)
         out: Tensor = _Rotate.apply(x, *tables, self)  # type: ignore[no-untyped-call]

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from llmkit.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from llmkit.errors import ConfigError
 from llmkit.kernels.format import QuantizedMatrix
-from llmkit.model.attention import AttendPacked, LayerCaches, attend_packed
-from llmkit.model.rope import Rotary, rotate
+from llmkit.model.attention import AttendPacked, LayerCaches, Rotary, attend_packed, rotate
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -175,7 +174,7 @@ PLAIN = Ops()
 class ForwardContext:
     """What a layer is given beside its input.
 
-    rotary: cos and sin of the tokens (`rope.rotary_tables`), None where this layer does not rotate. logits_indices: int64, the rows of
+    rotary: cos and sin of the tokens (`attention.rotary_tables`), None where this layer does not rotate. logits_indices: int64, the rows of
     the flattened batch that leave this layer; only the last one has any, for nothing looks at the others once it has their keys and values.
     """
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.config import ModelConfig, PartConfig, RopeConfig
-from llmkit.model.attention import LayerCaches, NoCache, PackedSequences
+from llmkit.model.attention import LayerCaches, NoCache, PackedSequences, Rotary, rotary_tables
 from llmkit.model.layers import PLAIN, Embedding, ForwardContext, Linear, Ops, make_norm
-from llmkit.model.rope import Rotary, rotary_tables
 
 
 def build(part: PartConfig, config: ModelConfig, layer: int) -> nn.Module:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from llmkit.checkpoint.fingerprint import Fingerprint
 from llmkit.checkpoint.load import empty_model, load_model, usable_device
-from llmkit.checkpoint.save import save_model
 from llmkit.checkpoint.source import ModelSource
 from llmkit.compat import keep_freed_memory
 from llmkit.errors import ConfigError, LLMKitError, UsageError
@@ -290,6 +289,8 @@ class _Exporter:
                 if weights is not None:
                     whole = empty_model(model.config)
                     whole.load_state_dict(weights, strict=True, assign=True)
+                from llmkit.checkpoint.save import save_model
+
                 save_model(whole, target, source=self.tokenizer_folder, dtype=self.recipe.save_dtype, overwrite=True)
             return
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -21,10 +21,9 @@ from llmkit.families import read_config
 from llmkit.kernels import native_problem
 from llmkit.kernels.training_ops import TrainingKernels
 from llmkit.lora.fused import training_ops
-from llmkit.model.attention import PackedLayout, PackedSequences, attention, visible
+from llmkit.model.attention import PackedLayout, PackedSequences, attention, rotate, visible
 from llmkit.model.autograd import ActivationMemory, NativeOps, matmul_weight, native_ops
 from llmkit.model.layers import PLAIN, HeadMatmuls, Ops, rms_norm
-from llmkit.model.rope import rotate
 from llmkit.model.transformer import Transformer, init_weights
 from llmkit.training import objective
 from llmkit.training.data.packing import IGNORE, Batch
