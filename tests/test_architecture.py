@@ -67,7 +67,8 @@ def test_imports_point_strictly_down(path: Path) -> None:
         if parts[0] != "llmkit" or len(parts) < 2 or parts[1] == "__version__":
             continue
         other = parts[1]
-        assert other == own or LEVEL_OF[other] < LEVEL_OF[own], f"{path.relative_to(PACKAGE)} imports {name}, which is not above {own} in {PAGE.name}"
+        where = f"{path.relative_to(PACKAGE)} imports {name}, which is not above {own} in {PAGE.name}"
+        assert other == own or LEVEL_OF[other] < LEVEL_OF[own], where
 
 
 def test_the_list_names_what_there_is() -> None:

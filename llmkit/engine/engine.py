@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -141,23 +142,24 @@ class Engine:
         self.scheduler = Scheduler(self.cache, prefill_chunk)
         self.speculation = speculation
         self._batch = BatchBuilder(self.cache)
-        self._lock: threading.RLock | _LostLock = threading.RLock()
+        self._lock = threading.RLock()
+        self._lost = False  # the lock: another thread of the parent held it at a fork
         self._process = os.getpid()
 
     @property
-    def lock(self) -> threading.RLock | _LostLock:
+    def lock(self) -> AbstractContextManager[bool | None]:
         """The lock of whoever changes the engine, or reads a sequence that another thread may change.
 
         In a process forked off while another thread held it, entering it is an LLMKitError and not a wait for ever.
         """
-        if self._process != os.getpid() and not isinstance(self._lock, _LostLock):
+        if self._process != os.getpid() and not self._lost:
             # The first use after a fork. Half a second: another thread of this process may be checking, too, at this very moment.
             if self._lock.acquire(timeout=0.5):
                 self._process = os.getpid()
                 self._lock.release()
             elif self._process != os.getpid():
-                self._lock = _LostLock()
-        return self._lock
+                self._lost = True
+        return _LostLock() if self._lost else self._lock
 
     @property
     def busy(self) -> bool:
