@@ -43,10 +43,10 @@ coverage: $(INSTALLED)  ## run the tests and print which lines of llmkit/ they r
 docs: $(INSTALLED)  ## write the references of commands and recipes, and that of the API to build/docs/index.html
 	@$(BIN)/python docs/generate.py && $(BIN)/python docs/generate.py --api build/docs
 
-lint: $(INSTALLED)  ## ruff, mypy, the GitHub workflows, and whether the generated pages are current
+lint: $(INSTALLED)  ## ruff, mypy, the GitHub workflows, banned words, and whether the generated pages are current
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	@$(BIN)/python docs/generate.py --check
+	@$(BIN)/python docs/check_words.py && $(BIN)/python docs/generate.py --check
 
 format: $(INSTALLED)  ## let ruff lay out the code
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""Guess tokens ahead from the text so far, and check all guesses in one step: the same reply, in fewer steps."""
+"""Draft tokens from the text so far, and check all of them in one step: the same reply, in fewer steps."""
 
 import llmkit
 

@@ -60,3 +60,19 @@ def test_the_api_reference_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert {"index.html", "llmkit.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_no_banned_word_is_used() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "check_words.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_words_are_found_whole_and_in_identifiers() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from check_words import banned, found
+    finally:
+        sys.path.pop(0)
+    words = banned()
+    assert words["anew"] == "again"
+    assert list(found("a twin_cache\nTwins, between; canew", words)) == [(1, "twin"), (2, "Twins")]

@@ -104,13 +104,13 @@ def context_options(function: F) -> F:
 
 
 def speculation_options(function: F) -> F:
-    """How tokens are guessed ahead; `load_arguments` reads it too."""
+    """How tokens are drafted; `load_arguments` reads it too."""
     return _stack(
-        option("--draft-model", metavar="MODEL", help="A smaller model with the same vocabulary, to guess tokens ahead."),
+        option("--draft-model", metavar="MODEL", help="A smaller model with the same vocabulary, which drafts tokens."),
         option(
             "--speculate",
             type=click.Choice(["auto", "ngram", "off"]),
-            help="Guess tokens ahead from the text so far [default: auto, which is ngram on the native step, where replies stay the same].",
+            help="Draft tokens from the text so far [default: auto, which is ngram on the native step, where replies stay the same].",
         ),
     )(function)
 

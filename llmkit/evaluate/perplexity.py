@@ -2,7 +2,7 @@
 
 Teacher-forced: every token is predicted from the true ones before it. Documents are independent of each other and begin with BOS where
 the model has one, so that each of their tokens is scored; one longer than the context is cut into windows that do not overlap, each
-beginning anew.
+beginning again.
 """
 
 from __future__ import annotations

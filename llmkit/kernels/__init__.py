@@ -1,4 +1,4 @@
-"""The kernels: quantized weights and the native code that multiplies with them. No torch behind this door.
+"""The kernels: quantized weights and the native code that multiplies with them. No torch is imported.
 
 `NativeBackend` runs whole steps in C++ on the processor; where it cannot (`native_problem` says why), PyTorch does.
 """

@@ -86,17 +86,17 @@ def load(
     device: cpu, cuda, cuda:N or mps; by default cuda or mps where there is one.
     ctx_size: the longest prompt plus reply in tokens; the model's own maximum by default, at most `cache_tokens`.
     cache_tokens: for how many tokens the KV cache has room, those of all requests together and of earlier ones that are kept for their
-        beginnings; by default one context, or 8192 where that is shorter, within a quarter of the free memory. Memory is taken as it
+        prefixes; by default one context, or 8192 where that is shorter, within a quarter of the free memory. Memory is taken as it
         fills. A draft model has a cache of its own.
     threads: CPU threads of this process; LLMKIT_THREADS or the physical cores by default.
     kv_bits: 32, 16 or 8 bits for a number in the KV cache (8: with a scale per position and head); by default 32 for float32 weights,
         else 16. In PyTorch it is what the device computes in, and any other is an error.
     chat_template: a Jinja template, or a file that holds one, in place of the model's own.
-    draft_model: a smaller model with the same vocabulary that guesses tokens ahead; loaded, or to be loaded in the same way.
-    speculate: "ngram" guesses what followed earlier in the text, "off" nothing; "auto" is "ngram" on the native step, else
-        "off". Guesses are checked: on the native step replies stay the same, in PyTorch they follow the same distribution.
+    draft_model: a smaller model with the same vocabulary that drafts tokens; loaded, or to be loaded in the same way.
+    speculate: "ngram" drafts what followed earlier in the text, "off" nothing; "auto" is "ngram" on the native step, else
+        "off". Draft tokens are checked: on the native step replies stay the same, in PyTorch they follow the same distribution.
     adapter: a PEFT adapter (a folder or a hub id), several, or several by names of your own; requests choose among them by name, and
-        the first is what a request has that does not choose. A draft model guesses without.
+        the first is what a request has that does not choose. A draft model has none.
     any_base: load an adapter even where it is proven to have been trained on another model of the same shape.
 
     Raises LLMKitError (see llmkit.errors) for everything that is wrong with the model or an argument.
@@ -464,7 +464,7 @@ def _context_size(config: ModelConfig, ctx_size: int | None, cache_tokens: int |
 
 
 def _drafter(guesser: Runner | None, speculate: str, config: ModelConfig, ctx_size: int, *, exact: bool) -> Drafter | None:
-    """What guesses tokens ahead. exact: the backend's logits of a token are the same bits however many are computed at once."""
+    """What drafts tokens. exact: the backend's logits of a token are the same bits however many are computed at once."""
     if guesser is not None:
         backend = guesser.new_backend()
         tokens = _cache_tokens(backend, min(ctx_size, backend.config.max_position_embeddings))

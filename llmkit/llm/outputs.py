@@ -35,7 +35,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
-    drafted_tokens: int = 0  # guessed ahead by speculation
+    drafted_tokens: int = 0  # draft tokens of speculation
     accepted_tokens: int = 0  # of those, how many were right
 
     @property
@@ -111,7 +111,7 @@ class Completion:
         usage = self.usage
         counts = f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.completion_tokens} new ({self.finish_reason})"
         if usage.drafted_tokens:
-            counts += f", {usage.accepted_tokens} of {usage.drafted_tokens} guesses right"
+            counts += f", {usage.accepted_tokens} of {usage.drafted_tokens} draft tokens right"
         return f"{counts}, {self.timings}" if str(self.timings) else counts
 
     def _repr_html_(self) -> str:

@@ -96,7 +96,7 @@ def read_adapter(source: str | Path, config: ModelConfig, *, name: str | None = 
     if not problems and not reader.linears and not reader.replaced:
         problems.append("it holds no LoRA weights at all")
     if problems:
-        raise _misfit(folder, settings, problems)
+        raise _mismatch(folder, settings, problems)
     marks = _marks(path)
     template = marks.get("chat_template")
     return Adapter(
@@ -138,7 +138,7 @@ def _weights_file(folder: Path) -> Path:
     return path
 
 
-def _misfit(folder: Path, settings: AdapterSettings, problems: list[str]) -> CheckpointError:
+def _mismatch(folder: Path, settings: AdapterSettings, problems: list[str]) -> CheckpointError:
     count = len(problems)
     listed = "\n  ".join(problems[:_MAX_LISTED] + [f"and {count - _MAX_LISTED} more"] * (count > _MAX_LISTED))
     trained = "" if settings.base_model_name_or_path is None else f" It was trained on {settings.base_model_name_or_path!r:.200}."

@@ -45,7 +45,7 @@ class ActivationMemory:
     """Float32 tensors in memory that is used again when they are gone.
 
     Activations come and go in the same sizes at every step. The system's allocator gives large pieces back and takes them
-    anew, which costs a fault for every page, or keeps them and leaves holes; here a piece waits for the next tensor that it fits.
+    again, which costs a fault for every page, or keeps them and leaves holes; here a piece waits for the next tensor that it fits.
 
     Tensors come and go in any thread. The last reference may also go, by the garbage collector's hand, while `empty` looks for a
     piece: what comes back is only put down, and sorted in by whoever asks next.

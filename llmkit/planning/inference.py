@@ -99,7 +99,7 @@ def _weights(facts: Facts, run: Run) -> Terms:
         return {"weights": facts.bytes_as(run.dtype or facts.config.dtype)}
     wanted = None if run.dtype is None else {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[run.dtype]
     if wanted is None or all(storage == wanted for storage in facts.storage.values()):
-        return {"weights": facts.stored_bytes, "weights laid out anew": facts.copied_bytes}
+        return {"weights": facts.stored_bytes, "repacked weights": facts.copied_bytes}
     assert run.dtype is not None
     return {"weights": facts.bytes_as(run.dtype), "the file while it is converted": facts.stored_bytes}
 

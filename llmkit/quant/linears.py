@@ -148,7 +148,7 @@ def _triton() -> ModuleType | None:
 
 
 class _Dequantized(torch.autograd.Function):
-    """`x @ weight.T` with the float weight made anew for each direction: between them only the packed one is held."""
+    """`x @ weight.T` with the weight dequantized for each direction: between them only the packed one is held."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:

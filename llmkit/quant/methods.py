@@ -21,7 +21,7 @@ def round_to_nearest(weight: Tensor, scheme: str = "q4", group: int = 32, import
     """A matrix `[out, in]` (any float dtype) with searched scales.
 
     For each group the signed scale with the least square error is sought; the scales are then rounded to 8 bits against the largest of
-    their row, and the codes are chosen anew for the scales as they will be. importance: float32 `[in]`, how much an error in this
+    their row, and the codes are chosen again for the scales as they will be. importance: float32 `[in]`, how much an error in this
     column counts (the mean square of what flows in); None: all the same.
     Raises ValueError for weights that are not finite.
     """

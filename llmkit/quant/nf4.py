@@ -224,7 +224,7 @@ def _state(matrix: Nf4Matrix, dtype: torch.dtype) -> Any:
 
 
 class _Product(torch.autograd.Function):
-    """The product with the weight made anew for each direction: between them only the packed one is held."""
+    """The product with the weight dequantized for each direction: between them only the packed one is held."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Nf4Matrix) -> Tensor:

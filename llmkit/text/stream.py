@@ -38,7 +38,7 @@ class StreamDecoder:
         return self._take(final=False)
 
     def flush(self) -> str:
-        """What is left: U+FFFD for a character that never became whole. The decoder then starts anew."""
+        """What is left: U+FFFD for a character that never became whole. The decoder then starts again."""
         text = self._take(final=True)
         self._first, self._strip = True, self._codec.strip_leading
         return text

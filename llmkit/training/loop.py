@@ -414,7 +414,7 @@ class CheckpointFile:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(
                 f"the checkpoint {self.path} does not fit this recipe or is damaged ({reason}). "
-                "Use the recipe it was made with, or start anew."
+                "Use the recipe it was made with, or start again."
             ) from None
 
 

@@ -45,7 +45,7 @@ def test_what_was_guessed_is_reported(guessing: LLM) -> None:
     completion = guessing.generate("Once upon a time there was a dog", temperature=0, max_tokens=200, ignore_eos=True)
     usage = completion.usage
     assert 0 < usage.accepted_tokens <= usage.drafted_tokens
-    assert f"{usage.accepted_tokens} of {usage.drafted_tokens} guesses right" in completion.summary()
+    assert f"{usage.accepted_tokens} of {usage.drafted_tokens} draft tokens right" in completion.summary()
     assert completion.to_dict()["usage"]["accepted_tokens"] == usage.accepted_tokens
 
 
@@ -134,7 +134,7 @@ def test_the_commands_take_them(said: Said, tiny_model_dir: Path) -> None:  # no
     for more in (["--draft-model", str(tiny_model_dir)], ["--speculate", "ngram"]):
         code, out, err = said(*arguments, "-v", *more)
         assert (code, out) == (0, expected)
-        assert "guesses right" in err
+        assert "draft tokens right" in err
     usage = json.loads(said(*arguments, "--json", "--draft-model", str(tiny_model_dir))[1])["usage"]
     assert 0 < usage["accepted_tokens"] <= usage["drafted_tokens"]
     code, _, err = said("chat", str(tiny_model_dir), "-p", "dog", "-v", "--speculate", "off", "--temp", "0", "-n", "60", "--ignore-eos")
