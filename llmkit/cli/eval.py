@@ -24,7 +24,7 @@ def evaluate(text: str, reference: str | None, separator: str, max_tokens: int |
     """Score a text with MODEL: perplexity and bits per byte. With --reference also the KL divergence from the original's predictions
     and how often both name the same likeliest token.
 
-    Each document begins with an empty cache, and so does each window of a document longer than --ctx-size [default: 2,048 or the model's context].
+    Each document begins with an empty cache, and so does each window of one longer than --ctx-size [default: 2,048 or the model's context].
     """
     from llmkit.evaluate.perplexity import evaluate as measure
     from llmkit.evaluate.perplexity import load_pair, read_texts
