@@ -10,7 +10,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from torch.overrides import TorchFunctionMode
 from llmkit.checkpoint.arrays import dtype_name, is_mapped
 from llmkit.checkpoint.files import AUTO_MAP
 from llmkit.checkpoint.source import ModelSource
-from llmkit.config import ModelConfig
+from llmkit.config import ModelConfig, Param
 from llmkit.errors import ConfigError, UsageError
 from llmkit.model.transformer import Transformer
-from llmkit.quant.schemes import choose
+
+if TYPE_CHECKING:
+    from llmkit.kernels.format import QuantizedMatrix
+    from llmkit.quant.nf4 import Nf4Matrix
 
 logger = logging.getLogger(__name__)
 
@@ -102,21 +105,19 @@ def load_model_with_report(
     mapped = copied = 0
     for name, param in source.config.parameters.items():
         weight = weights.weight(name)
-        choice = None if quantize is None else choose(quantize, param)
-        if isinstance(weight, np.ndarray) and choice is not None:
-            from llmkit.quant.apply import quantize_matrix
-
-            weight = quantize_matrix(_parameter(weight, wanted, torch.device("cpu"))[0], choice)
+        made = None if quantize is None or not isinstance(weight, np.ndarray) else _quantized(weight, param, quantize, wanted)
+        if made is not None:
+            weight = made
             weights.release(name)
         if isinstance(weight, np.ndarray):
             parameter, in_place = _parameter(weight, wanted, place)
             state[name], nbytes = parameter, parameter.nbytes
         else:
-            from llmkit.quant.apply import install  # a dense model waits for no quantized linears
+            from llmkit.quant.apply import install
 
             install(net, {name: weight}, rows)
             schemes.add(quantize or weight.scheme)
-            in_place, nbytes = on_cpu and choice is None, weight.nbytes  # codes are mapped like any array, unless they were made here
+            in_place, nbytes = on_cpu and made is None, weight.nbytes  # codes are mapped like any array, unless they were made here
         mapped, copied = (mapped + nbytes, copied) if in_place else (mapped, copied + nbytes)
     net.load_state_dict(state, strict=not schemes, assign=True)  # the buffers of quantized modules are there already
     net.to(place)
@@ -124,6 +125,15 @@ def load_model_with_report(
     stored = " and ".join(part for part in (", ".join(sorted(schemes)), str(wanted).removeprefix("torch.")) if part)
     notes = (AUTO_MAP,) if "auto_map" in source.config.hf else ()
     return net, LoadReport(stored, str(place), count, mapped, copied, weights.skipped, notes)
+
+
+def _quantized(weight: np.ndarray, param: Param, scheme: str, dtype: torch.dtype) -> QuantizedMatrix | Nf4Matrix | None:
+    """The matrix in codes; None where the scheme leaves this parameter as it is."""
+    from llmkit.quant.apply import quantize_matrix  # a dense model does not wait for what quantizes
+    from llmkit.quant.schemes import choose
+
+    choice = choose(scheme, param)
+    return None if choice is None else quantize_matrix(_parameter(weight, dtype, torch.device("cpu"))[0], choice)
 
 
 def _parameter(weight: np.ndarray, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from llmkit.checkpoint.hub import locate
 from llmkit.checkpoint.source import ModelSource
 from llmkit.compat import default_device
 from llmkit.errors import LLMKitError
@@ -57,7 +56,10 @@ def recipe_facts(recipe: Recipe, source: ModelSource | None = None) -> Facts | N
             return read_facts(source or ModelSource.open(recipe.model, download=False))
         assert recipe.tokenizer is not None  # the recipe refuses that
         tokenizer = recipe.tokenizer
-        entries = tokenizer.vocab_size if isinstance(tokenizer, TokenizerRecipe) else tokenizer_entries(locate(tokenizer))
+        if isinstance(tokenizer, TokenizerRecipe):
+            entries = tokenizer.vocab_size
+        else:
+            entries = tokenizer_entries(ModelSource.open(tokenizer, download=False).folder)
         return mapping_facts(recipe.model, entries, recipe.max_length or 2048)
     except LLMKitError:
         return None

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from llmkit.errors import TokenizerError
 from llmkit.text.codec import CharSpan, Codec, TokenizerSettings, read_settings
-from llmkit.text.stream import StreamDecoder
 
 if TYPE_CHECKING:
     from llmkit.text.chat import ChatTemplate
+    from llmkit.text.stream import StreamDecoder
 
 MERGES = "merges.txt"
 # Tokens that end a text in checkpoints whose files name no role (GPT-2's tokenizer_config.json has only a length).
@@ -121,6 +121,8 @@ class Tokenizer:
 
     def stream(self, skip_special: bool = True) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
+        from llmkit.text.stream import StreamDecoder  # encoding takes no decoder
+
         return StreamDecoder(self._codec, self.special_ids if skip_special else frozenset())
 
     def token(self, token_id: int) -> str:

@@ -91,8 +91,9 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         self.processes = processes or Processes(self.device.type == "cpu")
         if recipe.compile:
-            self.model.compile()
+            self.model.compile()  # in place: the module, its names and its parameters stay, so that checkpoints do
         self.dtype = product_dtype(recipe.dtype, self.device)
+        # FSDP replaces the parameters, so the optimizers below must be made of those that are there afterwards.
         self.processes.shard(learner)
         self.learner = self.processes.wrap(learner)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -100,6 +101,7 @@ class Trainer:
         self.optimizers = make_optimizers(
             self.model, recipe.optimizer, recipe.learning_rate, recipe.muon_learning_rate, (recipe.beta1, recipe.beta2), recipe.weight_decay
         )
+        # The exponential moving average of the trained weights, in the order of `parameters`.
         self.average = [p.detach().clone() for p in self.parameters] if recipe.ema else None
         self.done = Progress()
         self._evaluated = -1  # the step of the last evaluation
@@ -119,6 +121,7 @@ class Trainer:
         with self.report, _interruptible() as interrupted:
             stopped = False
             while self.share < 1:
+                # All processes stop after the same step, whichever of them got the signal: a step needs all of them.
                 stopped = self.processes.any(interrupted.is_set())
                 if stopped or not self._timed_step():
                     break
@@ -127,6 +130,7 @@ class Trainer:
                     if recipe.early_stop is not None and done.waited >= recipe.early_stop:
                         self.report.say(f"the held-out loss has not fallen since step {done.best_step}: the run ends here (early_stop)")
                         break
+                # Clocks differ between processes, and writing a checkpoint is done together: one that is due is due for all.
                 minutes = (time.monotonic() - saved_at) / 60
                 due = (recipe.save_every and done.step % recipe.save_every == 0) or (recipe.save_minutes and minutes >= recipe.save_minutes)
                 if self.processes.any(bool(due)):
@@ -160,7 +164,7 @@ class Trainer:
         figures = self._step()
         if figures is None:
             return False
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - start  # the loss was read in the step, so a GPU has finished it
         done.seconds += seconds
         share = self.share
         left = done.seconds * (1 - share) / share if share > 0 else None
@@ -195,28 +199,33 @@ class Trainer:
         one large batch would, however those are spread.
         """
         recipe, processes = self.recipe, self.processes
-        turns = []  # of the processes, each with a batch of its own; every process plans them all, so all know what the others have
+        # Micro-batches, each a list with one batch for each process. Every process plans them all: the normalizer below is that of the
+        # whole step, and is known without asking the others.
+        micro_batches = []
         for _ in range(recipe.grad_accumulation):
-            turn = [b for _ in range(processes.count) if (b := self.stream.next_batch(recipe.batch_size)) is not None]
-            turns += [turn] if turn else []
-        if not turns:
+            each = [b for _ in range(processes.count) if (b := self.stream.next_batch(recipe.batch_size)) is not None]
+            micro_batches += [each] if each else []
+        if not micro_batches:
             return None
-        batches = [batch for turn in turns for batch in turn]
+        batches = [batch for each in micro_batches for batch in each]
         supervised, normalizer = sum(b.num_supervised for b in batches), sum(self.objective.normalizer(b) for b in batches)
         rate = self._set_learning_rate()
         # What is drawn in a step (dropout) follows from the seed, the step and the process: nothing to store for a resumed run.
         torch.manual_seed((recipe.seed * 1_000_003 + self.done.step) * 1_009 + processes.rank)
         total = 0.0
-        for index, turn in enumerate(turns):
-            idle = processes.rank >= len(turn)  # at the very end; the others wait for this one all the same
-            batch = turn[0 if idle else processes.rank]
-            with processes.sharing(self.learner, index == len(turns) - 1):
+        for index, each in enumerate(micro_batches):
+            # At the very end there may be fewer batches than processes. The others wait for the gradients of every process, so one
+            # without a batch computes another's and adds nothing.
+            idle = processes.rank >= len(each)
+            batch = each[0 if idle else processes.rank]
+            with processes.sharing(self.learner, index == len(micro_batches) - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is not None):
                     loss = self.learner(batch.to(self.device)) / normalizer
                 loss = loss * 0.0 if idle else loss
-                (loss * processes.count).backward()  # gradients are averaged over the processes
+                (loss * processes.count).backward()  # DDP and FSDP average gradients over the processes; the sum is wanted
             total += loss.item()
         total = processes.sum(total)
+        # Without a limit this still computes the norm, which is reported and tells a run that has broken.
         norm = float(gathered(torch.nn.utils.clip_grad_norm_(self.parameters, recipe.max_grad_norm or float("inf"))))
         if not (_finite(total) and _finite(norm)):
             self._refuse(total, norm, batches)
@@ -256,6 +265,7 @@ class Trainer:
         if self.average is None:
             yield self.model
             return
+        # Storages are exchanged, nothing is copied; optimizers and wrappers hold the parameters, which stay the same objects.
         trained = [p.data for p in self.parameters]
         for parameter, mean in zip(self.parameters, self.average, strict=True):
             parameter.data = mean
@@ -266,7 +276,7 @@ class Trainer:
                 parameter.data = data
 
     def _evaluate(self) -> None:
-        if self._evaluated == self.done.step:
+        if self._evaluated == self.done.step:  # at the end of a run whose last step was evaluated already
             return
         self._evaluated = self.done.step
         start = time.monotonic()
@@ -275,9 +285,10 @@ class Trainer:
             figures = {} if self.hooks.evaluate is None else self.hooks.evaluate(self._evaluate_batch)
             model.train()
         self._compare(figures)
+        # Of a folder that is written for them, not of the model in training: they show what a person would get.
         with self.averaged() as model:
             texts = [] if self.hooks.sample is None else self.hooks.sample(model)
-        self.done.seconds += time.monotonic() - start
+        self.done.seconds += time.monotonic() - start  # max_minutes is what a person waits, evaluations included
         if figures:
             self.report.log({"step": self.done.step, **figures})
             self.report.say(f"step {self.done.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
@@ -291,7 +302,7 @@ class Trainer:
         return figures
 
     def _compare(self, figures: dict[str, float]) -> None:
-        """Notes whether these are the best weights so far, and exports them where those are to be kept."""
+        """Note whether these are the best weights so far, and exports them where those are to be kept."""
         done, loss = self.done, figures.get("eval_loss")
         if loss is None:
             return
@@ -346,7 +357,8 @@ class Trainer:
         for name, parameter in self.trained.items():
             parameter.copy_(scattered(state["model"][name], parameter))
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            # The recipe's settings win over the stored ones, so that a key changed for the rest of a run takes effect.
+            # The recipe's settings win over the stored ones, so that a key changed for the rest of a run takes effect. Moments are matched
+            # to parameters by position: `read` has seen that the names are the same, and their order is the model's.
             settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(scatter_states(saved, [p for group in optimizer.param_groups for p in group["params"]]))
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
@@ -372,6 +384,7 @@ class CheckpointFile:
         try:
             with temporary.open("wb") as file:
                 torch.save(state, file)
+                # The bytes must be on the disk before the rename is: a machine that loses power keeps the old file or has the new one.
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
@@ -385,6 +398,8 @@ class CheckpointFile:
 
         Raises CheckpointError where these or `origin` are others than the state was written with.
         """
+        # weights_only: a checkpoint may come from elsewhere, and a full unpickler would run what it says. On the CPU first: beside the
+        # model and the optimizers that are on the GPU already there may be no memory for another copy.
         state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
         if state["data"] != data:
             raise CheckpointError(
@@ -437,7 +452,7 @@ def _interruptible() -> Iterator[threading.Event]:
         return
 
     def handle(number: int, frame: object) -> None:
-        if event.is_set():
+        if event.is_set():  # the second one: whoever asks twice does not want to wait for the step
             raise KeyboardInterrupt
         event.set()
 

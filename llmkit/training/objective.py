@@ -42,6 +42,7 @@ def token_losses(model: nn.Module, batch: Batch, ops: Ops = PLAIN) -> tuple[Tens
     indices, labels = supervised(batch)
     hidden = model(batch.tokens, batch.positions, packed=batch.packed, logits_indices=indices, hidden=True, ops=ops)
     hidden = hidden.to(autocast_dtype(hidden))  # a norm may have given float32
+    # Soft caps (Gemma 2) change each logit on its own; the gradient below is that of a plain product.
     if not _trains_head(model) and model.config.final_logit_softcapping is None and torch.is_grad_enabled():
         weight, scale = model.head.dequantize(), 1 / model.config.logits_scaling
         losses: Tensor = _FrozenCrossEntropy.apply(hidden, weight, labels, scale, ops)  # type: ignore[no-untyped-call]
@@ -95,12 +96,14 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         for start in range(0, vocab, columns):
             matmul, matmul_back = ops.frozen_head(hidden, weight[start : start + columns])
             logits = matmul(scaled).float()  # [count, columns]
-            place = labels.unsqueeze(1) - start
+            place = labels.unsqueeze(1) - start  # [count, 1]: the column of each label, where it is among these
             at = place.clamp(0, logits.shape[1] - 1)
             target = torch.where(place == at, logits.gather(1, at), target)
             before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
+            # In place: `logits` is a tile of 16 MiB, and a second one would leave the cache. It becomes exp(logit - largest), and what was
+            # summed relative to the largest logit so far is shrunk to the new one (online softmax).
             logits.sub_(largest).exp_()
-            shrink = (before - largest).exp_()
+            shrink = (before - largest).exp_()  # [count, 1]; 0 at first, where `before` is -inf
             total.mul_(shrink).add_(logits.sum(1, keepdim=True))
             expected.mul_(shrink).add_(matmul_back(logits.to(hidden.dtype)))
             del logits  # before those of the next columns
@@ -138,6 +141,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _trains_head(model: Transformer) -> bool:
+    """Whether the head's weight takes a gradient: always where it is the embedding and that is trained."""
     return any(parameter.requires_grad for parameter in model.head.parameters())
 
 
@@ -176,6 +180,7 @@ class Distillation(Objective):
         assert isinstance(model, Transformer)
         indices, labels = supervised(batch)
         with torch.no_grad():
+            # The last hidden states alone: the teacher's logits are made part by part below, like the student's.
             known = self.teacher(batch.tokens, batch.positions, packed=batch.packed, logits_indices=indices, hidden=True)
         hidden = model(batch.tokens, batch.positions, packed=batch.packed, logits_indices=indices, hidden=True, ops=self.ops)
 
@@ -223,6 +228,7 @@ class Preference(Objective, ABC):
 def answers(model: nn.Module, batch: Batch, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
     """Return log probabilities of chosen and of rejected answers, float32 `[pairs]`, and their supervised tokens, `[2, pairs]`."""
     losses, _ = token_losses(model, batch, ops)
+    # A prefix that both answers share stands in the batch once and has no labels, so every supervised token is of one answer.
     present, index = _sequence_of_labels(batch).unique(return_inverse=True)  # sorted: chosen before rejected
     sums = torch.zeros(len(present), device=losses.device).index_add(0, index, -losses)
     counts = torch.bincount(index, minlength=len(present))

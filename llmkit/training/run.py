@@ -118,7 +118,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     assert recipe.max_length is not None
     train, held, data_report = load_corpora(recipe.data, tokenizer, recipe.held_out, recipe.max_length, recipe.preference)
     if device.type == "cpu":
-        # Where memory is short, smaller pieces: a quarter slower, and nearly no holes.
+        # Freed pieces up to this size are kept for the next step. Where memory is short (checkpointing was chosen for it) smaller ones:
+        # a quarter slower, and nearly no holes.
         keep_freed_memory(largest=(2 if recipe.checkpointing else 32) << 20)
     model = _model(recipe, source, tokenizer, device)
     integers = _integers(recipe, model)
@@ -127,7 +128,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     if (recipe.keep == "best" or recipe.early_stop is not None) and not len(held):
         raise UsageError("keep=best and early_stop compare held-out losses, and no document is held out. Raise held_out.")
     group = 2 if recipe.preference else 1
-    stream = RowStream(train, [source.weight for source in recipe.data], recipe.max_length, recipe.seed, recipe.epochs, group)
+    stream = RowStream(train, [data.weight for data in recipe.data], recipe.max_length, recipe.seed, recipe.epochs, group)
     report.say(
         f"{_parameters(model)}; {len(train):,} documents, {train.target_count:,} supervised tokens, "
         f"{stream.rows_per_epoch:,} rows of {group * recipe.max_length} per epoch; {len(held):,} documents held out"
@@ -164,7 +165,7 @@ def _open_report(recipe: Recipe, folder: RunFolder, processes: Processes, resume
 
 
 def _write_recipe(recipe: Recipe, path: Path) -> None:
-    """Replaces the file whole: it may be the one that the run was started from."""
+    """Replace the file whole: it may be the one that the run was started from."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(f"{_WRITTEN}\n{yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)}", encoding="utf-8")
@@ -179,7 +180,7 @@ def _changes(path: Path, recipe: Recipe) -> list[str]:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
-    now = yaml.safe_load(yaml.safe_dump(to_dict(recipe)))
+    now = yaml.safe_load(yaml.safe_dump(to_dict(recipe)))  # as a file would say it: tuples are lists there
     free = ("output", "checkpointing")  # a path of many spellings; a choice by the memory that is free
     if not isinstance(before, dict):
         return []
@@ -259,6 +260,7 @@ class _Evaluation:
     def _figures(self, prefix: str, sums: dict[str, float], normalizer: int, size: int) -> dict[str, float]:
         found = {f"{prefix}{figure}": value / normalizer for figure, value in sums.items()}
         if not self.recipe.preference:
+            # Nats per token depend on how long a tokenizer's tokens are; bits for a byte of text compare across tokenizers.
             found[f"{prefix}bits_per_byte"] = sums["loss"] / math.log(2) / size
         return found
 
@@ -270,19 +272,15 @@ class _Exporter:
         self, recipe: Recipe, target: Path, source: ModelSource | None, tokenizer_folder: Path, tokenizer: Tokenizer, processes: Processes
     ) -> None:
         """source: the model that training started from; None where it was made."""
-        self.recipe, self.target, self.tokenizer_folder, self.tokenizer, self.processes = (
-            recipe,
-            target,
-            tokenizer_folder,
-            tokenizer,
-            processes,
-        )
+        self.recipe, self.target, self.processes = recipe, target, processes
+        self.tokenizer_folder, self.tokenizer = tokenizer_folder, tokenizer
         self.base = source.fingerprint if source is not None and recipe.lora is not None else None
 
     def __call__(self, model: nn.Module, target: Path | None = None) -> None:
         assert isinstance(model, Transformer)
         target = target or self.target
         if self.recipe.lora is None:
+            # Every process takes part in gathering, though one alone writes.
             weights = gathered(dict(model.named_parameters())) if self.processes.kind == "fsdp" else None
             if self.processes.is_main:
                 whole = model
@@ -300,7 +298,7 @@ class _Exporter:
             self._write_adapter(model, trained, target)
 
     def check(self, model: Transformer) -> None:
-        """Raises UsageError where what is trained could not be written in the end."""
+        """Raise UsageError where what is trained could not be written in the end: before the training, not after it."""
         if self.recipe.lora is not None:
             trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
             check_writable(self._parts(model, trained), model.config, self._settings(self.recipe.lora))
@@ -317,6 +315,7 @@ class _Exporter:
         paths = [path for path, _ in adapted(model)]
         factors = {path: (trained[f"{path}.lora_A.{NAME}.weight"], trained[f"{path}.lora_B.{NAME}.weight"]) for path in paths}
         magnitudes = {path: trained[f"{path}.magnitude"] for path in paths} if self.recipe.lora.use_dora else {}
+        # What is left of the trained parameters are modules that are trained whole (modules_to_save).
         saved = {name: tensor for name, tensor in trained.items() if "lora_" not in name and not name.endswith(".magnitude")}
         return AdapterWeights(factors, magnitudes, saved)
 
