@@ -80,7 +80,7 @@ class Adapter:
 
 
 def read_adapter(source: str | Path, config: ModelConfig, *, name: str | None = None, revision: str | None = None) -> Adapter:
-    """Reads an adapter for a model of this config.
+    """Read an adapter for a model of this config.
 
     source: a folder, a hub id or HUB_ID@REVISION. name: the last part of it by default.
     Raises CheckpointError where it is missing, damaged or does not fit the model: everything that is wrong in one message.
@@ -97,8 +97,8 @@ def read_adapter(source: str | Path, config: ModelConfig, *, name: str | None = 
         problems.append("it holds no LoRA weights at all")
     if problems:
         raise _mismatch(folder, settings, problems)
-    marks = _marks(path)
-    template = marks.get("chat_template")
+    fingerprints = _fingerprints(path)
+    template = fingerprints.get("chat_template")
     return Adapter(
         name=name,
         folder=folder,
@@ -106,13 +106,13 @@ def read_adapter(source: str | Path, config: ModelConfig, *, name: str | None = 
         linears=reader.linears,
         magnitudes=reader.magnitudes,
         replaced=reader.replaced,
-        base=parse_fingerprint(marks.get("base")),
+        base=parse_fingerprint(fingerprints.get("base")),
         template=template if isinstance(template, str) else None,
     )
 
 
 def check_base(adapter: Adapter, model: ModelSource, remedy: str = ANY_BASE) -> None:
-    """CheckpointError, with the remedy, where an adapter is proven to have been trained on other weights than those of a model."""
+    """Raise CheckpointError, with the remedy, where an adapter is proven to have been trained on other weights than those of a model."""
     base = None if adapter.base is None else model.fingerprint
     if base is not None and adapter.base is not None and base.differs(adapter.base):
         trained = adapter.settings.base_model_name_or_path
@@ -145,7 +145,7 @@ def _mismatch(folder: Path, settings: AdapterSettings, problems: list[str]) -> C
     return CheckpointError(f"The adapter {folder} does not fit this model:\n  {listed}\nGive an adapter that was trained on it.{trained}")
 
 
-def _marks(path: Path) -> Mapping[str, Any]:
+def _fingerprints(path: Path) -> Mapping[str, Any]:
     """What `write_adapter` noted in the file's header; empty for an adapter from elsewhere."""
     try:
         found = json.loads(read_metadata(path).get(METADATA, "{}"))
@@ -160,20 +160,21 @@ class _Reader:
     def __init__(self, config: ModelConfig, settings: AdapterSettings, problems: list[str]) -> None:
         self.config, self.settings, self.problems = config, settings, problems
         self.rules = reading_rules(family(config.model_type), config)
-        self.expected = parameter_shapes(config)
+        self.expected = parameter_shapes(config)  # by our names
         self.expected.setdefault(HEAD, self.expected[EMBEDDING])  # a tied head that an adapter parts from the embedding
         self.linears: dict[str, LowRank] = {}
         self.magnitudes: dict[str, NDArray[np.float32]] = {}
         self.replaced: dict[str, np.ndarray] = {}
 
     def read(self, tensors: Mapping[str, TensorFile]) -> None:
-        modules: dict[str, dict[str, TensorFile]] = {}
-        names: set[str] = set()  # of adapters, where the keys have them
+        modules: dict[str, dict[str, TensorFile]] = {}  # "model.layers.0.mlp.up_proj" -> "lora_A" -> its tensor
+        # PEFT leaves an adapter's name out of the keys when it saves, but keys of a training state have it: lora_A.default.weight.
+        names: set[str] = set()
         for key, tensor in tensors.items():
             if tensor.dtype not in NUMPY_DTYPES:
                 self.problems.append(f"wrong dtype: {key} is {tensor.dtype}, weights are {', '.join(NUMPY_DTYPES)}")
                 continue
-            if len(key) > _LONGEST_KEY:
+            if len(key) > _LONGEST_KEY:  # before any pattern is matched against it
                 self.problems.append(f"unknown: a key of {len(key)} characters, {key[:80]!r}...")
                 continue
             module, kind, name = _split(key.removeprefix(PREFIX))
@@ -201,7 +202,7 @@ class _Reader:
         first, second = (parts[kind] for kind in needed)
         if len(first.shape) != 2 or len(second.shape) != 2:
             return self.problems.append(f"wrong shape: {module} has {list(first.shape)} and {list(second.shape)}, not two matrices")
-        a, b = _floats(first), _floats(second)
+        a, b = _floats(first), _floats(second)  # [r, in] and [out, r]
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             return self.problems.append(f"not a number: {module} has values that are not finite")
         experts = _EXPERTS.fullmatch(module)
@@ -216,6 +217,7 @@ class _Reader:
             return self.problems.append(
                 f"wrong shape: {module} has rank {rank} and {b.shape[1]}, where {ADAPTER.config} has {self.settings.rank(module)}"
             )
+        # The scale goes into B once, so that nobody who computes with the term can forget it. In float32: alpha / r is rarely a power of 2.
         b = b * np.float32(self.settings.scale(module, rank))
         magnitude = _floats(parts["lora_magnitude_vector"]).reshape(-1) if "lora_magnitude_vector" in parts else None
         if self.settings.use_dora != (magnitude is not None) and not embedding:
@@ -225,13 +227,14 @@ class _Reader:
         if magnitude is not None and (len(magnitude) != len(b) or not np.isfinite(magnitude).all()):
             return self.problems.append(f"wrong shape: the magnitude of {module} has {len(magnitude)} numbers, not {len(b)} finite ones")
         for ours, piece in self._pieces(module, (len(b), a.shape[1]), first.file):
-            rows = slice(*(piece.rows or (0, len(b))))
+            rows = slice(*(piece.rows or (0, len(b))))  # of B, where the module is several of our linears: A is theirs together
             self._add(ours, LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b[rows])))
             if magnitude is not None:
                 self.magnitudes[ours.removesuffix(".weight")] = magnitude[rows]
 
     def _pieces(self, module: str, shape: tuple[int, int], file: Path) -> Iterator[tuple[str, Piece]]:
-        """Our weights of a module whose weight has this shape [out, in], where they fit."""
+        """Yield our weights of a module whose weight has this shape [out, in], where they fit."""
+        # The rules that map a checkpoint's tensors map a module too: a tensor without data, of the shape that its weight must have.
         name = f"{module}.weight"
         stored = shape[::-1] if is_transposed(name, self.rules) else shape
         for ours, piece in parts_of(
@@ -262,6 +265,7 @@ class _Reader:
             return self.problems.append(f"unknown: {module} is no part of this model, whose layer {layer} has no experts")
         hidden, size, count = self.config.hidden_size, moe.expert.intermediate_size, moe.num_experts
         shape = (len(b), a.shape[1])
+        # The keys do not say which of the two it is (PEFT wraps one around the other); the shapes of the terms do.
         names = {(2 * size, hidden): "gate_up_proj", (hidden, size): "down_proj"}
         if shape not in names or len(a) % count or len(a) != b.shape[1] or dora:
             wanted = " or ".join(f"{name} {list(sizes)}" for sizes, name in names.items())
@@ -271,15 +275,15 @@ class _Reader:
         rank, parameter = len(a) // count, f"model.layers.{layer}.mlp.experts.{names[shape]}"
         if rank != self.settings.rank(parameter):
             return self.problems.append(f"wrong shape: {parameter} has rank {rank}, not {self.settings.rank(parameter)}")
-        each_a = a.reshape(count, rank, -1)
-        each_b = b.reshape(len(b), rank, count).transpose(2, 0, 1) * np.float32(self.settings.scale(parameter, rank))
+        each_a = a.reshape(count, rank, -1)  # [experts, r, in]
+        each_b = b.reshape(len(b), rank, count).transpose(2, 0, 1) * np.float32(self.settings.scale(parameter, rank))  # [experts, out, r]
         rule = next(rule for rule in STACKED_EXPERTS if rule.theirs.endswith(names[shape]))
         for expert in range(count):
             for ours, part in zip(rule.ours, np.split(each_b[expert], len(rule.ours)), strict=True):
                 self._add(ours.format(i=layer, j=expert), LowRank(each_a[expert], np.ascontiguousarray(part)))
 
     def _replace(self, tensor: TensorFile, name: str) -> None:
-        """A weight or bias that was trained as a whole, or that PEFT saved beside a term (lm_head, embeddings)."""
+        """Note a weight or bias that was trained as a whole, or that PEFT saved beside a term (lm_head, embeddings)."""
         stored = TensorFile(name, tensor.dtype, tensor.shape, tensor.data, tensor.file, tensor.offset)
         for ours, piece in parts_of(stored, self.rules, self.config, self.problems).items():
             if ours not in self.expected:
@@ -295,7 +299,7 @@ class _Reader:
 
 
 def _split(key: str) -> tuple[str, str | None, str | None]:
-    """A key without its prefix as the module, what it is of a low-rank term, and the adapter's name, where it has one.
+    """Return the module of a key without its prefix, what it is of a low-rank term, and the adapter's name, where it has one.
 
     For a weight that was trained as a whole: its own name, without PEFT's wrappers, None, and the adapter's name.
     """

@@ -16,11 +16,12 @@ from llmkit.model.transformer import Transformer
 
 
 def adapted(model: Transformer, adapter: Adapter) -> Transformer:
-    """The model with the adapter. What the adapter leaves alone is shared with `model`, which stays as it is.
+    """Return the model with the adapter. What the adapter leaves alone is shared with `model`, which stays as it is.
 
     Terms are computed in float32 on a CPU, else in the dtype of the model's norms.
     """
     tensors = [*model.parameters(), *model.buffers()]
+    # A second tree of modules: tensors and config are told to the copy as copied already, so only modules are made again.
     out = copy.deepcopy(model, {id(shared): shared for shared in (*tensors, model.config)})
     weight = next(model.model.norm.parameters())
     device = weight.device
@@ -61,11 +62,13 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = term.a.shape[1], term.b.shape[0]
         a, b = (torch.from_numpy(part).to(device) for part in term)
         stretch = offset = None
+        # The norms of DoRA are those of the finished matrix, computed once: m (W + B A) / ||W + B A|| = stretch W + (stretch B) A.
         if magnitude is not None:
             dense = base.dequantize().float()  # type: ignore[operator]
             stretch = torch.from_numpy(magnitude).to(device) / torch.linalg.vector_norm(dense + b @ a, dim=1)
             b = stretch[:, None] * b
             bias = getattr(base, "bias", None)
+            # What the base adds to its rows is stretched with them in `forward`; the offset takes that back.
             if bias is not None:
                 offset = ((1 - stretch) * bias.float()).to(dtype)
             stretch = stretch.to(dtype)
@@ -129,7 +132,7 @@ class _TiedHead(nn.Module):
 
 
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a tensor where a parameter is; a quantized matrix makes room for a dense module."""
+    """Put a tensor where a parameter is; a quantized matrix makes room for a dense module."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     parameter = nn.Parameter(tensor, requires_grad=False)

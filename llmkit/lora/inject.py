@@ -56,11 +56,12 @@ class PeftLinear(LoraLinear, LoraLayer):
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
-        self.fan_in_fan_out = False
+        self.fan_in_fan_out = False  # our linears are [out, in] in every family; a transposed one is turned on loading
         self._active_adapter = adapter_name
         layer: Any = self  # nn.Module's attributes have types that PEFT's do not fit
+        # PEFT makes A [rank, in] and B [out, rank] in containers of its own (lora_A.default), so that keys and trainers find them there.
         layer.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        # PEFT gives the factors the dtype of the base; they are trained, and so float32.
+        # PEFT gives the factors the dtype of the base. They are trained, and so float32: a step of 1e-4 on a bfloat16 of 0.05 is lost.
         self.get_submodule("lora_A").float()
         self.get_submodule("lora_B").float()
         layer.reset_lora_parameters(adapter_name, config.init_lora_weights)
@@ -68,6 +69,7 @@ class PeftLinear(LoraLinear, LoraLayer):
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else None
         self.magnitude = None
         if config.use_dora:
+            # B is zero, so these are the lengths of W's rows, and the model starts as it was.
             self.magnitude = nn.Parameter(self.row_norms().detach().clone())
 
     @property
@@ -80,7 +82,9 @@ class PeftLinear(LoraLinear, LoraLayer):
 
 
 def inject(model: Transformer, settings: LoraSettings) -> None:
-    """Freezes the model and puts a new adapter beside its linears; random numbers come from torch's generator.
+    """Freeze the model and put a new adapter beside its linears; random numbers come from torch's generator.
+
+    What is trained is float32, whatever the frozen weights are stored in.
 
     Raises UsageError where a target or a module to save is not there, or cannot be trained.
     """
@@ -106,14 +110,15 @@ def inject(model: Transformer, settings: LoraSettings) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft speaks of checkpoints it saves itself
         inject_adapter_in_model(config, model, adapter_name=NAME)
+    # PEFT leaves bases as it finds them and factors trainable, magnitudes are ours: said once for all of them.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or name.endswith(".magnitude"))
     for name in saved:
-        model.get_submodule(name).requires_grad_(True)
+        model.get_submodule(name).float().requires_grad_(True)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The linears with an adapter, by our path: `model.layers.0.mlp.up_proj`."""
+    """Yield the linears with an adapter, by our path: `model.layers.0.mlp.up_proj`."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 
@@ -124,7 +129,7 @@ def integers_possible(model: Transformer) -> bool:
 
 @torch.no_grad()
 def start_from(model: Transformer, adapter: Adapter) -> None:
-    """Gives the new adapter the values of one that was trained before.
+    """Give the new adapter the values of one that was trained before.
 
     Raises UsageError where the two are not of the same modules and ranks.
     """
@@ -141,7 +146,7 @@ def start_from(model: Transformer, adapter: Adapter) -> None:
         if term.a.shape != tuple(a.shape):
             raise UsageError(f"the adapter {adapter.folder} has the rank {len(term.a)} on {path}, lora.r is {len(a)}. Make them equal.")
         a.copy_(torch.from_numpy(term.a))
-        b.copy_(torch.from_numpy(term.b) / linear.scale)
+        b.copy_(torch.from_numpy(term.b) / linear.scale)  # a term that was read has the scale of its own settings in B
         if linear.magnitude is not None:
             linear.magnitude.copy_(torch.from_numpy(adapter.magnitudes[path]))
     parameters = dict(model.named_parameters())
@@ -152,7 +157,7 @@ def start_from(model: Transformer, adapter: Adapter) -> None:
 
 
 def find_targets(wanted: str | Sequence[str], linears: Sequence[str]) -> list[str]:
-    """The paths among `linears` that are meant: "all-linear" is every one but the head; a name is the end of a path.
+    """Return the paths among `linears` that are meant: "all-linear" is every one but the head; a name is the end of a path.
 
     Raises UsageError for a name that matches nothing.
     """
@@ -160,7 +165,7 @@ def find_targets(wanted: str | Sequence[str], linears: Sequence[str]) -> list[st
         return [name for name in linears if name != HEAD]
     if not wanted:
         raise UsageError('lora.target_modules names nothing, so nothing would be trained. Leave it out for "all-linear".')
-    found: dict[str, None] = {}
+    found: dict[str, None] = {}  # a set that keeps its order
     for target in (wanted,) if isinstance(wanted, str) else wanted:
         hits = [name for name in linears if name == target or name.endswith("." + target)]
         if not hits:

@@ -48,7 +48,7 @@ def merge(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Writes the model with the adapter in its weights; the sum is made in float32 and rounded once.
+    """Write the model with the adapter in its weights; the sum is made in float32 and rounded once.
 
     model, adapter: folders or hub ids. dtype: float32, float16 or bfloat16; by default that of the base, and for a quantized base, which
     is dequantized, the 16-bit dtype of the checkpoint it was made from (bfloat16 where that had 32 bits).
@@ -95,6 +95,7 @@ class _Merger:
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.done, self.config = 0, config
         hf = plain_config(config.hf)
+        # One matrix cannot be both any more: the merged model has a head of its own, and its config.json says so.
         if config.tie_word_embeddings and self._parts_head():
             self.shapes[HEAD] = self.shapes[EMBEDDING]
             hf["tie_word_embeddings"] = False
@@ -110,11 +111,12 @@ class _Merger:
         return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in self.shapes.items()}
 
     def materialize(self, name: str) -> Tensor:
-        """One weight, float32."""
+        """Return one weight, float32."""
         base = EMBEDDING if name == HEAD and HEAD not in self.weights else name
         out = _dense(self.adapter.replaced[name] if name in self.adapter.replaced else self.weights[base])
         path = name.removesuffix(".weight")
         term = self.adapter.linears.get(path) if name.endswith(".weight") else None
+        # In float32 and in the order of training: W + s B A first (the scale is in B), then DoRA's rescaling of its rows.
         if term is not None:
             out += torch.from_numpy(term.b) @ torch.from_numpy(term.a)
             magnitude = self.adapter.magnitudes.get(path)

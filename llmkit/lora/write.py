@@ -69,9 +69,11 @@ def write_adapter(
     _check_target(target, overwrite)
     writer = _Writer(config, settings, weights)
     tensors = _exchangeable(writer)
-    marks: dict[str, Any] = {} if base is None else {"base": base.to_dict()}
+    # What it was trained on goes into the header of the weights, which PEFT and transformers keep and pass over: adapter_config.json
+    # is written again by whoever loads and saves the adapter, and keys that PEFT does not know are lost there.
+    fingerprints: dict[str, Any] = {} if base is None else {"base": base.to_dict()}
     if chat_template is not None:
-        marks["chat_template"] = text_fingerprint(chat_template)
+        fingerprints["chat_template"] = text_fingerprint(chat_template)
     from safetensors.torch import save_file
 
     with replacing(target) as partial:
@@ -79,8 +81,9 @@ def write_adapter(
         if source is not None:
             copy_side_files(Path(source), partial)
         if chat_template is not None:
+            # The template of the base may be changed after the training; the adapter has learned this one.
             (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt", METADATA: json.dumps(marks)})
+        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt", METADATA: json.dumps(fingerprints)})
         (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)  # safetensors lets nobody else read it
         _sync(partial / ADAPTER_WEIGHTS)
 
@@ -131,17 +134,20 @@ class _Writer:
         if config.tie_word_embeddings and EMBEDDING in self.replaced:
             self.replaced.setdefault(HEAD, self.replaced[EMBEDDING])  # ours is the head too; PEFT's is a copy beside it
         self.problems: list[str] = []
-        self.ranks: dict[str, int] = {}  # by module, or stacked parameter
+        # What `tensors` finds out for adapter_config.json. Ranks and alphas by module, or stacked parameter of experts.
+        self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
-        self.modules: set[str] = set()
-        self.parameters: set[str] = set()
-        self.saved: list[str] = []
-        self.transposed = False
+        self.modules: set[str] = set()  # target_modules, as paths
+        self.parameters: set[str] = set()  # target_parameters
+        self.saved: list[str] = []  # modules_to_save
+        self.transposed = False  # fan_in_fan_out: GPT-2 stores its linears as [in, out]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything by PEFT's keys."""
+        """Return everything by PEFT's keys, and note on the way what `config_json` says of it."""
         out: dict[str, Tensor] = {}
+        # The tensor of the family's model -> our linears in it, as q_proj, k_proj and v_proj in Phi-3's qkv_proj.
         fused: dict[OutputTensor, list[str]] = defaultdict(list)
+        # "model.layers.0.mlp.experts" -> "up_proj" -> number of the expert -> path.
         experts: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
         for path, (a, b) in self.linears.items():
             shape = self.shapes.get(f"{path}.weight")
@@ -179,7 +185,7 @@ class _Writer:
         return self._role(path) == "router" or (self._role(path) == "linear" and _leaf(path) in self.expert_names)
 
     def _term(self, path: str, scale: float) -> tuple[Tensor, Tensor]:
-        """A and B so that `scale` B A is what the linear's own scale makes of them."""
+        """Return A and B so that `scale` B A is what the linear's own scale makes of them: terms that are put together share one scale."""
         a, b = self.linears[path]
         own = self.settings.scale(path, len(a))
         return a, b if own == scale else b * (own / scale)
@@ -189,12 +195,13 @@ class _Writer:
         self.alphas[name] = scale * (rank**0.5 if self.settings.use_rslora else rank)
 
     def _module(self, stored: OutputTensor, paths: list[str]) -> dict[str, Tensor]:
+        """Return the term of one module: those of our linears in it, block-diagonal, with zero rows for linears that have none."""
         module = stored.name.removesuffix(".weight")
         members = [name.removesuffix(".weight") for name in stored.ours if name.removesuffix(".weight") in paths]
         scale = self.settings.scale(members[0], len(self.linears[members[0]][0]))
         terms = {path: self._term(path, scale) for path in members}
         rank = sum(len(a) for a, _ in terms.values())
-        b = torch.zeros(sum(self.shapes[name][0] for name in stored.ours), rank)
+        b = torch.zeros(sum(self.shapes[name][0] for name in stored.ours), rank)  # [out of all, sum of ranks]
         row = column = 0
         for name in stored.ours:
             term = terms.get(name.removesuffix(".weight"))
@@ -203,7 +210,7 @@ class _Writer:
                 b[row : row + rows, column : column + len(term[0])] = term[1]
                 column += len(term[0])
             row += rows
-        a = torch.cat([a for a, _ in terms.values()])
+        a = torch.cat([a for a, _ in terms.values()])  # [sum of ranks, in]
         if self._by_parameter(members[0]):
             self._note(stored.name, rank, scale)
             self.parameters.add(stored.name.split(".", 3)[3])
@@ -215,6 +222,7 @@ class _Writer:
             return {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
         out = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
         if self.settings.use_dora:
+            # PEFT scales all rows of a module or none; there is no magnitude that leaves a row as it is, as its norm moves with B A.
             lacking = [name for name in stored.ours if name.removesuffix(".weight") not in self.magnitudes]
             if lacking:
                 self.problems.append(f"DoRA on a part of {module} ({', '.join(members)}); it takes one on {', '.join(lacking)} too")
@@ -223,7 +231,8 @@ class _Writer:
         return out
 
     def _experts(self, experts: Mapping[str, Mapping[str, Mapping[int, str]]]) -> dict[str, Tensor]:
-        """The terms of all experts of a layer in one (see `_Reader._experts`); where there is none, zeros."""
+        """Return the terms of all experts of a layer in one (see `_Reader._experts`); where there is none, zeros."""
+        # Stacked parameters of which an expert was trained somewhere: then PEFT wants them in every layer.
         used = {stacked for stacked, parts in _SPREAD.items() if any(part in layer for layer in experts.values() for part in parts)}
         out: dict[str, Tensor] = {}
         if not used:
@@ -231,6 +240,7 @@ class _Writer:
         self.parameters |= {f"mlp.experts.{stacked}" for stacked in used}
         paths = [path for layer in experts.values() for of_part in layer.values() for path in of_part.values()]
         scale = self.settings.scale(paths[0], len(self.linears[paths[0]][0]))
+        # Every expert has the same rank in a stack: the largest of any, smaller ones are filled up with zeros.
         ranks = {part: max((len(self.linears[path][0]) for layer in experts.values() for path in layer.get(part, {}).values()), default=0)
                  for parts in _SPREAD.values() for part in parts}  # fmt: skip
         for index, layer in enumerate(self.config.layers):
@@ -242,12 +252,13 @@ class _Writer:
                 each = [self._expert(f"{module}.{j}", parts, ranks, scale) for j in range(layer.feed_forward.num_experts)]
                 a, b = torch.stack([a for a, _ in each]), torch.stack([b for _, b in each])  # [experts, r, in], [experts, out, r]
                 name = f"{module}.base_layer" if len(used) > 1 and stacked == "gate_up_proj" else module
-                out[f"{name}.lora_A.weight"] = a.flatten(0, 1)
-                out[f"{name}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
+                out[f"{name}.lora_A.weight"] = a.flatten(0, 1)  # [experts * r, in]
+                out[f"{name}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)  # [out, r * experts]
                 self._note(f"{module}.{stacked}", a.shape[1], scale)
         return out
 
     def _expert(self, expert: str, parts: list[str], ranks: Mapping[str, int], scale: float) -> tuple[Tensor, Tensor]:
+        """Return A `[r, in]` and B `[out, r]` of one expert's part of a stack, block-diagonal as in `_module`."""
         rank = sum(ranks[part] for part in parts)
         sizes = [self.shapes[f"{expert}.{part}.weight"] for part in parts]
         a, b = torch.zeros(rank, sizes[0][1]), torch.zeros(sum(rows for rows, _ in sizes), rank)
@@ -261,7 +272,7 @@ class _Writer:
         return a, b
 
     def _replaced(self) -> dict[str, Tensor]:
-        """Whole modules: PEFT saves a module with all of its parameters."""
+        """Return modules that were trained as a whole: PEFT saves a module with all of its parameters."""
         out: dict[str, Tensor] = {}
         wanted = dict.fromkeys(name.rpartition(".")[0] for name in self.replaced)
         for path in wanted:
@@ -282,8 +293,12 @@ class _Writer:
         return out
 
     def config_json(self) -> dict[str, Any]:
-        """adapter_config.json. Where every module of a name was trained, PEFT is told the name, else the paths."""
+        """Return adapter_config.json. Where every module of a name was trained, PEFT is told the name, else the paths.
+
+        Names keep a config of a line in place of hundreds, and people read them.
+        """
         r, alpha = self.settings.r, self.settings.lora_alpha
+        # Modules of several of our linears have ranks of their own, and with them (alpha / rank is the scale) alphas.
         ranks = _compact(self.ranks)
         alphas = _compact({name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in self.alphas.items()})
         every = {self._place(name.removesuffix(".weight")).name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")}
@@ -310,7 +325,7 @@ class _Writer:
 
 
 def _compact(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Patterns for values by path: the last name alone, where all that end in it agree."""
+    """Return patterns for values by path: the last name alone, where all that end in it agree."""
     leaves: dict[str, set[Any]] = defaultdict(set)
     for path, value in values.items():
         leaves[_leaf(path)].add(value)

@@ -264,6 +264,16 @@ def test_a_model_without_adapters_is_untouched(folder: Path) -> None:
     assert not list(adapted(model))
 
 
+def test_what_is_trained_is_float32(folder: Path) -> None:
+    """A step of 1e-4 on a bfloat16 of 0.05 is rounded away: a module that is trained whole would never learn."""
+    model = load_model(folder, "bfloat16")
+    inject(model, LoraSettings(r=4, modules_to_save=("lm_head", "norm")))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model.get_parameter("model.layers.0.mlp.up_proj.base_layer.weight").dtype == torch.bfloat16
+    gradients = target_gradients(model, model(IDS, ops=training_ops(CPU, adapters=True)))
+    assert {"lm_head.weight", "model.norm.weight"} <= gradients.keys()
+
+
 def test_trained_modules_beside_an_adapter_learn(folder: Path) -> None:
     """A linear trained whole stands in one group with adapted ones: it is none of the frozen."""
     found = []
