@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmkit.bench.training import TrainBenchPlan, TrainingProgram, check_train_plan, common_settings, measure, summary
+from llmkit.bench.process import Worker
+from llmkit.bench.training import Start, TrainBenchPlan, TrainingProgram, check_train_plan, common_settings, measure, summary
 from llmkit.checkpoint.files import load_config
 from llmkit.checkpoint.source import ModelSource
 from llmkit.config import ModelConfig
@@ -55,7 +56,11 @@ class TransformersProgram(TrainingProgram):
 
 
 def compare_training(
-    plan: TrainBenchPlan, against: str, checkpointing: bool = False, progress: Callable[[str], None] = lambda _: None
+    plan: TrainBenchPlan,
+    against: str,
+    checkpointing: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+    start: Start = Worker,
 ) -> dict[str, Any]:
     """Measure llmkit and transformers; return what `bench_train` does, and `*_ratio` and `*_loss_difference`.
 
@@ -67,7 +72,7 @@ def compare_training(
     config = load_config(plan.folder)
     check_train_plan(plan, config)
     check_rival(plan, against, checkpointing)
-    programs = measure(plan, progress, rival_programs(plan, checkpointing, config))
+    programs = measure(plan, progress, rival_programs(plan, checkpointing, config), start)
     result = summary(plan, programs)
     return result | {"against": against} | ratios(result, programs)
 

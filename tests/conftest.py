@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["COLUMNS"] = "200"  # tables are not wrapped
 if not torch.cuda.is_available():  # read when Triton is first imported, by whatever test that is
     os.environ["TRITON_INTERPRET"] = "1"
 # A shell that starts the tests in the background lets them, and all they start, ignore Ctrl-C.

@@ -24,6 +24,8 @@ from llmkit.planning.memory import shown
 _TOKENS = 1 << 31  # of a step: as many as the kernels count
 LOWEST_VOCABULARY = 8
 
+Start = Callable[[str, Settings, str], Worker]  # a worker from its name, its settings and the module that it runs
+
 
 @dataclass(frozen=True)
 class TrainBenchPlan:
@@ -109,7 +111,7 @@ def _rate(steps: list[dict[str, Any]], what: str) -> float:
     return median(step[what] / step["seconds"] for step in steps[1:])
 
 
-def bench_train(plan: TrainBenchPlan, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def bench_train(plan: TrainBenchPlan, progress: Callable[[str], None] = lambda _: None, start: Start = Worker) -> dict[str, Any]:
     """Measure, and return one flat dictionary.
 
     `full_*` are rows of random tokens without padding: tokens per second, and the peak memory of these steps. `chats_*` are
@@ -119,10 +121,12 @@ def bench_train(plan: TrainBenchPlan, progress: Callable[[str], None] = lambda _
 
     Raises UsageError for what cannot be measured, DoesNotFit where memory was enough for no program.
     """
-    return summary(plan, measure(plan, progress))
+    return summary(plan, measure(plan, progress, start=start))
 
 
-def measure(plan: TrainBenchPlan, progress: Callable[[str], None], rivals: Sequence[TrainingProgram] = ()) -> list[TrainingProgram]:
+def measure(
+    plan: TrainBenchPlan, progress: Callable[[str], None], rivals: Sequence[TrainingProgram] = (), start: Start = Worker
+) -> list[TrainingProgram]:
     """Run llmkit, and the rivals with it, and return all programs with what they answered."""
     config = load_config(plan.folder)
     check_train_plan(plan, config)
@@ -132,7 +136,7 @@ def measure(plan: TrainBenchPlan, progress: Callable[[str], None], rivals: Seque
             for program in together:
                 progress(f"loading {program.name}")
                 with program.fitting():
-                    program.worker = Worker(program.name, program.settings, program.module)
+                    program.worker = start(program.name, program.settings, program.module)
                     cleanup.callback(program.worker.close)
             loaded = [program for program in together if program.worker is not None]
             for program in loaded[1:]:

@@ -102,16 +102,14 @@ def test_the_shape_of_llama_8b() -> None:
 class Gpu:
     """Training in which each side needs so much memory; what was asked for."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, ours: float, theirs: float, total: float = 80.0) -> None:
-        self.needs, self.plans = {"": ours * 1e9, "transformers_": theirs * 1e9}, list[TrainBenchPlan]()
+    def __init__(self) -> None:
+        self.plans: list[TrainBenchPlan] = []
         self.against: list[str | None] = []
-        self.total = int(total * 1e9)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=self.total))
-        for name in ("bench_train", "compare_training"):
-            monkeypatch.setattr(module, name, self)
+        self.set(7.5, 14)
+
+    def set(self, ours: float, theirs: float, total: float = 80.0) -> None:
+        """Gigabytes that either side needs, and that there are."""
+        self.needs, self.total = {"": ours * 1e9, "transformers_": theirs * 1e9}, int(total * 1e9)
 
     def __call__(self, plan: TrainBenchPlan, *against: Any, progress: Any = None) -> dict[str, Any]:
         rival, told = (None, against[0]) if progress is None else (against[0], progress)
@@ -134,6 +132,18 @@ class Gpu:
         if len(fits) == 2 and all(fits.values()):
             result |= {"full_ratio": 1.0, "full_peak_ratio": self.needs["transformers_"] / self.needs[""], "full_loss_difference": 0.01}
         return result
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """A machine with one GPU, and what is trained on it; the model without a name is a small one."""
+    found = Gpu()
+    for name, value in {"is_available": True, "device_count": 1, "get_device_name": "a GPU"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=found.total))
+    for name, replacement in {"bench_train": found, "compare_training": found, "LLAMA_8B": SMALL}.items():
+        monkeypatch.setattr(module, name, replacement)
+    return found
 
 
 @pytest.fixture
@@ -160,9 +170,9 @@ def test_the_smallest_memory_that_is_enough(
     tried: list[int | None],
     least: tuple[int, int],
     four_bits: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    gpu: Gpu,
 ) -> None:
-    gpu = Gpu(monkeypatch, ours, theirs, total)
+    gpu.set(ours, theirs, total)
     said: list[str] = []
     found = module.bench_qlora(four_bits, GpuBenchPlan(None), said.append)
     assert [plan.memory for plan in gpu.plans] == [None if size is None else size * 10**9 for size in tried]
@@ -181,8 +191,7 @@ def test_the_smallest_memory_that_is_enough(
     assert said[0] == ("QLoRA: loading" if tried[0] is None else "QLoRA in 8.00 GB: loading")
 
 
-def test_memory_that_was_given_is_the_only_one(four_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(monkeypatch, 7, 14)
+def test_memory_that_was_given_is_the_only_one(four_bits: Path, gpu: Gpu) -> None:
     found = module.bench_qlora(four_bits, GpuBenchPlan(None, memory=10 * 10**9), lambda _: None)
     assert [plan.memory for plan in gpu.plans] == [10 * 10**9]
     assert (found["fits"], found["transformers_fits"], found["smallest_bytes"]) == (True, False, 10 * 10**9)
@@ -192,18 +201,14 @@ def test_memory_that_was_given_is_the_only_one(four_bits: Path, monkeypatch: pyt
     assert len(gpu.plans) == 1
 
 
-def test_a_family_that_transformers_fuses_is_measured_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(monkeypatch, 7, 14)
+def test_a_family_that_transformers_fuses_is_measured_alone(tmp_path: Path, gpu: Gpu) -> None:
     found = module.bench_qlora(tiny_folder(tmp_path, "phi3"), GpuBenchPlan(None), lambda _: None)
     assert [(plan.memory, plan.length) for plan in gpu.plans] == [(8 * 10**9, 512)]
     assert gpu.against == [None]
     assert "transformers_fits" not in found
 
 
-def test_without_a_model_qlora_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    gpu = Gpu(monkeypatch, 7.5, 14)
-    monkeypatch.setattr(module, "LLAMA_8B", SMALL)
-    monkeypatch.setenv("COLUMNS", "160")
+def test_without_a_model_qlora_alone(gpu: Gpu, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--repeat", "2"], command) == 0
     said = capsys.readouterr()
     out = " ".join(said.out.split())
@@ -218,15 +223,14 @@ def test_without_a_model_qlora_alone(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert not gpu.plans[0].folder.exists()
 
 
-def test_where_nothing_fits_it_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    Gpu(monkeypatch, 90, 90)
-    monkeypatch.setattr(module, "LLAMA_8B", SMALL)
+def test_where_nothing_fits_it_is_an_error(gpu: Gpu, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.set(90, 90)
     assert run([], command) == 4
     assert "Take a smaller model" in capsys.readouterr().err
 
 
-def test_decoding_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    Gpu(monkeypatch, 7.5, 90)
+def test_decoding_that_does_not_fit(tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.set(7.5, 90)
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -235,7 +239,6 @@ def test_decoding_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = bench_gpu(GpuBenchPlan(tiny_folder(tmp_path)))
     assert (found["decode_fits"], found["qlora_fits"], found["qlora_transformers_fits"]) == (False, True, False)
     assert not any(isinstance(value, dict | list) for value in found.values())
-    monkeypatch.setenv("COLUMNS", "160")
     table(found)
     out = " ".join(capsys.readouterr().out.split())
     assert "do not fit in this GPU's memory together" in out

@@ -184,10 +184,9 @@ class FakeWorker:
         "transformers, checkpointing": (4.0, lambda size: 1 / 0, 200),
     }
     adapter: ClassVar[dict[str, list[int]]] = {"q_proj.A": [16, 8]}
-    asked: ClassVar[list[tuple[str, str, int | None]]] = []
 
-    def __init__(self, name: str, settings: dict[str, Any], worker: str) -> None:
-        self.name, self.renewed = name, False
+    def __init__(self, asked: list[tuple[str, str, int | None]], name: str, settings: dict[str, Any]) -> None:
+        self.asked, self.name, self.renewed = asked, name, False
         self.ready = {
             "adapter": dict(self.adapter),
             "device": settings["device"],
@@ -201,7 +200,7 @@ class FakeWorker:
             self.ready |= {"transformers_version": "5", "peft_version": "0"}
 
     def ask(self, do: str, step: int = 0, micro_batch: int | None = None) -> dict[str, Any]:
-        FakeWorker.asked.append((self.name, do, micro_batch))
+        self.asked.append((self.name, do, micro_batch))
         full, chats, peak = self.speeds[self.name]
         if do == "peak":
             return {"peak_bytes": peak}
@@ -214,20 +213,50 @@ class FakeWorker:
         return {"seconds": seconds, "loss": loss, "slots": 48, "targets": 24}
 
     def close(self) -> None:
-        FakeWorker.asked.append((self.name, "close", None))
+        self.asked.append((self.name, "close", None))
 
 
-@pytest.fixture
-def workers(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
-    monkeypatch.setattr(module, "Worker", FakeWorker)
-    monkeypatch.setattr(FakeWorker, "asked", [])
-    return FakeWorker
+class Workers:
+    """Starts such sides in the place of processes.
+
+    asked: what every side was asked for, in order.
+    ends: where memory runs out: a side that does not load (True), or one that lasts for so many requests.
+    fused: a side whose adapter is on other linears.
+    """
+
+    def __init__(self, ends: dict[str, bool | int] | None = None, fused: str | None = None) -> None:
+        self.asked: list[tuple[str, str, int | None]] = []
+        self.ends, self.fused = ends or {}, fused
+
+    def __call__(self, name: str, settings: dict[str, Any], worker: str) -> Any:
+        left = self.ends.get(name, 1000)
+        if left is True:
+            raise DoesNotFit("memory ran out")
+        started = Short(left, self.asked, name, settings)
+        if name == self.fused:
+            started.ready["adapter"] = {"qkv_proj.A": [16, 8]}
+        return started
 
 
-def test_figures_belong_together(workers: type[FakeWorker], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Short(FakeWorker):
+    """Memory runs out after so many requests."""
+
+    def __init__(self, left: int, asked: list[tuple[str, str, int | None]], name: str, settings: dict[str, Any]) -> None:
+        super().__init__(asked, name, settings)
+        self.left = left
+
+    def ask(self, do: str, step: int = 0, micro_batch: int | None = None) -> dict[str, Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise DoesNotFit("memory ran out")
+        return super().ask(do, step, micro_batch)
+
+
+def test_figures_belong_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workers = Workers()
     plan = replace(PLAN, folder=folder, quantize="q4", data=Path("d"), chats=32)
     said: list[str] = []
-    found = compare_training(plan, "transformers", True, said.append)
+    found = compare_training(plan, "transformers", True, said.append, workers)
     assert not any(isinstance(value, dict | list) for value in found.values())
     assert (found["full_tok_s"], found["q4_full_tok_s"], found["transformers_full_tok_s"]) == (48, 96, 24)
     assert (found["full_ratio"], found["q4_full_ratio"], found["full_ratio_checkpointing"]) == (2, 4, 4)
@@ -248,39 +277,17 @@ def test_figures_belong_together(workers: type[FakeWorker], folder: Path, capsys
         assert text in out, text
 
 
-def test_no_larger_micro_batch_where_memory_might_end(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_larger_micro_batch_where_memory_might_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "available_bytes", lambda: 399)  # and the rival has taken 400
-    found = compare_training(replace(PLAN, folder=folder, data=Path("d")), "transformers")
+    found = compare_training(replace(PLAN, folder=folder, data=Path("d")), "transformers", start=Workers())
     assert found["transformers_chats_micro_batches_tried"] == "1"
     assert found["transformers_chats_micro_batch"] == 1
 
 
-class Short(FakeWorker):
-    """Memory runs out: loading of a side (True), or at so many steps of it."""
-
-    ends: ClassVar[dict[str, bool | int]] = {}
-
-    def __init__(self, name: str, settings: dict[str, Any], worker: str) -> None:
-        self.left = self.ends.get(name, 1000)
-        if self.left is True:
-            raise DoesNotFit("memory ran out")
-        super().__init__(name, settings, worker)
-
-    def ask(self, do: str, step: int = 0, micro_batch: int | None = None) -> dict[str, Any]:
-        self.left -= 1
-        if self.left < 0:
-            raise DoesNotFit("memory ran out")
-        return super().ask(do, step, micro_batch)
-
-
-def test_a_side_that_does_not_fit_is_a_result(
-    workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(module, "Worker", Short)
-    monkeypatch.setattr(Short, "ends", {"llmkit": True, "transformers": 1})
-    monkeypatch.setenv("COLUMNS", "160")
+def test_a_side_that_does_not_fit_is_a_result(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workers = Workers({"llmkit": True, "transformers": 1})
     plan = replace(PLAN, folder=folder, quantize="q4", device="cuda", memory=8 * 10**9)
-    found = compare_training(plan, "transformers", True)
+    found = compare_training(plan, "transformers", True, start=workers)
     assert [found[f"{side}fits"] for side in ("", "q4_", "transformers_", "transformers_checkpointing_")] == [False, True, False, True]
     assert not any(isinstance(value, dict | list) for value in found.values())
     assert "full_tok_s" not in found
@@ -294,24 +301,23 @@ def test_a_side_that_does_not_fit_is_a_result(
         assert text in out, text
 
 
-def test_where_nothing_fits_it_is_an_error(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "Worker", Short)
-    monkeypatch.setattr(Short, "ends", {"llmkit": 2, "transformers": True})
+def test_where_nothing_fits_it_is_an_error(folder: Path) -> None:
+    workers = Workers({"llmkit": 2, "transformers": True})
     with pytest.raises(DoesNotFit, match=r"llmkit and transformers: training does not fit in 12\.00 GB\. Take a smaller model"):
-        compare_training(replace(PLAN, folder=folder, device="cuda", memory=12 * 10**9), "transformers")
+        compare_training(replace(PLAN, folder=folder, device="cuda", memory=12 * 10**9), "transformers", start=workers)
 
 
-def test_memory_that_runs_out_on_chats(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "Worker", Short)
-    monkeypatch.setattr(Short, "ends", {"transformers": PLAN.steps + 2})  # the steps, their peak, the first micro-batch
-    found = compare_training(replace(PLAN, folder=folder, data=Path("d")), "transformers")
+def test_memory_that_runs_out_on_chats(folder: Path) -> None:
+    workers = Workers({"transformers": PLAN.steps + 2})  # the steps, their peak, the first micro-batch
+    found = compare_training(replace(PLAN, folder=folder, data=Path("d")), "transformers", start=workers)
     assert (found["fits"], found["transformers_fits"]) == (True, False)
     assert found["chats_target_tok_s"] == 12
     assert not any("ratio" in key for key in found)
 
 
-def test_on_a_gpu_one_side_is_loaded_at_a_time(workers: type[FakeWorker], folder: Path) -> None:
-    found = compare_training(replace(PLAN, folder=folder, device="cuda:1"), "transformers")
+def test_on_a_gpu_one_side_is_loaded_at_a_time(folder: Path) -> None:
+    workers = Workers()
+    found = compare_training(replace(PLAN, folder=folder, device="cuda:1"), "transformers", start=workers)
     assert [name for name, _, _ in workers.asked] == ["llmkit"] * (PLAN.steps + 2) + ["transformers"] * (PLAN.steps + 2)
     assert (found["device"], found["full_ratio"], found["full_loss_difference"]) == ("cuda:1", 2, 0)
 
@@ -407,22 +413,15 @@ def test_the_limit_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         check_gpu("cuda", "Take one.")
 
 
-def test_without_a_rival_there_are_no_ratios(workers: type[FakeWorker], folder: Path) -> None:
-    found = bench_train(replace(PLAN, folder=folder))
+def test_without_a_rival_there_are_no_ratios(folder: Path) -> None:
+    found = bench_train(replace(PLAN, folder=folder), start=Workers())
     assert found["full_tok_s"] == 48
     assert not any("ratio" in key or "transformers" in key or "difference" in key or "chats" in key for key in found)
 
 
-def test_other_adapters_are_not_compared(workers: type[FakeWorker], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fused(FakeWorker):
-        def __init__(self, name: str, settings: dict[str, Any], worker: str) -> None:
-            super().__init__(name, settings, worker)
-            if name == "transformers":
-                self.ready["adapter"] = {"qkv_proj.A": [16, 8]}
-
-    monkeypatch.setattr(module, "Worker", Fused)
+def test_other_adapters_are_not_compared(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"transformers puts its adapter onto other linears .*\(q_proj\).*fuses"):
-        compare_training(replace(PLAN, folder=folder), "transformers")
+        compare_training(replace(PLAN, folder=folder), "transformers", start=Workers(fused="transformers"))
 
 
 @pytest.mark.parametrize(

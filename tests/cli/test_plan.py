@@ -25,7 +25,6 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     for name in [name for name in os.environ if name.startswith("LLMKIT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("LLMKIT_DEVICE", "cpu")
-    monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: object, memory: str | None = None) -> tuple[int, str, str]:
         if memory is not None:
