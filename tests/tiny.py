@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 
+from llmkit.config import Param
 from llmkit.families import read_config
 from llmkit.model.transformer import Transformer, init_weights
+from llmkit.quant.apply import install, quantize_matrix
+from llmkit.quant.schemes import DEFAULT, choose
 
 TEXT = "Once upon a time there was a dog and a ball. The dog ran to the ball and the sun was warm. " * 3
 SPECIAL = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -68,3 +73,11 @@ def write_model(folder: Path, *, template: str | None = TEMPLATE, context: int =
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def quantize_model(model: nn.Module, params: Mapping[str, Param], scheme: str = DEFAULT) -> None:
+    """Quantize the linears and embeddings of a model in memory, one at a time; nf4 leaves embeddings, head and experts as they are."""
+    for name, parameter in list(model.named_parameters()):
+        choice = choose(scheme, params[name])
+        if choice is not None:
+            install(model, {name: quantize_matrix(parameter, choice)})

@@ -96,6 +96,7 @@ class LoraLinear(nn.Module):
         """Return the norm of each row of `W + s B A`, float32 `[out]`, without making that matrix."""
         weight = self.base.dequantize(torch.float32)
         a, b = self.factors
+        # ||w + s b A||^2 of a row w [in] with its b [rank]: |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b, which needs [out, rank] at most.
         cross = ((weight @ a.T) * b).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)
         return (weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
@@ -107,7 +108,7 @@ class LoraLinear(nn.Module):
     def adapt(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the linear of x `[..., in]` with its adapter, where `base` computes `x W^T + b`."""
         a, b = self.factors
-        dropped = x if self.dropout is None else self.dropout(x)
+        dropped = x if self.dropout is None else self.dropout(x)  # for the adapter alone: the base sees all of x
         y = base(x)
         added = F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype)) * self.scale
         if self.magnitude is None:
@@ -146,6 +147,7 @@ class FusedMatmuls:
 
     def __call__(self, x: Tensor, linears: Sequence[LinearLike]) -> tuple[Tensor, ...]:
         weights = [self.weight(linear) for linear in linears]
+        # All or none: a group with one linear of another kind is computed one by one.
         fusible = [weight for weight in weights if weight is not None]
         if len(fusible) == len(linears):
             return self.fused(x, fusible)
@@ -154,6 +156,7 @@ class FusedMatmuls:
     def weight(self, linear: LinearLike) -> AdaptedWeight | None:
         """Return what a linear is in the fused function; None where it is computed apart: one that is trained, dropout, DoRA."""
         if not isinstance(linear, LoraLinear):
+            # The fused function gives a base no gradient, so one that is trained (modules_to_save) must not get into it.
             trained = isinstance(linear, nn.Module) and any(parameter.requires_grad for parameter in linear.parameters())
             return None if trained else AdaptedWeight(linear)
         if not self.adapters:
@@ -183,12 +186,14 @@ class FusedMatmuls:
         a = _stack(pair[0] for pair in pairs if pair is not None)
         codes = self._codes(x, weights)
         if codes is None and self.native is not None and self.native.takes(x):
+            # x A^T is one more panel of the same product: x is packed and read once for all of them.
             out = self.native.matmul(x, [*_native(weights, pairs), *([matmul_weight(a)] if trained and a is not None else [])])
             return out[: len(weights)], out[len(weights)] if len(out) > len(weights) else None
         if codes is not None and self.native is not None:
             out = [self.native.quantized_matmul(x, matrix, one.base.bias) for matrix, one in zip(codes, weights, strict=True)]
         else:
             out = _dense_matmuls(x, weights, pairs)
+        # Where U = W + s B A is not what was multiplied with, s (x A^T) B^T is added to each output.
         apart = codes is not None or x.dtype != torch.float32
         xa = x @ a.T if a is not None and (trained or apart) else None
         if xa is not None and apart:
@@ -221,6 +226,7 @@ class FusedMatmuls:
         dtype = grads[0].dtype  # that of the products
         pairs = _pairs(factors, dtype)
         dx: Tensor | None = None
+        # Not wanted below the first adapter: nothing under it is trained, and its input is no leaf.
         if wanted and native is not None:
             dx = native.matmul_back(grads, _native(weights, pairs))
         elif wanted:
@@ -233,9 +239,9 @@ class FusedMatmuls:
             stacked_da, all_db = native.adapter_gradients(x, xa, [(pair[1], scale, grad) for scale, pair, grad in present])
         else:
             dxa = torch.cat([(grad @ pair[1]).mul_(scale) for scale, pair, grad in present], 1)  # [tokens, sum of ranks]
-            if dx is not None and dtype != torch.float32:
+            if dx is not None and dtype != torch.float32:  # in float32 it is in dx already, by U
                 dx.addmm_(dxa, torch.cat([pair[0] for _, pair, _ in present]))
-            stacked_da = dxa.T @ x
+            stacked_da = dxa.T @ x  # [sum of ranks, in]
             all_db = [(grad.T @ own).mul_(scale) for (scale, _, grad), own in zip(present, xa.split(ranks, 1), strict=True)]
         das, dbs = iter(stacked_da.split(ranks)), iter(all_db)
         found: list[Tensor | None] = []
@@ -301,6 +307,7 @@ def _merged(weights: Sequence[AdaptedWeight], pairs: Sequence[tuple[Tensor, Tens
     if len(weights) == 1 and pairs[0] is None:
         return weights[0].base.dequantize(torch.float32).detach()
     sizes = [one.base.out_features for one in weights]
+    # One buffer for all: `torch.cat` would need the parts and the whole at the same time.
     merged = torch.empty(sum(sizes), weights[0].base.in_features, device=device)
     for one, pair, own in zip(weights, pairs, merged.split(sizes), strict=True):
         own.copy_(one.base.dequantize(torch.float32).detach())
@@ -344,7 +351,7 @@ class _Matmuls(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x))  # [tokens, in]
         out, xa = fused.forward(flat, weights, factors, any(ctx.needs_input_grad[3:]))
         ctx.fused, ctx.weights, ctx.shape, ctx.dtype = fused, weights, x.shape, x.dtype
-        # Frozen linears without an adapter need no input for the gradient of it.
+        # Frozen linears without an adapter do not need their input for its gradient, and one saved tensor [tokens, in] less is kept.
         ctx.save_for_backward(None if xa is None else flat, xa, *factors)
         return tuple([y.view(*x.shape[:-1], -1) for y in out])
 
@@ -368,7 +375,7 @@ class _MLP(torch.autograd.Function):
         a: Tensor | None,
         b: Tensor | None,
     ) -> Tensor:
-        h = fused.gated(act, gate, up)
+        h = fused.gated(act, gate, up)  # [..., intermediate]; not saved: it is made again from gate and up
         (y,), xa = fused.matmuls.forward(h.reshape(-1, h.shape[-1]), (weight,), (a, b), any(ctx.needs_input_grad[5:]))
         ctx.fused, ctx.act, ctx.weight = fused, act, weight
         ctx.save_for_backward(gate, up, xa, a, b)
@@ -384,6 +391,7 @@ class _MLP(torch.autograd.Function):
             h = native.gated(gate, up)
             dh, found = matmuls.backward(h.view(-1, h.shape[-1]), ha, (ctx.weight,), (a, b), [grad], True)
             return *native.gated_back(gate, up, dh), None, None, None, *found
+        # The activation once more, with its graph: whatever function it is, autograd knows its gradient.
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (gate, up) if t is not None]
             h = gated(ctx.act, None if gate is None else inputs[0], inputs[-1])

@@ -68,11 +68,12 @@ def rotary_tables(rope: RopeConfig, head_dim: int, positions: Tensor, lengths: S
     which frequencies are chosen. The first half of `sin` is negated, so that rotating is one roll and one multiply-add.
     """
     distinct = tuple(sorted(set(lengths)))
+    # factor: what YaRN and longrope multiply cos and sin with, so that attention keeps its temperature on longer texts.
     inv_freq, factor = _frequencies(rope, head_dim, distinct, positions.device)
     if len(distinct) > 1:  # sequences of one step may have frequency sets of their own
         which = torch.tensor([distinct.index(length) for length in lengths], device=positions.device)
         inv_freq = inv_freq[which].view(*positions.shape, -1)
-    angles = positions.unsqueeze(-1).float() * inv_freq
+    angles = positions.unsqueeze(-1).float() * inv_freq  # [batch, seq, rotary_dim / 2]; float32 holds every position up to 2^24
     cos, sin = angles.cos() * factor, angles.sin() * factor
     return torch.cat((cos, cos), -1).unsqueeze(-2), torch.cat((-sin, sin), -1).unsqueeze(-2)
 
@@ -125,13 +126,14 @@ def attention(
         out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale)
         return out.reshape(batch, 1, heads, dim)
 
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [batch, heads, queries | keys, head_dim], as SDPA takes them
     if mask is not None:
         mask = mask.unsqueeze(1)
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and queries > 1, scale=scale, enable_gqa=group > 1)
         return out.transpose(1, 2)
 
+    # Soft caps lie between the scores and the softmax, where no fused kernel lets anybody in: the scores are made, some queries at a time.
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     if causal:
         index = torch.arange(queries, device=q.device)
@@ -243,8 +245,8 @@ class NoCache:
         """positions: `[batch, seq]`; they rise by one within a sequence, or else they alone tell what is visible."""
         self.config, self.attend_packed = config, attend_packed
         self.rope_lengths = (int(positions.max()) + 1,) if config.rope_depends_on_length else (0,)
-        jumps = positions[:, 1:] != positions[:, :-1] + 1
-        if packed is not None:
+        jumps = positions[:, 1:] != positions[:, :-1] + 1  # [batch, seq - 1]
+        if packed is not None:  # between two sequences positions may do what they like
             jumps &= packed.ids[:, 1:] == packed.ids[:, :-1]
         self.layout: PackedLayout | None = None
         self.masks: dict[int | None, Tensor] | None = None  # per window `[batch, seq, seq]`, where positions jump

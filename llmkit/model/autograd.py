@@ -60,11 +60,12 @@ class ActivationMemory:
 
     def empty(self, *shape: int) -> Tensor:
         count = prod(shape)
-        if count < self.SMALL:
+        if count < self.SMALL:  # the allocator keeps small pieces itself
             return torch.empty(shape)
         piece = self._fitting(count)
         if piece is None:
             piece = np.empty(count + count // 4, np.float32)  # for a longer batch; it takes memory when it is written to
+        # The tensor's storage holds `lent`, a view of the piece: it goes with the last tensor on that storage, views and all.
         lent = piece[:count].reshape(shape)
         weakref.finalize(lent, self._returned.append, piece).atexit = False  # PyTorch drops it with the storage of the tensor
         return torch.from_numpy(lent)
@@ -83,11 +84,13 @@ class ActivationMemory:
         So in all no more is held than was once in use.
         """
         with self._lock:
+            # Only here, under the lock: a finalizer may run in the middle of the bisection below, and must not move what it looks at.
             while self._returned:
                 insort(self._free, self._returned.popleft(), key=len)
             place = bisect_left(self._free, count, key=len)
             if place < len(self._free) and len(self._free[place]) <= 2 * count:
                 return self._free.pop(place)
+            # None fits: as many numbers as will be allocated are given back to the system, the largest pieces first.
             while count > 0 and self._free:
                 count -= len(self._free.pop())
         return None
@@ -161,8 +164,9 @@ class NativeOps:
 
         x `[tokens, in]`; xa `[tokens, sum of ranks]`, `x A^T` of all A. parts: B, the scale and the gradient of the output `[tokens, out]`.
         """
+        # Gradients live until the optimizer's step, so they are PyTorch's own and not of the activations' memory.
         da, dbs = x.new_empty(xa.shape[1], x.shape[1]), [torch.empty_like(b, memory_format=torch.contiguous_format) for b, _, _ in parts]
-        if not len(x):
+        if not len(x):  # an expert that no token was sent to
             return da.zero_(), [db.zero_() for db in dbs]
         factors = [(_array(b), scale) for b, scale, _ in parts]
         dys = [_array(grad) for _, _, grad in parts]
@@ -204,7 +208,7 @@ class NativeOps:
         """Return `attention.attend_packed`; the kernel has no soft caps."""
         if softcap is not None or not self.takes(q):
             return attend_packed(q, k, v, layout, window, scale, softcap)
-        if layout is None:
+        if layout is None:  # the rows of a batch are sequences one behind the other, too
             rows = (q.shape[1],) * q.shape[0]
             layout = PackedLayout(rows, rows)
         k, v = layout.gather_keys(k), layout.gather_keys(v)
@@ -239,7 +243,7 @@ class _RMSNorm(torch.autograd.Function):
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, native: NativeOps) -> Tensor:
-        cos, sin = (t.expand(*x.shape[:2], *t.shape[2:]) for t in (cos, sin))
+        cos, sin = (t.expand(*x.shape[:2], *t.shape[2:]) for t in (cos, sin))  # one row of positions may serve the whole batch
         y = native.memory.like(x)
         native.kernels.rotate(_array(x), _array(cos), _array(sin), y.numpy(), torch.get_num_threads())
         ctx.native = native
@@ -250,6 +254,7 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
         dx = ctx.native.memory.like(grads[0])
+        # A rotation's gradient is turned back by the same angle.
         ctx.native.kernels.rotate(_array(grads[0]), _array(cos), _array(sin), dx.numpy(), torch.get_num_threads(), back=True)
         return dx, None, None, None
 

@@ -43,6 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     16-bit weights under float32 activations (the CPU case) are upcast a slice at a time, so the arithmetic is float32
     and no float32 copy of a large matrix exists while tokens are generated.
     """
+    # Slices are written into one output in place, which autograd could not follow; a GPU multiplies 16-bit weights as they are.
     if torch.is_grad_enabled() or x.device.type != "cpu":
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     few = x.numel() <= _FEW_ROWS * x.shape[-1]
@@ -70,9 +71,9 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     if rest:  # an odd vocabulary
         left = F.linear(x, weight[-rest:])
         return torch.cat((_few_rows(x, weight[:-rest]), left), -1) if size else left
-    flat = x.reshape(1, -1, in_features).expand(groups, -1, -1)
+    flat = x.reshape(1, -1, in_features).expand(groups, -1, -1)  # [groups, rows, in] of stride 0: no copy
     out = torch.bmm(flat, weight.view(groups, size, in_features).mT)  # [groups, rows, size]
-    if out.shape[1] > 1:
+    if out.shape[1] > 1:  # for one row the groups follow each other in memory already
         out = out.transpose(0, 1)
     return out.reshape(*x.shape[:-1], out_features)
 
@@ -225,7 +226,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))  # [dim]; a new norm changes nothing
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor, ops: Ops = PLAIN) -> Tensor:
@@ -272,9 +273,10 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # [batch, seq, heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None and not self.norm_before_heads:
             q, k = self.q_norm(q, ops), self.k_norm(k, ops)
-        if context.rotary is not None:
+        if context.rotary is not None:  # keys are cached rotated: a position is known once, when its token comes
             q, k = ops.rotate(q, context.rotary), ops.rotate(k, context.rotary)
         attended = context.caches.attend(self.layer, q, k, v).flatten(-2)  # [batch, seq, heads * head_dim]
+        # All tokens have given their keys and values; from here on only those that leave the layer cost anything.
         return context.matmul(context.select(attended), self.o_proj)
 
 
@@ -315,11 +317,11 @@ class MixtureOfExperts(nn.Module):
         # Float32 whatever the model's dtype: near ties must be decided as in the checkpoint's own training.
         probs = context.matmul(flat, self.gate).float().softmax(-1)  # [tokens, experts]
         weights, chosen = probs.topk(self.moe.num_experts_per_tok, dim=-1)  # [tokens, k]
-        if self.moe.norm_topk_prob:
+        if self.moe.norm_topk_prob:  # else the weights of the chosen ones add up to less than 1, as a checkpoint may have learned
             weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(flat)
         for index in chosen.unique().tolist():  # only experts that were hit
-            token, slot = (chosen == index).nonzero(as_tuple=True)
+            token, slot = (chosen == index).nonzero(as_tuple=True)  # [tokens of this expert] each
             expert_out = self.experts[index](flat[token], context) * weights[token, slot, None].to(flat.dtype)
             out = out.index_add(0, token, expert_out)
         return out.view_as(x)

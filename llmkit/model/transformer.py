@@ -42,6 +42,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """x `[batch, seq, hidden]`; returns its rows that leave the layer (`ForwardContext.select`)."""
         mixer, feed_forward = self._modules[self.mixer_name], self._modules[self.feed_forward_name]
+        # Norms 0 and 2 stand before mixer and feed-forward (pre-norm), 1 and 3 behind them (post-norm); Gemma has all four.
         mixed = self._norm(1, mixer(self._norm(0, x, context.ops), context), context.ops)  # type: ignore[misc]
         x = torch.add(context.select(x), mixed, alpha=self.residual_multiplier)
         fed = self._norm(3, feed_forward(self._norm(2, x, context.ops), context), context.ops)  # type: ignore[misc]
@@ -65,14 +66,16 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)
         if x.dtype != torch.float32 and x.device.type == "cpu":
             x = x.float()  # on a CPU all arithmetic is float32, whatever the weights are stored in
-        if config.embedding_multiplier != 1:
+        if config.embedding_multiplier != 1:  # Gemma: sqrt(hidden); Granite: a number of its own
             x = x * config.embedding_multiplier
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions).to(x.dtype)
 
+        # Layers may rotate differently (Gemma 3's windows have a base of their own) or not at all; tables are computed once for each kind.
         tables: dict[tuple[RopeConfig, int] | None, Rotary | None] = {None: None}
         for rope, dim in config.rotaries:
             cos, sin = rotary_tables(rope, dim, positions, caches.rope_lengths)
+            # Angles of far positions need float32's bits; their cosines and sines do not.
             tables[rope, dim] = cos.to(x.dtype), sin.to(x.dtype)
         for block, layer in zip(self.layers, config.layers, strict=True):
             context = ForwardContext(ops, caches, tables[layer.mixer.rotary], logits_indices if block is last else None)
@@ -87,6 +90,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        # A tied head has no module: checkpoints of such models store no lm_head, and `logits` multiplies with the embedding.
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
@@ -124,7 +128,7 @@ class Transformer(nn.Module):
         """Return the head's logits `[..., vocab]` of final hidden states `[..., hidden]`."""
         config = self.config
         logits = self.model.embed_tokens.logits(x) if self.lm_head is None else ops.matmuls(x, (self.lm_head,))[0]
-        if config.logits_scaling != 1:
+        if config.logits_scaling != 1:  # Granite divides
             logits = logits / config.logits_scaling
         if config.final_logit_softcapping is not None:
             logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
@@ -142,5 +146,5 @@ def init_weights(model: Transformer, generator: torch.Generator | None = None) -
             parameter.normal_(0.0, 0.02 * (depth if described.output == "residual" else 1.0), generator=generator)
         elif name.endswith("bias"):
             parameter.zero_()
-        else:
+        else:  # norms
             parameter.fill_(1.0 - config.norm_offset)

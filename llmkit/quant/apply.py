@@ -7,17 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from llmkit.config import Param
 from llmkit.kernels.format import QuantizedMatrix
 from llmkit.quant import nf4
 from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.methods import round_to_nearest
 from llmkit.quant.nf4 import Nf4Linear, Nf4Matrix
-from llmkit.quant.schemes import DEFAULT, NF4, Choice, choose
+from llmkit.quant.schemes import NF4, Choice
 
 
 def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix | Nf4Matrix], dtype: torch.dtype = torch.float32) -> None:
-    """Puts quantized modules where the named weights were; biases stay the parameters they are. dtype: of embedding rows.
+    """Put quantized modules where the named weights were; biases stay the parameters they are. dtype: of embedding rows.
 
     A name is that of a weight, "model.layers.0.mlp.up_proj.weight", of a module with `in_features` or `num_embeddings`.
     """
@@ -39,13 +38,5 @@ def install(model: nn.Module, matrices: Mapping[str, QuantizedMatrix | Nf4Matrix
 
 @torch.no_grad()
 def quantize_matrix(weight: torch.Tensor, choice: Choice) -> QuantizedMatrix | Nf4Matrix:
-    """A matrix `[out, in]` in codes."""
+    """Return a matrix `[out, in]` in codes."""
     return nf4.quantize(weight) if choice.scheme == NF4 else round_to_nearest(weight, choice.scheme, choice.group)
-
-
-def quantize_model(model: nn.Module, params: Mapping[str, Param], scheme: str = DEFAULT) -> None:
-    """Quantizes the linears and embeddings of a model in memory, one at a time; nf4 leaves embeddings, head and experts as they are."""
-    for name, parameter in list(model.named_parameters()):
-        choice = choose(scheme, params[name])
-        if choice is not None:
-            install(model, {name: quantize_matrix(parameter, choice)})

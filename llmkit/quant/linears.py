@@ -28,7 +28,7 @@ class _Quantized(nn.Module):
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
         super().__init__()
-        packed = Packed.of(matrix)
+        packed = Packed.of(matrix)  # tensors over the matrix's own memory, which may be a mapped file
         self.group, self.shape = packed.group, packed.shape
         for name in ("codes", "scales", "row_scale", "codebook"):
             self.register_buffer(name, getattr(packed, name))
@@ -39,12 +39,12 @@ class _Quantized(nn.Module):
 
     @property
     def matrix(self) -> QuantizedMatrix:
-        """The same memory as arrays; on a CPU only."""
+        """The same memory as arrays, as the native kernels take it; on a CPU only."""
         return _matrix(self.packed)
 
     @property
     def qweight(self) -> Tensor:
-        """The codes, under the name by which PEFT asks a quantized linear where it is."""
+        """The codes, under the name by which PEFT asks a quantized linear which device it is on."""
         return self.codes
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -53,7 +53,7 @@ class _Quantized(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to(dtype)` must not round the row scales: they are part of the stored format."""
-        scale = self.row_scale
+        scale = self.row_scale  # float32 [rows, padded to 16], before the conversion
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.row_scale.dtype != torch.float32:
             self.row_scale = scale.to(self.row_scale.device)
@@ -104,12 +104,14 @@ class QuantizedEmbedding(_Quantized):
 
 
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    # With gradients the product is one that can be turned round: x W^T forwards, g W backwards, by one and the same float W. Rounded
+    # activations would make the two disagree.
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         out: Tensor = _Dequantized.apply(x, packed)  # type: ignore[no-untyped-call]
     elif (kernels := _kernels(x.device)) is not None:
         out = kernels.linear(x, packed)
     elif x.device.type == "cpu":
-        return reference.linear(x, packed, bias).to(x.dtype)
+        return reference.linear(x, packed, bias).to(x.dtype)  # the bits of the native kernels, bias included
     else:
         out = x @ _dense(packed, x.dtype).T
     return out if bias is None else out + bias.to(out.dtype)
@@ -117,7 +119,7 @@ def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 def _dense(packed: Packed, dtype: torch.dtype) -> Tensor:
     kernels = _kernels(packed.codes.device)
-    return _widened(packed).to(dtype) if kernels is None else kernels.dequantize(packed, dtype)
+    return _dequantized(packed).to(dtype) if kernels is None else kernels.dequantize(packed, dtype)
 
 
 def _matrix(packed: Packed) -> QuantizedMatrix:
@@ -126,7 +128,7 @@ def _matrix(packed: Packed) -> QuantizedMatrix:
     return QuantizedMatrix("q8" if codebook is None else "q4", packed.group, packed.shape, codes, scales, row_scale, codebook)
 
 
-def _widened(packed: Packed) -> Tensor:
+def _dequantized(packed: Packed) -> Tensor:
     if packed.codes.device.type != "cpu" or training_kernels() is None:
         return reference.dequantize(packed)
     return torch.from_numpy(dequantize(_matrix(packed), torch.get_num_threads()))

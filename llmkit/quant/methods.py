@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ _STEPS = 512  # of the table from a scaled weight to the nearest entry
 
 
 def round_to_nearest(weight: Tensor, scheme: str = "q4", group: int = 32, importance: Tensor | None = None) -> QuantizedMatrix:
-    """A matrix `[out, in]` (any float dtype) with searched scales.
+    """Return a matrix `[out, in]` (any float dtype) in codes with searched scales.
 
     For each group the signed scale with the least square error is sought; the scales are then rounded to 8 bits against the largest of
     their row, and the codes are chosen again for the scales as they will be. importance: float32 `[in]`, how much an error in this
@@ -35,13 +34,14 @@ def round_to_nearest(weight: Tensor, scheme: str = "q4", group: int = 32, import
         part = weight[start : start + step].to(torch.float32)
         if not bool(torch.isfinite(part).all()):
             raise ValueError(f"row {start + int((~torch.isfinite(part)).any(1).nonzero()[0, 0])} has values that are not finite")
-        wide = torch.zeros(len(part), padded)
-        wide[:, :columns] = part
+        # Padded with zeros, which no scale depends on: a group that reaches beyond the last column is like the others.
+        padded_rows = torch.zeros(len(part), padded)
+        padded_rows[:, :columns] = part
         # A power of two brings each row near 1, where squares neither overflow nor vanish.
-        power = torch.frexp(wide.abs().amax(1)).exponent.clamp_(-126, 126)
-        wide *= torch.ldexp(torch.ones(len(part)), -power).unsqueeze(1)
+        power = torch.frexp(padded_rows.abs().amax(1)).exponent.clamp_(-126, 126)
+        padded_rows *= torch.ldexp(torch.ones(len(part)), -power).unsqueeze(1)
         choose = _choose_q4 if scheme == "q4" else _choose_q8
-        codes, scales, row_scale = choose(wide, group, None if importance is None else counts)
+        codes, scales, row_scale = choose(padded_rows, group, None if importance is None else counts)
         parts.append((codes[:, :columns], scales[:, : -(-columns // group)], torch.ldexp(row_scale, power)))
     all_codes, all_scales, all_row_scales = (torch.cat(found).numpy() for found in zip(*parts, strict=True))
     return pack(all_codes, all_scales, all_row_scales, scheme, group)
@@ -49,7 +49,10 @@ def round_to_nearest(weight: Tensor, scheme: str = "q4", group: int = 32, import
 
 @cache
 def _tables(device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """The codebook, and the value and the code nearest to each half of a codebook unit."""
+    """Return the codebook, and the value and the code nearest to each half of a codebook unit.
+
+    A look-up in a table of 512 takes the place of a search among 16 entries for each weight and each scale that is tried.
+    """
     codebook = torch.tensor(CODEBOOK, dtype=torch.float32) - OFFSET
     grid = (torch.arange(_STEPS) - _STEPS // 2 + 0.5) / 2  # bounds between entries are halves, so a step has one nearest entry
     codes = (grid[:, None] - codebook).abs().argmin(1)
@@ -69,11 +72,12 @@ def _choose_q4(rows: Tensor, group: int, importance: Tensor | None) -> tuple[Ten
     """Codes uint8, scales int8 `[rows, groups]`, row_scale float32."""
     _, values, codes = _tables()
     groups = rows.view(-1, group)
-    counts = None if importance is None else importance.view(-1, group).repeat(len(rows), 1)
+    counts = None if importance is None else importance.view(-1, group).repeat(len(rows), 1)  # [groups of all rows, group]
     weighted = groups if counts is None else groups * counts
     magnitude, place = groups.abs().max(1)
     largest = torch.where(groups.gather(1, place.unsqueeze(1)).squeeze(1) < 0, -magnitude, magnitude)
-    gain, scale = torch.full_like(largest, -1.0), torch.zeros_like(largest)
+    gain, scale = torch.full_like(largest, -1.0), torch.zeros_like(largest)  # of the best scale so far, by group
+    # Buffers of one chunk, used again by every attempt: they stay in the second-level cache.
     scaled, index, value = torch.empty_like(groups), torch.empty_like(groups, dtype=torch.int32), torch.empty_like(groups)
 
     def attempt(candidate: Tensor) -> None:
@@ -81,7 +85,8 @@ def _choose_q4(rows: Tensor, group: int, importance: Tensor | None) -> tuple[Ten
         product = torch.mul(weighted, value, out=scaled).sum(1)
         power = (value.square_() if counts is None else value.square_().mul_(counts)).sum(1)
         fitted = product / power.clamp_min(1e-30)
-        # With the best scale for these codes, product / power, the square error falls by product^2 / power.
+        # For fixed codes c the error sum n (w - s c)^2 is least at s = product / power, with product = sum n w c and power = sum n c^2;
+        # it is then less by product^2 / power than without any code, which is what candidates are compared by.
         found = product * fitted
         better = found > gain
         gain.copy_(torch.where(better, found, gain))
@@ -89,8 +94,9 @@ def _choose_q4(rows: Tensor, group: int, importance: Tensor | None) -> tuple[Ten
 
     for landing in _LANDINGS:
         attempt(largest / landing)
-    attempt(scale.clone())
+    attempt(scale.clone())  # the codes of the best scale have a best scale of their own
 
+    # Rounding the scales to 8 bits moved them, so the codes are chosen again for what they are now.
     scales, row_scale = _round_scales(scale.view(len(rows), -1))
     _index(groups, (scales * row_scale.unsqueeze(1)).view(-1), scaled, index)
     return codes.index_select(0, index.view(-1)).view_as(rows), scales.to(torch.int8), row_scale
@@ -101,18 +107,13 @@ def _choose_q8(rows: Tensor, group: int, importance: Tensor | None) -> tuple[Ten
     groups = rows.view(-1, group)
     scales, row_scale = _round_scales(groups.abs().amax(1).view(len(rows), -1) / 127)
     real = (scales * row_scale.unsqueeze(1)).view(-1, 1)
+    # A group of zeros has the scale 0, and any code times it is 0.
     codes = (groups / torch.where(real > 0, real, 1.0)).round_().clamp_(-127, 127)
     return codes.to(torch.int8).view_as(rows), scales.to(torch.int8), row_scale
 
 
 def _round_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales of groups `[rows, groups]` as whole numbers up to 127 times one number for each row."""
+    """Return scales of groups `[rows, groups]` as whole numbers up to 127 times one number for each row."""
     row_scale = scale.abs().amax(1) / 127
     inverse = torch.where(row_scale > 0, 1 / row_scale, 0.0)
     return (scale * inverse.unsqueeze(1)).round_().clamp_(-127, 127), row_scale
-
-
-def square_error(weight: Tensor, matrix: QuantizedMatrix) -> float:
-    """Mean square error of a quantized matrix relative to the mean square of the weights."""
-    difference = weight.float().numpy() - matrix.dequantize()
-    return float(np.square(difference).mean() / max(float(weight.float().square().mean()), 1e-30))

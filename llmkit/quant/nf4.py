@@ -65,9 +65,10 @@ class Nf4Matrix:
         return replace(self, shape=shape, codes=codes, absmax=absmax, nested=None, skip=first - blocks.start * self.block)
 
     def dequantize(self) -> Tensor:
-        """float32 `[N, K]`."""
+        """Return the matrix, float32 `[N, K]`."""
         count = self.skip + prod(self.shape)
         scales = _scales(self)
+        # A byte is two codes, so one look-up in a table [256, 2] gives two weights.
         byte = torch.arange(256, device=self.codes.device)
         pairs = torch.stack((self.values[byte >> 4], self.values[byte & 15]), 1)
         out = torch.empty(self.codes.numel() * 2, device=self.codes.device)
@@ -76,9 +77,9 @@ class Nf4Matrix:
             part = out[begin : begin + step]
             part.copy_(F.embedding(self.codes[begin // 2 : (begin + step) // 2].int(), pairs).view(-1))
             whole = len(part) // self.block * self.block
-            own = scales[begin // self.block : (begin + step) // self.block]
+            own = scales[begin // self.block : (begin + step) // self.block]  # one for each block of this part
             part[:whole].view(-1, self.block).mul_(own[: whole // self.block, None])
-            part[whole:].mul_(own[-1])
+            part[whole:].mul_(own[-1])  # the last block of the matrix may be a short one; nothing where all are whole
         return out[self.skip : count].view(self.shape)
 
 
@@ -111,7 +112,7 @@ class Quantizer:
     def matrix(self, shape: tuple[int, int]) -> Nf4Matrix:
         """The matrix, with double quantization over all of it."""
         absmax = torch.cat(self.absmax)
-        offset = absmax.mean()
+        offset = absmax.mean()  # scales are positive: about their mean they use both signs of the 8-bit code
         codes, state = bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         return Nf4Matrix(shape, torch.cat(self.codes), codes, self.values, Nested(state.code, state.absmax, offset))
 
@@ -181,6 +182,7 @@ class Nf4Linear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to(dtype)` must not round the scales: they are part of the stored format."""
+        # Scales that are float32 (absmax without double quantization, the nested ones); codes are uint8, which no conversion touches.
         kept = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():

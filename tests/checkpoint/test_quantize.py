@@ -32,13 +32,12 @@ from llmkit.families import read_config
 from llmkit.kernels import NativeBackend, native_problem
 from llmkit.kernels.format import CODEBOOK, QuantizedMatrix
 from llmkit.model.backend import TorchBackend
-from llmkit.quant.apply import quantize_model
 from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.methods import round_to_nearest
 from llmkit.quant.schemes import choose
 from tests.families.tiny import VARIANTS, tiny_folder
 from tests.kernels.test_native import logits
-from tests.tiny import write_model
+from tests.tiny import quantize_model, write_model
 
 from . import raw
 

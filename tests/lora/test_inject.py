@@ -21,7 +21,7 @@ from llmkit.model.attention import PackedSequences
 from llmkit.model.autograd import native_ops
 from llmkit.model.layers import PLAIN, Linear
 from llmkit.model.transformer import Transformer
-from llmkit.quant.apply import quantize_model
+from tests.tiny import quantize_model
 
 IDS = torch.arange(3, 43).view(2, 20)
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from llmkit.engine.backend import StepBatch
 from llmkit.model.backend import TorchBackend
 from llmkit.model.decode import MAX_BATCH, MAX_KEYS, StaticDecode, capturable
 from llmkit.model.transformer import Transformer
-from llmkit.quant.apply import quantize_model
 from tests.families.tiny import VARIANTS, hf_config, our_config, tiny_folder
+from tests.tiny import quantize_model
 
 BLOCK = TorchBackend.block_size
 NAMES = [

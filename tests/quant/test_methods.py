@@ -13,9 +13,15 @@ from numpy.testing import assert_array_equal
 from torch import Tensor
 
 from llmkit.kernels.format import CODEBOOK, OFFSET, QuantizedMatrix
-from llmkit.quant.methods import round_to_nearest, square_error
+from llmkit.quant.methods import round_to_nearest
 
 KINDS = [("q4", 32), ("q4", 16), ("q8", 32)]
+
+
+def square_error(weight: Tensor, matrix: QuantizedMatrix) -> float:
+    """Mean square error of a quantized matrix relative to the mean square of the weights."""
+    difference = weight.float().numpy() - matrix.dequantize()
+    return float(np.square(difference).mean() / max(float(weight.float().square().mean()), 1e-30))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llmkit.quant import nf4
-from llmkit.quant.apply import quantize_model
 from llmkit.quant.nf4 import BLOCK, Nested, Nf4Linear, Nf4Matrix, Quantizer
+from tests.tiny import quantize_model
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

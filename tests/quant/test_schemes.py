@@ -13,10 +13,10 @@ from llmkit.checkpoint.load import load_model
 from llmkit.errors import UsageError
 from llmkit.families import read_config
 from llmkit.kernels.format import stored_shapes
-from llmkit.quant.apply import quantize_model
 from llmkit.quant.linears import QuantizedEmbedding, QuantizedLinear
 from llmkit.quant.schemes import SCHEMES, Choice, choose
 from tests.families.tiny import VARIANTS, hf_config, our_config, tiny_folder
+from tests.tiny import quantize_model
 
 LLAMA_1B = {
     "model_type": "llama",
