@@ -71,12 +71,16 @@ def counted(*arguments: str) -> tuple[Counter[str], Counter[str]]:
         "quantize MODEL -o OUT",
         "plan MODEL",
         "generate MODEL -p Once -n 2 --temperature 0 --device cpu --draft-model DRAFT",
+        "finetune RECIPE",
     ],
 )
 def test_a_command_opens_its_model_once(tmp_path: Path, tiny_model_dir: Path, command: str) -> None:
     draft = tmp_path / "draft"
     draft.symlink_to(tiny_model_dir, target_is_directory=True)
-    places = {"MODEL": str(tiny_model_dir), "OUT": str(tmp_path / "out"), "DRAFT": str(draft)}
+    (tmp_path / "data.txt").write_text("Once upon a time there was a dog. " * 20)
+    recipe = {"model": str(tiny_model_dir), "data": [{"path": str(tmp_path / "data.txt")}], "lora": {"r": 2}, "max_length": 64}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"output": str(tmp_path / "run"), "max_steps": 1, "device": "cpu"}))
+    places = {"MODEL": str(tiny_model_dir), "OUT": str(tmp_path / "out"), "DRAFT": str(draft), "RECIPE": str(tmp_path / "recipe.yaml")}
     opens, names = counted(*(places.get(word, word) for word in command.split()))
     for folder in [tiny_model_dir, draft] if "DRAFT" in command else [tiny_model_dir]:
         assert names[str(folder)] == 1

@@ -298,7 +298,9 @@ def test_adapters_and_operations_in_any_order(folder: Path, scheme: str | None) 
         if scheme is not None:
             quantize_model(model, model.config.parameters, scheme)
         before = training_ops(CPU, adapters=True, checkpointing=True)
-        model(IDS, ops=before)  # frozen linears, and none is remembered as such
+        attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+        model(IDS, ops=before)  # linears that are trained whole, and none is remembered as such
+        assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
         inject(model, LoraSettings(r=4))
         perturb(p for name, p in model.named_parameters() if "lora_" in name)
         logits = model(IDS, ops=before if ops_first else training_ops(CPU, adapters=True, checkpointing=True))
