@@ -22,7 +22,7 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "dataset
 NO_TORCH = [
     *("__init__", "config", "errors", "rope", "families", "text", "engine", "llm", "planning", "cli"),
     *("kernels/__init__", "kernels/backend", "kernels/training_ops", "compat"),
-    *("checkpoint/files", "checkpoint/hub", "checkpoint/fingerprint", "checkpoint/source"),
+    *("checkpoint/files", "checkpoint/hub", "checkpoint/source"),
     *("checkpoint/arrays", "checkpoint/weights", "checkpoint/formats"),
     *("lora/__init__", "lora/adapter", "lora/settings"),
 ]
@@ -114,7 +114,7 @@ def test_modules_without_torch(where: str) -> None:
         "from llmkit.cli.main import run; assert run(['chat', '--help']) == 0",
         "from llmkit.cli.main import run; assert run(['train', '--help']) == 0",
         "from llmkit.cli.main import run; assert run(['merge', '--help']) == 0",
-        "import llmkit.llm.adapters, llmkit.lora.adapter, llmkit.checkpoint.fingerprint",
+        "import llmkit.llm.adapters, llmkit.lora.adapter, llmkit.checkpoint.arrays",
         "from llmkit.cli.main import run; assert run(['plan', 'llmkit/stories', '--device', 'cpu', '--json']) == 0",
         "import llmkit.engine, llmkit.text.tokenizer, llmkit.families, llmkit.checkpoint.files, llmkit.checkpoint.hub",
     ],

@@ -22,7 +22,7 @@ from llmkit.errors import CheckpointError
 from llmkit.kernels.format import Weight
 
 if TYPE_CHECKING:
-    from llmkit.checkpoint.fingerprint import Fingerprint
+    from llmkit.checkpoint.arrays import Fingerprint
     from llmkit.checkpoint.formats import FormatEntry
     from llmkit.checkpoint.formats.dense import Dense
     from llmkit.text.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from llmkit.checkpoint.fingerprint import text_fingerprint
+from llmkit.checkpoint.arrays import text_fingerprint
 from llmkit.checkpoint.source import ModelSource
 from llmkit.errors import UsageError
 from llmkit.lora.adapter import Adapter, check_base, read_adapter

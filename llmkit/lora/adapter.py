@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.checkpoint.arrays import NUMPY_DTYPES, parameter_array, parameter_shapes
+from llmkit.checkpoint.arrays import NUMPY_DTYPES, Fingerprint, parameter_array, parameter_shapes, parse_fingerprint
 from llmkit.checkpoint.files import PICKLES, TensorFile, open_safetensors, read_json, read_metadata
-from llmkit.checkpoint.fingerprint import Fingerprint, parse_fingerprint
 from llmkit.checkpoint.hub import ADAPTER, resolve
 from llmkit.checkpoint.source import ModelSource
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, Piece, is_transposed, parts_of, reading_rules

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkit.checkpoint.arrays import Fingerprint, text_fingerprint
 from llmkit.checkpoint.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_side_files, replacing, write_json
-from llmkit.checkpoint.fingerprint import Fingerprint, text_fingerprint
 from llmkit.checkpoint.weights import EMBEDDING, HEAD, STACKED_EXPERTS, OutputTensor, stored_as, writing_rules
 from llmkit.config import ModelConfig, MoEConfig, Role
 from llmkit.errors import UsageError
@@ -60,7 +60,7 @@ def write_adapter(
     """Write adapter_config.json and adapter_model.safetensors.
 
     settings: their r, lora_alpha and so on; its patterns are of our paths.
-    base: fingerprint of the model it was trained on (see `checkpoint/fingerprint.py`). chat_template: the text of the template it was
+    base: fingerprint of the model it was trained on (see `checkpoint/arrays.py`). chat_template: the text of the template it was
         trained with, which is written next to it. source: a model folder whose tokenizer is copied.
     overwrite: replace an adapter that is there.
     Raises UsageError where a target cannot be written in PEFT's format, all of them named, or where the folder may not be replaced.

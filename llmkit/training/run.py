@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from llmkit.checkpoint.fingerprint import Fingerprint
+from llmkit.checkpoint.arrays import Fingerprint
 from llmkit.checkpoint.load import empty_model, load_model, usable_device
 from llmkit.checkpoint.source import ModelSource
 from llmkit.compat import keep_freed_memory

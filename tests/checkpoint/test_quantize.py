@@ -20,9 +20,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmkit.checkpoint.arrays import parameter_shapes
+from llmkit.checkpoint.arrays import parameter_shapes, parse_fingerprint
 from llmkit.checkpoint.files import open_checkpoint, read_json
-from llmkit.checkpoint.fingerprint import parse_fingerprint
 from llmkit.checkpoint.load import load_model, load_model_with_report
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.checkpoint.save import save_model

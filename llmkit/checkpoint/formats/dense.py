@@ -16,7 +16,7 @@ from llmkit.checkpoint.weights import Assignment, Piece, assign
 from llmkit.families import family
 
 if TYPE_CHECKING:
-    from llmkit.checkpoint.fingerprint import Fingerprint
+    from llmkit.checkpoint.arrays import Fingerprint
     from llmkit.checkpoint.formats import StoredWeight
     from llmkit.checkpoint.source import ModelSource
     from llmkit.quant.schemes import Choice
@@ -115,7 +115,7 @@ class Dense:
     @property
     def fingerprint(self) -> Fingerprint | None:
         """The fingerprint of the weights before they were quantized, as recorded; None where nothing is."""
-        from llmkit.checkpoint.fingerprint import parse_fingerprint, weights_fingerprint
+        from llmkit.checkpoint.arrays import parse_fingerprint, weights_fingerprint
 
         return parse_fingerprint(self.source.config.hf.get(FINGERPRINT)) if self.quantized else weights_fingerprint(self.pieces)
 
