@@ -27,7 +27,7 @@ with TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stdout):  # 
             "data": [{"path": str(CHATS)}],
             "output": folder,
             "lora": {"r": 16, "alpha": 32},
-            "epochs": 5,
+            "epochs": 4,
             "max_minutes": 1,  # whichever comes first; the schedule follows
             "batch_size": 2,
             "learning_rate": 5e-3,  # for 2 million parameters; 2e-4 suits most models
