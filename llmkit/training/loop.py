@@ -45,7 +45,7 @@ class TrainingError(LLMKitError):
 
 
 @dataclass
-class Progress:
+class RunState:
     """Where a run stands; stored in its checkpoint."""
 
     step: int = 0  # optimizer steps done
@@ -103,12 +103,12 @@ class Trainer:
         )
         # The exponential moving average of the trained weights, in the order of `parameters`.
         self.average = [p.detach().clone() for p in self.parameters] if recipe.ema else None
-        self.done = Progress()
+        self.done = RunState()
         self._evaluated = -1  # the step of the last evaluation
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
-    def train(self) -> Progress:
+    def train(self) -> RunState:
         """Run to the end of the recipe, evaluating and saving on the way.
 
         Raises:
@@ -366,7 +366,7 @@ class Trainer:
         if self.average is not None:
             for mean, saved in zip(self.average, state["average"], strict=True):
                 mean.copy_(scattered(saved, mean))
-        self.done = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+        self.done = RunState(**{field.name: state[field.name] for field in fields(RunState)})
         self.stream.seek(state["epoch"], state["row"])
 
 

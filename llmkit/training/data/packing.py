@@ -32,7 +32,7 @@ from llmkit.model.attention import PackedSequences
 from llmkit.training.data.sources import Corpus, Ints
 
 SHORTEST = 4  # slots that documents share to be worth a sequence of their own
-USUAL_LENGTH = 2048
+USUAL_LENGTH = 2048  # slots of a row where neither the recipe nor the model's context says otherwise
 IGNORE = -100  # the label of a slot that is not learned, as everywhere in PyTorch
 
 
@@ -66,8 +66,8 @@ def row_length(max_length: int | None, context: int | None) -> int:
 
 # Pieces of documents: int64 `[pieces, 3]` of document, first slot, number of slots.
 def pieces_of(corpus: Corpus, documents: Iterable[int], max_length: int) -> Ints:
-    """The documents as pieces of at most `max_length` slots: plain text goes on in a next piece, a chat is cut."""
-    slots = corpus.offsets[1:] - corpus.offsets[:-1] - 1
+    """Return documents as pieces of at most `max_length` slots: plain text goes on in a next piece, a chat is cut."""
+    slots = corpus.offsets[1:] - corpus.offsets[:-1] - 1  # [documents]; the last token of one is a label only
     pieces = [
         (d, start, min(max_length, slots[d] - start))
         for d in documents
@@ -77,10 +77,11 @@ def pieces_of(corpus: Corpus, documents: Iterable[int], max_length: int) -> Ints
 
 
 def pack(lengths: Ints, max_length: int) -> list[list[int]]:
-    """Indices of pieces grouped into rows of at most `max_length` slots: best fit, longest first.
+    """Return indices of pieces grouped into rows of at most `max_length` slots: best fit, longest first.
 
     Each piece goes into the row whose free space it fills best; pieces longer than a row are the caller's error.
     """
+    # Best-fit decreasing needs at most 11/9 of the fewest rows, and a piece is placed in the time of a bisection.
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(max_length + 1)]  # rows with that many free slots
     spaces: list[int] = []  # the sizes for which by_space is not empty, sorted
@@ -105,12 +106,12 @@ def pack(lengths: Ints, max_length: int) -> list[list[int]]:
 
 
 def rows_of(corpus: Corpus, documents: Iterable[int], max_length: int, group: int = 1) -> list[Ints]:
-    """Documents packed into rows. group: so many documents that follow each other share a row, of `group * max_length` slots (pairs)."""
+    """Return documents packed into rows. group: so many documents that follow each other share a row, of `group * max_length` slots (pairs)."""
     pieces = pieces_of(corpus, documents, max_length)
     if group == 1:
         return [pieces[indices] for indices in pack(pieces[:, 2], max_length)]
-    units = pieces.reshape(-1, group, 3)  # nothing that stands in a group is divisible
-    return [units[indices].reshape(-1, 3) for indices in pack(units[:, :, 2].sum(1), group * max_length)]
+    groups = pieces.reshape(-1, group, 3)  # nothing that stands in a group is divisible, so each document is one piece
+    return [groups[indices].reshape(-1, 3) for indices in pack(groups[:, :, 2].sum(1), group * max_length)]
 
 
 def make_batch(corpus: Corpus, rows: Sequence[Ints]) -> Batch:
@@ -121,6 +122,7 @@ def make_batch(corpus: Corpus, rows: Sequence[Ints]) -> Batch:
     pieces = np.concatenate(rows)
     spans, parents = _share_prefixes(corpus, pieces)
     lengths = [int(row[:, 2].sum()) for row in rows]
+    # Padding would be computed and thrown away; attention goes by sequence, so one long row costs what several short ones do.
     total = sum(span.count for span in spans)
     shape = (1, total) if parents or len(set(lengths)) > 1 else (len(rows), lengths[0])
     tokens, labels, positions, ids = (np.empty(total, np.int64) for _ in range(4))
@@ -129,7 +131,7 @@ def make_batch(corpus: Corpus, rows: Sequence[Ints]) -> Batch:
         document, start, _ = pieces[span.piece].tolist()
         first, count = int(corpus.offsets[document]) + start + span.start, span.count
         here = slice(at, at + count)
-        targets = slice(first + 1, first + 1 + count)
+        targets = slice(first + 1, first + 1 + count)  # of the corpus: the label of a slot is the token behind its own
         tokens[here] = corpus.tokens[first : first + count]
         labels[here] = np.where(corpus.learned[targets], corpus.tokens[targets], IGNORE)
         positions[here] = np.arange(span.start, span.start + count)
@@ -156,8 +158,10 @@ def _share_prefixes(corpus: Corpus, pieces: Ints) -> tuple[list[SequenceSpan], d
     for piece, (document, start, count) in enumerate(pieces.tolist()):
         first = int(corpus.offsets[document]) + start
         learned = corpus.learned[first + 1 : first + count]
+        # Slots before the first label can be shared: what they compute serves several pieces, and what they would learn, none.
         free = int(learned.argmax()) if learned.any() else count - 1  # a piece keeps a slot of its own
         prefixes.append(([] if start else corpus.tokens[first : first + free].tolist(), piece))
+    # Sorted, pieces that share a prefix stand together, and what a range of them shares is the least of what neighbours do.
     prefixes.sort()
     common = [_common(left, right) for (left, _), (right, _) in pairwise(prefixes)]
     spans: list[SequenceSpan] = []
@@ -213,9 +217,11 @@ class RowStream:
 
     def _plan(self, epoch: int) -> list[Ints]:
         """The rows of an epoch, in order."""
+        # Drawn from (seed, epoch, attempt) alone, so that a resumed run finds its place without the epochs before.
         for attempt in range(1000):  # a small corpus with fractional weights may draw an empty epoch
             random = np.random.default_rng([self.seed, epoch, attempt])
             weights = self.weights[:: self.group]
+            # A weight of 2.5 is two or three times, which of them by chance.
             times = np.floor(weights + random.random(len(weights))).astype(np.int64)
             if times.any():
                 break
@@ -226,7 +232,7 @@ class RowStream:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that decides the rows."""
+        """Return a hash of everything that decides the rows: with another, a place in the stream means nothing."""
         digest = hashlib.blake2b(repr((self.max_length, self.seed)).encode(), digest_size=16)
         for array in (self.corpus.tokens, self.corpus.learned, self.corpus.offsets, self.weights):
             digest.update(np.ascontiguousarray(array).data)
