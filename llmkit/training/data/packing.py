@@ -106,7 +106,10 @@ def pack(lengths: Ints, max_length: int) -> list[list[int]]:
 
 
 def rows_of(corpus: Corpus, documents: Iterable[int], max_length: int, group: int = 1) -> list[Ints]:
-    """Return documents packed into rows. group: so many documents that follow each other share a row, of `group * max_length` slots (pairs)."""
+    """Return documents packed into rows.
+
+    group: so many documents that follow each other share a row, of `group * max_length` slots (pairs).
+    """
     pieces = pieces_of(corpus, documents, max_length)
     if group == 1:
         return [pieces[indices] for indices in pack(pieces[:, 2], max_length)]
