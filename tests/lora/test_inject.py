@@ -21,6 +21,7 @@ from llmkit.model.attention import PackedSequences
 from llmkit.model.autograd import native_ops
 from llmkit.model.layers import PLAIN, Linear
 from llmkit.model.transformer import Transformer
+from tests.families.tiny import tiny_folder
 from tests.tiny import quantize_model
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -142,6 +143,23 @@ def test_a_compiled_model_learns_the_same(folder: Path, scheme: str | None) -> N
         packed = PackedSequences(torch.arange(20).div(9, rounding_mode="floor").expand(2, 20))
         found.append(target_gradients(model, model(IDS, torch.arange(20).expand(2, 20) % 9, packed=packed, ops=ops)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "gemma3", "olmo2", "mixtral", "qwen3-moe", "phi3", "gpt2", "granite"])
+def test_every_linear_is_called_through_the_operations(tmp_path: Path, variant: str) -> None:
+    """Else an adapter would stay in the reference of a preference, or lack its gradient."""
+    model = load_model(tiny_folder(tmp_path / "tiny", variant), "float32").eval()
+    ids = IDS % model.config.vocab_size
+    base = model(ids)
+    inject(model, LoraSettings(r=2))
+    perturb(p for name, p in model.named_parameters() if "lora_" in name)
+    ops = training_ops(CPU, adapters=True)
+    torch.testing.assert_close(model(ids, ops=without_adapters(ops)), base, rtol=1e-4, atol=1e-4)
+    plain, fused = target_gradients(model, model(ids)), target_gradients(model, model(ids, ops=ops))
+    assert plain.keys() == fused.keys()
+    scale = max(float(gradient.abs().max()) for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
 
 
 def test_dropout_changes_training_only(folder: Path) -> None:
