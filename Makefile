@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without an NVIDIA GPU torch is pinned to a release with a CPU build; with one, pip may take the newest CUDA build.
 CONSTRAINT := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
+CORE := $(VENV)/.core
 INSTALLED := $(VENV)/.installed
 MODEL ?=
 
@@ -18,14 +19,25 @@ help:  ## list these targets
 setup: $(INSTALLED)  ## make .venv and install llmkit with every extra and the test requirements
 
 # What pip has to say goes to standard error: the output of `make -s chat` is the reply and nothing else.
-$(INSTALLED): pyproject.toml constraints-cpu.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT)
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "llmkit needs Python 3.11 or newer, this is %s; set PYTHON=python3.x" % sys.version.split()[0])'
-	@echo 'Setting up $(VENV) (once, a few minutes)...' >&2
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) -e '.[gpu,rag,docs,test]' >&2
+	@$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints-cpu.txt | $(BIN)/python
+	@echo 'Setting up $(VENV) with every extra (once, a few minutes)...' >&2
+	@$(PIP_INSTALL) -e '.[all,docs,test]' >&2
+	@touch $(CORE) $@
+
+# Without a compiler there are no native kernels, and PyTorch runs the model.
+$(CORE): pyproject.toml | $(BIN)/python
+	@echo 'Setting up $(VENV) (once, about a minute)...' >&2
+	@if command -v $(firstword $(CXX)) >/dev/null || command -v clang++ >/dev/null; then $(PIP_INSTALL) -e . >&2; \
+	else echo 'No C++ compiler here: installing PyTorch to run the model, which takes longer.' >&2; $(PIP_INSTALL) -e '.[torch]' >&2; fi
 	@touch $@
 
-chat: $(INSTALLED)  ## talk to the embedded model (or MODEL=folder-or-hub-id)
+chat: $(CORE)  ## talk to the embedded model (or MODEL=folder-or-hub-id)
 	@$(BIN)/llmkit chat $(MODEL)
 
 # A file of tests stays in one process, whose fixtures (tiny models, quantized folders) its tests share.

@@ -7,6 +7,7 @@ Libraries are imported inside the functions: this module is below all others and
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import platform
 import sys
@@ -38,7 +39,7 @@ def openmp_functions() -> tuple[int, int, int] | None:
 
 def default_device() -> str:
     """Return cuda or mps where there is one, else cpu; torch is asked only where there may be one."""
-    if not _may_have_gpu():
+    if not _may_have_gpu() or importlib.util.find_spec("torch") is None:  # the native kernels need no torch
         return "cpu"
     import torch
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LLMKitError(Exception):
     """Base of all errors llmkit raises for bad input; the command line prints it without a traceback."""
@@ -25,6 +28,36 @@ class DoesNotFit(LLMKitError):
     """The work would not fit in the memory there is."""
 
     exit_code = 4
+
+
+class NotInstalled(LLMKitError):
+    """A library that an extra of llmkit brings and that is not installed."""
+
+
+# The extras of pyproject.toml by what is imported of them; the core's own libraries are always there.
+EXTRA_OF = {
+    "torch": "torch",
+    **dict.fromkeys(("accelerate", "bitsandbytes", "datasets", "peft", "transformers", "yaml"), "train"),
+    **dict.fromkeys(("sentencepiece", "tiktoken"), "sentencepiece"),
+    **dict.fromkeys(("docx", "filelock", "lancedb", "pyarrow", "pypdf", "selectolax", "Stemmer"), "rag"),
+    "gguf": "gguf",
+    "matplotlib": "plot",
+}
+
+
+@contextmanager
+def naming_extras() -> Iterator[None]:
+    """Turn the import error of a library that an extra brings into NotInstalled, which names the line for pip.
+
+    Libraries are imported where they are used, so this stands around what a person calls: the command line, `load`, `finetune`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise NotInstalled(f"This needs the package {error.name}, which is not installed. Run: pip install 'llmkit[{extra}]'") from error
 
 
 def out_of_memory(error: BaseException) -> bool:

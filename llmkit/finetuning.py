@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.source import ModelSource
-from llmkit.errors import LLMKitError
+from llmkit.errors import LLMKitError, naming_extras
 from llmkit.planning.check_training import recipe_device, settle
 from llmkit.planning.memory import measured_peak, shown
 from llmkit.training.recipe import Recipe, from_dict, read_recipe
 
 
+@naming_extras()
 def finetune(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, resume: bool = False) -> Path:
     """Train or fine-tune as a recipe says; returns the folder with the model, or with `lora` the adapter.
 

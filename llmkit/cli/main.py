@@ -14,7 +14,7 @@ from difflib import get_close_matches
 import click
 
 import llmkit
-from llmkit.errors import DoesNotFit, LLMKitError, out_of_memory
+from llmkit.errors import DoesNotFit, LLMKitError, naming_extras, out_of_memory
 
 # name -> (module:attribute of its click.Command, what --help says)
 COMMANDS = {
@@ -93,7 +93,8 @@ def run(arguments: Sequence[str] | None = None, command: click.Command = app, na
     """Run one command line (default: sys.argv) and return its exit code; errors a person can cause go to stderr as one line."""
     _reopen_closed_streams()
     try:
-        result = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
+        with naming_extras():
+            result = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
         return 2

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.errors import LLMKitError, out_of_memory
+from llmkit.errors import LLMKitError, naming_extras, out_of_memory
 from llmkit.rag.chunk import CHUNK_TOKENS, Chunk, spaced_json
-from llmkit.rag.extra import needs_rag_extra
 from llmkit.rag.read import Document
 from llmkit.rag.terms import MAX_TERM, term_list
 
@@ -411,7 +410,7 @@ def _committed(place: str) -> bool:
 
 
 def _connect(place: str) -> DBConnection:
-    with needs_rag_extra():
+    with naming_extras():
         import lancedb
     return lancedb.connect(place)
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmkit.errors import LLMKitError
-from llmkit.rag.extra import needs_rag_extra
+from llmkit.errors import LLMKitError, naming_extras
 
 if TYPE_CHECKING:
     from selectolax.lexbor import LexborNode
@@ -135,7 +134,7 @@ def _newlines(text: str) -> str:
 
 
 def _pdf(data: bytes) -> tuple[str, tuple[int, ...]]:
-    with needs_rag_extra():
+    with naming_extras():
         import pypdf
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what it could not repair shows as missing text
     try:
@@ -155,7 +154,7 @@ def _pdf(data: bytes) -> tuple[str, tuple[int, ...]]:
 
 
 def _docx(data: bytes) -> tuple[str, tuple[int, ...]]:
-    with needs_rag_extra():
+    with naming_extras():
         import docx
         from docx.table import Table
     try:
@@ -182,7 +181,7 @@ def _docx(data: bytes) -> tuple[str, tuple[int, ...]]:
 
 
 def _html(data: bytes) -> tuple[str, tuple[int, ...]]:
-    with needs_rag_extra():
+    with naming_extras():
         from selectolax.lexbor import LexborHTMLParser
     declared = re.search(rb"""<meta[^>]+charset=["']?([\w-]+)""", data[:2048], re.IGNORECASE)
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
-from llmkit.rag.extra import needs_rag_extra
+from llmkit.errors import naming_extras
 
 if TYPE_CHECKING:
     from Stemmer import Stemmer
@@ -34,7 +34,7 @@ MAX_TERM = 64  # characters; a longer "word" is data (base64, a hash list)
 
 @cache
 def _stemmer() -> Stemmer:
-    with needs_rag_extra():
+    with naming_extras():
         from Stemmer import Stemmer
     return Stemmer("english")
 

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from llmkit.errors import UsageError
 
 _NAMES_ELSEWHERE = {  # what other trainers call our keys, for whoever types those
@@ -306,7 +304,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"the recipe {path} cannot be read ({reason}). Give the path of a YAML file.") from None
     try:
         raw = _plain_yaml(text)
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise UsageError(f"the recipe {path} is not YAML ({' '.join(str(error).split())}). Mend the line named.") from None
     if not isinstance(raw, dict):
         raise UsageError(f"the recipe {path} is a {type(raw).__name__}, not a mapping of keys. See llmkit finetune --help.")
@@ -317,11 +315,13 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _plain_yaml(text: str) -> Any:
-    """Plain values; YAMLError also where PyYAML's constructors raise something else (a 13th month, `!!int abc`, bottomless nesting)."""
+    """Plain values; ValueError whatever PyYAML's constructors raise (also for a 13th month, `!!int abc`, bottomless nesting)."""
+    import yaml
+
     try:
         return yaml.safe_load(text)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise yaml.YAMLError(str(error)) from error
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -367,7 +367,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise UsageError(f"{override!r} is not of the form key=value. Write, for instance, max_steps=100.")
     try:
         value = _plain_yaml(text)
-    except yaml.YAMLError:
+    except ValueError:
         raise UsageError(f"the value in {override!r} cannot be read. Quote it as in YAML.") from None
     *path, last = name.split(".")
     node: Any = raw

@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(LLMKIT_WITHOUT_AVXVNNI)
 #include <immintrin.h>
 // Only what follows may use these instructions: nothing of the standard library is compiled with them.
 #if defined(__clang__)
