@@ -46,10 +46,11 @@ EXTRA_OF = {
 
 
 @contextmanager
-def naming_extras() -> Iterator[None]:
+def naming_extras(wanted: str | None = None) -> Iterator[None]:
     """Turn the import error of a library that an extra brings into NotInstalled, which names the line for pip.
 
     Libraries are imported where they are used, so this stands around what a person calls: the command line, `load`, `finetune`.
+    wanted: the extra with all that this work needs; without it, the one that brings the library that was missed first.
     """
     try:
         yield
@@ -57,7 +58,9 @@ def naming_extras() -> Iterator[None]:
         extra = EXTRA_OF.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        raise NotInstalled(f"This needs the package {error.name}, which is not installed. Run: pip install 'llmkit[{extra}]'") from error
+        raise NotInstalled(
+            f"This needs the package {error.name}, which is not installed. Run: pip install 'llmkit[{wanted or extra}]'"
+        ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from llmkit.planning.memory import measured_peak, shown
 from llmkit.training.recipe import Recipe, from_dict, read_recipe
 
 
-@naming_extras()
+@naming_extras("train")
 def finetune(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, resume: bool = False) -> Path:
     """Train or fine-tune as a recipe says; returns the folder with the model, or with `lora` the adapter.
 

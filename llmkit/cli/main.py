@@ -32,6 +32,9 @@ COMMANDS = {
     "train": ("llmkit.cli.train:train", "The same as finetune."),
 }
 
+# The extra with all that a command needs, where that is more than the first library it misses tells.
+EXTRAS = {"rag": "rag", "verify": "train", "convert": "gguf", "finetune": "train", "train": "train"}
+
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -93,8 +96,9 @@ def run(arguments: Sequence[str] | None = None, command: click.Command = app, na
     """Run one command line (default: sys.argv) and return its exit code; errors a person can cause go to stderr as one line."""
     _reopen_closed_streams()
     try:
-        with naming_extras():
-            result = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with naming_extras(EXTRAS.get(given[0]) if given else None):
+            result = command.main(args=given, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
         return 2

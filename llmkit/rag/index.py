@@ -410,7 +410,7 @@ def _committed(place: str) -> bool:
 
 
 def _connect(place: str) -> DBConnection:
-    with naming_extras():
+    with naming_extras("rag"):
         import lancedb
     return lancedb.connect(place)
 

@@ -134,7 +134,7 @@ def _newlines(text: str) -> str:
 
 
 def _pdf(data: bytes) -> tuple[str, tuple[int, ...]]:
-    with naming_extras():
+    with naming_extras("rag"):
         import pypdf
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what it could not repair shows as missing text
     try:
@@ -154,7 +154,7 @@ def _pdf(data: bytes) -> tuple[str, tuple[int, ...]]:
 
 
 def _docx(data: bytes) -> tuple[str, tuple[int, ...]]:
-    with naming_extras():
+    with naming_extras("rag"):
         import docx
         from docx.table import Table
     try:
@@ -181,7 +181,7 @@ def _docx(data: bytes) -> tuple[str, tuple[int, ...]]:
 
 
 def _html(data: bytes) -> tuple[str, tuple[int, ...]]:
-    with naming_extras():
+    with naming_extras("rag"):
         from selectolax.lexbor import LexborHTMLParser
     declared = re.search(rb"""<meta[^>]+charset=["']?([\w-]+)""", data[:2048], re.IGNORECASE)
     try:

@@ -34,7 +34,7 @@ MAX_TERM = 64  # characters; a longer "word" is data (base64, a hash list)
 
 @cache
 def _stemmer() -> Stemmer:
-    with naming_extras():
+    with naming_extras("rag"):
         from Stemmer import Stemmer
     return Stemmer("english")
 
