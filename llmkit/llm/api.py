@@ -26,7 +26,16 @@ from llmkit.engine.engine import Engine, tokens_within
 from llmkit.engine.forward import forward_all
 from llmkit.engine.sampling import SamplingParams, log_softmax
 from llmkit.engine.speculative import Drafter, ModelDrafter, NgramDrafter, Speculation
-from llmkit.errors import CheckpointError, ContextOverflow, DoesNotFit, LLMKitError, TemplateError, TokenizerError, UsageError, naming_extras
+from llmkit.errors import (
+    CheckpointError,
+    ContextOverflow,
+    DoesNotFit,
+    LLMKitError,
+    TemplateError,
+    TokenizerError,
+    UsageError,
+    naming_extras,
+)
 from llmkit.llm.backends import Options, Runner, check_speculation, prepare
 from llmkit.llm.outputs import Completion, Reply, Score, Stream
 from llmkit.text.tokenizer import Tokenizer
