@@ -81,6 +81,8 @@ class OwnTraining:
         self.objective = Objective(ops=training_ops(self.device, adapters=True, checkpointing=checkpointing, integers=integers))
         self.renew_optimizer()
 
+    # What follows is what `training/loop.py` does in a step, without what only a run needs: the schedule, reports, checkpoints.
+
     def renew_optimizer(self) -> None:
         from llmkit.training.optimizer import make_optimizers
 
@@ -88,6 +90,7 @@ class OwnTraining:
 
     def full(self, ids: Ids) -> float:
         tokens = torch.from_numpy(ids)
+        # Random tokens: every row is one sequence, and every token but the first is a label.
         labels = torch.cat((tokens[:, 1:], torch.full((len(tokens), 1), IGNORE)), 1)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         return self._step([Batch(tokens, labels, positions, PackedSequences(torch.zeros_like(tokens)))])

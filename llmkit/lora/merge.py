@@ -58,6 +58,7 @@ def merge(
     opened = ModelSource.open(model)
     source, config = opened.folder, opened.config
     weights = {name: opened.format.weight(name) for name in opened.shapes}
+    # Weights stay mapped until they are asked for; what is in memory is one matrix at a time.
     wanted = read_adapter(adapter, config)
     if not any_base:
         check_base(wanted, opened)
@@ -82,6 +83,7 @@ def _dense(weight: StoredWeight) -> Tensor:
 
 def _dtype(config: ModelConfig, weights: dict[str, StoredWeight], quantized: bool) -> str:
     if quantized:
+        # Not requantized: rounding once more on top of the adapter would undo small changes. 16 bits, as before it was quantized.
         return config.dtype if config.dtype in ("float16", "bfloat16") else "bfloat16"
     largest = max((weight for weight in weights.values() if isinstance(weight, np.ndarray)), key=lambda weight: weight.nbytes)
     return {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}[largest.dtype.name]

@@ -45,6 +45,7 @@ class TorchBackend:
         # On a CPU all arithmetic is float32, whatever the weights are stored in.
         self.dtype = torch.float32 if self.device.type == "cpu" else weight.dtype
         self.cache = CacheStorage(model.config, self.block_size, self.dtype, self.device)
+        # A small model on a fast GPU spends most of a step on launching kernels; a captured graph is one launch.
         if capture is None and self.device.type == "cuda":
             capture = cuda_graphs(self.device)
         self.decode = StaticDecode(model, self.cache, capture) if capture is not None and capturable(model.config) else None
@@ -87,10 +88,11 @@ class TorchBackend:
             raise UsageError(f"adapter {unknown[0]!r} is not loaded; loaded are {', '.join(self.adapters) or 'none'}.")
         if chosen <= {None}:
             return self._step(self.model, batch, hidden)
+        # One pass for each adapter of the step, with the rows of its own sequences; results go where these stand in the batch.
         out = np.empty((len(batch.logits_indices), self.config.hidden_size if hidden else self.config.vocab_size), np.float32)
         owners = batch.sequences[batch.logits_indices]
         for name in chosen:
-            own = np.array([adapter == name for adapter in batch.adapters])  # [S]
+            own = np.array([adapter == name for adapter in batch.adapters])  # bool [S], of the sequences
             out[own[owners]] = self._step(self.model if name is None else self.adapters[name], _only(batch, own), hidden)
         return out
 
@@ -125,6 +127,7 @@ def _only(batch: StepBatch, own: np.ndarray) -> StepBatch:
         block_tables=[table[own] for table in batch.block_tables],
         contexts=batch.contexts[own],
         adapters=[name for name, one in zip(batch.adapters, own, strict=True) if one],
+        # Rows are renumbered among those that are left: a running count of what was picked.
         logits_indices=(np.cumsum(picked, dtype=np.int32) - 1)[batch.logits_indices[wanted]],
         state_in=None if batch.state_in is None else batch.state_in[own],
         state_out=None if batch.state_out is None else batch.state_out[picked],

@@ -123,12 +123,13 @@ def _dense(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def _matrix(packed: Packed) -> QuantizedMatrix:
-    codebook = None if packed.codebook is None else packed.codebook.numpy()
+    codebook = None if packed.codebook is None else packed.codebook.numpy()  # `numpy()` shares memory: nothing is copied
     codes, scales, row_scale = (t.numpy() for t in (packed.codes, packed.scales, packed.row_scale))
     return QuantizedMatrix("q8" if codebook is None else "q4", packed.group, packed.shape, codes, scales, row_scale, codebook)
 
 
 def _dequantized(packed: Packed) -> Tensor:
+    # The same bits either way; the kernels are a hundred times as fast, which counts where a weight is dequantized in every step.
     if packed.codes.device.type != "cpu" or training_kernels() is None:
         return reference.dequantize(packed)
     return torch.from_numpy(dequantize(_matrix(packed), torch.get_num_threads()))

@@ -53,6 +53,7 @@ class Processes:
         """Return what is called to compute a loss: it shares the gradients."""
         if self.count == 1 or self.kind == "fsdp":
             return objective
+        # The model is on its device already, and accelerate would move it to one of its own choice.
         wrapped: nn.Module = self.accelerator.prepare_model(objective, device_placement=False)
         return wrapped
 
@@ -74,6 +75,7 @@ class Processes:
         """Return the sum over all processes."""
         if self.count == 1:
             return value
+        # float64: counts of tokens and sums of losses are exact in it.
         total = self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "sum")
         return float(total)
 
@@ -92,7 +94,7 @@ class Processes:
 
 
 def gathered(value: Any) -> Any:
-    """The same with every sharded tensor whole and on the CPU; all processes call it together."""
+    """Return the same with every sharded tensor whole and on the CPU; all processes call it together, and in the same order."""
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, Mapping):
@@ -101,14 +103,14 @@ def gathered(value: Any) -> Any:
 
 
 def scattered(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor cut as `like` is, if it is."""
+    """Return a whole tensor cut as `like` is, if it is."""
     if isinstance(like, DTensor) and value.shape == like.shape:
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value
 
 
 def scatter_states(saved: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """An optimizer's whole state with its tensors cut as the parameters are, which are given in the optimizer's order."""
+    """Return an optimizer's whole state with its tensors cut as the parameters are, which are given in the optimizer's order."""
     state = {
         index: {name: scattered(entry, parameters[index]) if isinstance(entry, Tensor) else entry for name, entry in entries.items()}
         for index, entries in saved["state"].items()

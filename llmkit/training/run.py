@@ -114,6 +114,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
             source = ModelSource.open(recipe.model)
         tokenizer_folder = _tokenizer_folder(recipe, folder, source, resume or not processes.is_main)
     tokenizer = load_tokenizer(tokenizer_folder)
+    # Rows are as long as the model allows unless the recipe says less; from here on the recipe says what the run really does.
     recipe = replace(recipe, max_length=row_length(recipe.max_length, None if source is None else source.config.max_position_embeddings))
     assert recipe.max_length is not None
     train, held, data_report = load_corpora(recipe.data, tokenizer, recipe.held_out, recipe.max_length, recipe.preference)
@@ -127,7 +128,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     _check_lengths(recipe, model, tokenizer)
     if (recipe.keep == "best" or recipe.early_stop is not None) and not len(held):
         raise UsageError("keep=best and early_stop compare held-out losses, and no document is held out. Raise held_out.")
-    group = 2 if recipe.preference else 1
+    group = 2 if recipe.preference else 1  # a pair is two documents of one row
     stream = RowStream(train, [data.weight for data in recipe.data], recipe.max_length, recipe.seed, recipe.epochs, group)
     report.say(
         f"{_parameters(model)}; {len(train):,} documents, {train.target_count:,} supervised tokens, "
@@ -136,7 +137,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
     for line in (*data_report.lines(), *_notes(recipe, integers)):
         report.say(line)
     export = _Exporter(recipe, folder.result(recipe), source, tokenizer_folder, tokenizer, processes)
-    export.check(model)
+    export.check(model)  # before the training: after hours of it nobody wants to hear that it cannot be written
     objective = _objective(recipe, model, ops, tokenizer)
     hooks = Hooks(
         evaluate=_Evaluation(recipe, held, objective) if len(held) else None,
@@ -149,6 +150,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, sample: Sampler | None = No
         trainer.resume()
         if changes := _changes(folder.recipe, recipe):
             report.say(f"changed since the checkpoint: {', '.join(changes)}")
+    # Last of all: until here the run may have been refused, and the old recipe.yaml is that of the checkpoint.
     if processes.is_main:
         _write_recipe(recipe, folder.recipe)
     trainer.train()
@@ -202,6 +204,7 @@ def _origin(recipe: Recipe, base: Fingerprint | None) -> dict[str, Any]:
     """What the weights of a checkpoint depend on beside their shapes: an adapter on its model and its scale, all on the loss."""
     origin: dict[str, Any] = {"loss": recipe.loss}
     if recipe.lora is not None:
+        # A checkpoint holds A and B alone: with another base, or another scale, the same factors are another model.
         scale = (recipe.lora.alpha, recipe.lora.use_rslora)
         origin |= {"model": None if base is None else base.to_dict(), "quantize": recipe.quantize, "lora.alpha or use_rslora": scale}
     return origin
@@ -232,7 +235,7 @@ class _Evaluation:
         self.corpora: dict[str, Corpus] = {}
         for index, source in enumerate(recipe.data):
             documents = (held.sources == index).nonzero()[0]
-            if recipe.eval_documents:
+            if recipe.eval_documents:  # the first ones of each source, the same at every evaluation: figures of one run compare
                 documents = documents[: recipe.eval_documents * self.group]
             if len(documents):
                 name = Path(source.path).stem
@@ -298,7 +301,7 @@ class _Exporter:
             self._write_adapter(model, trained, target)
 
     def check(self, model: Transformer) -> None:
-        """Raise UsageError where what is trained could not be written in the end: before the training, not after it."""
+        """Raise UsageError where what is trained could not be written in the end."""
         if self.recipe.lora is not None:
             trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
             check_writable(self._parts(model, trained), model.config, self._settings(self.recipe.lora))
@@ -335,7 +338,7 @@ class _Exporter:
 
 def _samples(recipe: Recipe, export: _Exporter, sample: Sampler, model: nn.Module) -> list[str]:
     """Samples come from a folder such as a person would use, so that they show what that folder really does."""
-    with TemporaryDirectory(dir=recipe.output) as folder:
+    with TemporaryDirectory(dir=recipe.output) as folder:  # on the run's disk: /tmp may be memory, and a model is large
         target = Path(folder) / export.target.name
         export(model, target)
         if not export.processes.is_main:
@@ -371,6 +374,7 @@ def _teacher(settings: DistillRecipe, student: Transformer, tokenizer: Tokenizer
             f"distill.teacher {settings.teacher} has a vocabulary of {teacher.config.vocab_size}, the student of "
             f"{student.config.vocab_size}. Take a teacher with the same tokenizer."
         )
+    # Distributions over ids are compared, so every id must mean the same: names of tokenizers do not tell, their tokens do.
     theirs = load_tokenizer(source.folder)
     differs = next((i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) != theirs.token_bytes(i)), None)
     if differs is not None:
@@ -409,7 +413,7 @@ def _model(recipe: Recipe, source: ModelSource | None, tokenizer: Tokenizer, dev
         raise UsageError(f"the weights of {recipe.model} are quantized and cannot be trained. Set lora: {{}}, or take the original.")
     else:
         model = load_model(source, dtype="float32", device=str(device))
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed)  # whatever loading has drawn, training starts from the recipe's seed
     return model
 
 
@@ -424,6 +428,7 @@ def _new_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
         "dtype": recipe.save_dtype,
         **recipe.model,
     }
+    # As if it stood in a config.json: keys of the recipe win, and what nobody says is left to the family.
     model = Transformer(read_config({name: value for name, value in hf.items() if value is not None}))
     init_weights(model, torch.Generator().manual_seed(recipe.seed))
     return model
@@ -465,7 +470,7 @@ def _integers(recipe: Recipe, model: Transformer) -> bool:
 
 def _check_lengths(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> None:
     config = model.config
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:  # an embedding may be larger, padded for speed; a smaller one lacks rows
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}. "
             "Leave model.vocab_size out or raise it."
