@@ -353,7 +353,7 @@ class _Matmuls(torch.autograd.Function):
         ctx.fused, ctx.weights, ctx.shape, ctx.dtype = fused, weights, x.shape, x.dtype
         # Frozen linears without an adapter do not need their input for its gradient, and one saved tensor [tokens, in] less is kept.
         ctx.save_for_backward(None if xa is None else flat, xa, *factors)
-        return tuple([y.view(*x.shape[:-1], -1) for y in out])
+        return tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in out])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -379,7 +379,7 @@ class _MLP(torch.autograd.Function):
         (y,), xa = fused.matmuls.forward(h.reshape(-1, h.shape[-1]), (weight,), (a, b), any(ctx.needs_input_grad[5:]))
         ctx.fused, ctx.act, ctx.weight = fused, act, weight
         ctx.save_for_backward(gate, up, xa, a, b)
-        return y.view(*up.shape[:-1], -1)
+        return y.view(*up.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -320,7 +320,10 @@ class MixtureOfExperts(nn.Module):
         if self.moe.norm_topk_prob:  # else the weights of the chosen ones add up to less than 1, as a checkpoint may have learned
             weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(flat)
-        for index in chosen.unique().tolist():  # only experts that were hit
+        # An expert that is trained and got no token has a gradient of zeros, not none: processes that share gradients wait for one of
+        # every weight from each of them, and optimizers of several and of one process must do the same.
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.experts.parameters())
+        for index in range(len(self.experts)) if trained else chosen.unique().tolist():
             token, slot = (chosen == index).nonzero(as_tuple=True)  # [tokens of this expert] each
             expert_out = self.experts[index](flat[token], context) * weights[token, slot, None].to(flat.dtype)
             out = out.index_add(0, token, expert_out)

@@ -162,6 +162,18 @@ def test_every_linear_is_called_through_the_operations(tmp_path: Path, variant: 
         torch.testing.assert_close(fused[name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_an_expert_without_tokens_has_a_gradient(tmp_path: Path, native: bool) -> None:
+    """Of zeros. DDP waits for the gradient of every weight from every process, whatever tokens it has."""
+    model = load_model(tiny_folder(tmp_path / "tiny", "mixtral"), "float32")
+    inject(model, LoraSettings(r=2))
+    perturb(p for name, p in model.named_parameters() if "lora_" in name)
+    gradients = target_gradients(model, model(IDS[:1, :1], ops=training_ops(CPU, adapters=True) if native else PLAIN))
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    experts = [gradient.abs().sum() for name, gradient in gradients.items() if ".experts." in name]
+    assert 0 < sum(bool(total) for total in experts) < len(experts)
+
+
 def test_dropout_changes_training_only(folder: Path) -> None:
     model = load_model(folder)
     inject(model, LoraSettings(r=4, lora_dropout=0.5))
