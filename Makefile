@@ -1,5 +1,5 @@
 # Everything a person does with this project, one word each. `make help` lists the words.
-# PIP_* environment variables are honoured, e.g. PIP_EXTRA_INDEX_URL for PyTorch's CPU builds (see README).
+# PIP_* environment variables are honoured, e.g. PIP_EXTRA_INDEX_URL for PyTorch's CPU builds (see docs/inference.md).
 
 PYTHON ?= python3
 VENV := .venv
