@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.source import ModelSource
-from llmkit.errors import LLMKitError, naming_extras
+from llmkit.errors import naming_extras
 from llmkit.planning.check_training import recipe_device, settle
 from llmkit.planning.memory import measured_peak, shown
 from llmkit.training.recipe import Recipe, from_dict, read_recipe
@@ -38,14 +39,13 @@ def finetune(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, r
 
 
 def _opened(recipe: Recipe) -> ModelSource | None:
-    """The model to start from, where it is on this machine as a whole; else the run downloads it, or says what is wrong with its name."""
-    if not isinstance(recipe.model, str):
+    """The folder to start from, opened once for plan and run; None for a hub id.
+
+    Of a hub id the cache may hold a part, which is enough to plan with; the run downloads the rest.
+    """
+    if not isinstance(recipe.model, str) or not os.path.isdir(os.path.expanduser(recipe.model)):
         return None
-    try:
-        source = ModelSource.open(recipe.model, download=False)
-    except LLMKitError:
-        return None
-    return source if source.has_weights else None
+    return ModelSource.open(recipe.model)
 
 
 def _sample(model: str, adapter: Path | None, prompts: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ def adapted(model: Transformer, adapter: Adapter) -> Transformer:
     tensors = [*model.parameters(), *model.buffers()]
     # A second tree of modules: tensors and config are told to the copy as copied already, so only modules are made again.
     out = copy.deepcopy(model, {id(shared): shared for shared in (*tensors, model.config)})
-    weight = next(model.model.norm.parameters())
+    weight = next(model.model.norm.parameters())  # norms are never quantized: they say the device and the dtype of the model
     device = weight.device
     dtype = torch.float32 if device.type == "cpu" else weight.dtype
     embedding = "model.embed_tokens"
@@ -31,7 +31,7 @@ def adapted(model: Transformer, adapter: Adapter) -> Transformer:
     if out.lm_head is None and touched & {embedding, "lm_head"}:
         out.lm_head = _TiedHead(model.get_submodule(embedding))  # type: ignore[assignment]  # the one is adapted, the other is not
     for name, array in adapter.replaced.items():
-        tensor = _tensor(array).to(device)
+        tensor = _tensor(array).to(device)  # as it is stored on a CPU, where any linear upcasts its weight
         _replace(out, name, tensor if device.type == "cpu" else tensor.to(dtype))
     for path, term in adapter.linears.items():
         base = out.get_submodule(path)

@@ -18,13 +18,14 @@ import pytest
 import torch
 import yaml
 
+from llmkit import finetuning
 from llmkit.checkpoint.load import load_model
 from llmkit.errors import ConfigError, UsageError
 from llmkit.text.tokenizer import load_tokenizer
 from llmkit.training.data.packing import sequential_batches
 from llmkit.training.data.sources import load_corpora
 from llmkit.training.objective import cross_entropy
-from llmkit.training.recipe import Recipe, read_recipe, to_dict
+from llmkit.training.recipe import Recipe, from_dict, read_recipe, to_dict
 from llmkit.training.run import run_recipe
 
 from .conftest import MODEL, SPECIAL, TEMPLATE, stories
@@ -181,3 +182,13 @@ def test_training_needs_no_engine() -> None:
         "import llmkit.training.run; print([m for m in sys.modules if 'llmkit.engine' in m])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_folder_is_opened_for_plan_and_run_a_hub_id_for_each(tmp_path: Path) -> None:
+    """Of a hub id the cache may hold a part: the plan takes that, and the run downloads the rest."""
+    common: dict[str, Any] = {"data": [{"path": "a.txt"}], "output": "out", "max_steps": 1}
+    opened = finetuning._opened(from_dict({"model": str(tmp_path), **common}))
+    assert opened is not None
+    assert opened.folder == tmp_path
+    for name in ("org/name", "x" * 5000, "~nobody-of-this-name/model"):
+        assert finetuning._opened(from_dict({"model": name, **common})) is None
