@@ -157,7 +157,9 @@ def _against_transformers(llm: LLM, ids: list[int], logits: np.ndarray, new: int
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it: it tells what it would compute faster with
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(llm.source.folder, dtype=torch.float32, trust_remote_code=False).eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            llm.source.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        ).eval()
         if adapter is not None:
             from peft import PeftModel
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,11 +58,54 @@ def native_problem(config: ModelConfig | None = None) -> str | None:
     return None if config is None else plan_problem(config)
 
 
+def default_threads() -> int:
+    """Return the physical cores that this process may use, within the CPU time that its control group is given."""
+    from llmkit.kernels.cpu import _native
+
+    quota = cpu_quota()
+    # Whole CPUs: a thread more than the quota pays for is stopped within each period, and the others wait for it at the next barrier.
+    return _native.physical_cores() if quota is None else max(1, min(_native.physical_cores(), int(quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return how many CPUs' time the control groups of this process are given, the least of nested ones; None: no limit.
+
+    Version 2 says "QUOTA PERIOD" in cpu.max (microseconds; "max": none), version 1 in cpu.cfs_quota_us (-1: none) and
+    cpu.cfs_period_us (Linux, Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst). root: where /proc and /sys stand.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        # Within a container the path may be that of the host, which is not there: the container's own group is then the mount itself.
+        for group in dict.fromkeys((mount / path.strip("/"), *(mount / path.strip("/")).parents)):
+            if not group.is_relative_to(mount):
+                break
+            if (quota := _quota_of(group, version=1 if controllers else 2)) is not None:
+                quotas.append(quota)
+    return min(quotas, default=None)
+
+
+def _quota_of(group: Path, version: int) -> float | None:
+    names = ["cpu.max"] if version == 2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+    try:
+        quota, period = " ".join((group / name).read_text() for name in names).split()
+        return None if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
 class NativeBackend:
     """Runs a model over a paged KV cache in C++; see `llmkit.engine.backend.Backend` for the contract.
 
     weights: our parameter names; matrices as float32, float16, bfloat16 (its bits in uint16) or `QuantizedMatrix`, used in
-    place (mapped files stay mapped); vectors in any of the float formats. threads: physical cores by default.
+    place (mapped files stay mapped); vectors in any of the float formats. threads: `default_threads()` by default.
     kv_bits: 32, 16 (float16) or 8 (int8 with a scale per position and head).
     """
 
@@ -80,7 +124,7 @@ class NativeBackend:
         try:
             self.plan: Plan = _native.Plan(
                 chosen_kernels(),
-                _native.physical_cores() if threads is None else threads,
+                default_threads() if threads is None else threads,
                 description.model(CACHE_KINDS[kv_bits]),
                 [description.layer(index) for index in range(config.num_hidden_layers)],
             )

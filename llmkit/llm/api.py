@@ -98,7 +98,7 @@ def load(
     cache_tokens: for how many tokens the KV cache has room, those of all requests together and of earlier ones that are kept for their
         prefixes; by default one context, or 8192 where that is shorter, within a quarter of the free memory. Memory is taken as it
         fills. A draft model has a cache of its own.
-    threads: CPU threads of this process; LLMKIT_THREADS or the physical cores by default.
+    threads: CPU threads of this process; LLMKIT_THREADS or the physical cores by default, within a container's CPU quota.
     kv_bits: 32, 16 or 8 bits for a number in the KV cache (8: with a scale per position and head); by default 32 for float32 weights,
         else 16. In PyTorch it is what the device computes in, and any other is an error.
     chat_template: a Jinja template, or a file that holds one, in place of the model's own.

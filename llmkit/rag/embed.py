@@ -233,7 +233,10 @@ class EncoderEmbedder:
         if threads is not None:
             torch.set_num_threads(threads)
         try:
-            self._model: Any = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
+            # A folder names the code and the pickles it would like to run: weights alone are read, as safetensors.
+            self._model: Any = transformers.AutoModel.from_pretrained(
+                str(folder), local_files_only=True, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
             self._model = self._model.eval().to(self._device)
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # transformers and tokenizers raise anything for a damaged folder

@@ -22,6 +22,7 @@ from llmkit.engine.engine import Engine
 from llmkit.engine.sampling import SamplingParams
 from llmkit.errors import LLMKitError, UsageError
 from llmkit.kernels import NativeBackend, native_problem, reference
+from llmkit.kernels.backend import cpu_quota
 from llmkit.kernels.format import QuantizedMatrix, Weight, pack
 from llmkit.kernels.training_ops import TrainingKernels, dequantize
 from llmkit.model.backend import TorchBackend
@@ -453,3 +454,33 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         _native.dequantize(1, weight, np.zeros(32, np.float32))
     with pytest.raises(ValueError, match="threads"):
         _native.product(None, 0, weight, np.zeros(8, np.float32), np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/pod/box\n", {"pod/cpu.max": "200000 100000\n", "pod/box/cpu.max": "max 100000\n"}, 2.0),  # the group around it
+        ("0::/pod/box\n", {"pod/cpu.max": "400000 100000\n", "pod/box/cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/of/the/host\n", {"cpu.max": "300000 100000\n"}, 3.0),  # a path that is not there: the container's own is the mount
+        (
+            "3:cpu,cpuacct:/box\n2:memory:/box\n0::/\n",
+            {"cpu,cpuacct/box/cpu.cfs_quota_us": "250000\n", "cpu,cpuacct/box/cpu.cfs_period_us": "100000\n"},
+            2.5,
+        ),
+        ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ("0::/\n", {"cpu.max": "what is this\n"}, None),
+        ("0::/\n", {}, None),
+    ],
+)
+def test_cpu_quota_of_nested_groups(tmp_path: Path, groups: str, files: dict[str, str], quota: float | None) -> None:
+    texts = {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_quota(tmp_path) == quota
+
+
+def test_no_cpu_quota_where_there_are_no_groups(tmp_path: Path) -> None:
+    assert cpu_quota(tmp_path) is None

@@ -22,6 +22,7 @@ from llmkit.checkpoint.arrays import converted
 from llmkit.checkpoint.quantize import quantize_folder
 from llmkit.errors import CheckpointError, UsageError
 from llmkit.kernels import NativeBackend, native_problem
+from llmkit.kernels.backend import default_threads
 from llmkit.llm.api import LLM
 from llmkit.model.backend import TorchBackend
 from tests.cli.test_commands import Said, only_our_settings, said, shell  # noqa: F401 - fixtures
@@ -264,9 +265,7 @@ class TestThreads:
             np.testing.assert_array_equal(llm.logits(ids), expected)
 
     def test_default_and_environment(self, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        from llmkit.kernels.cpu import _native
-
-        assert llmkit.load(folders["q4"], device="cpu").backend.threads == _native.physical_cores()
+        assert llmkit.load(folders["q4"], device="cpu").backend.threads == default_threads()
         monkeypatch.setenv("LLMKIT_THREADS", "3")
         assert llmkit.load(folders["q4"], device="cpu").backend.threads == 3
         assert llmkit.load(folders["q4"], device="cpu", threads=1).backend.threads == 1

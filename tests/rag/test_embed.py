@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,9 +138,7 @@ POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("pooling", POOLED)
-def test_an_encoder_is_pooled_as_its_folder_says(tmp_path: Path, pooling: str) -> None:
-    folder = tmp_path / "bert"
+def write_encoder(folder: Path) -> transformers.BertModel:
     folder.mkdir()
     config = transformers.BertConfig(
         vocab_size=write_tokenizer(folder, ends=True),
@@ -151,6 +151,13 @@ def test_an_encoder_is_pooled_as_its_folder_says(tmp_path: Path, pooling: str) -
     torch.manual_seed(0)
     model = transformers.BertModel(config).eval()
     model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("pooling", POOLED)
+def test_an_encoder_is_pooled_as_its_folder_says(tmp_path: Path, pooling: str) -> None:
+    folder = tmp_path / "bert"
+    model = write_encoder(folder)
     write_modules(folder, pooling)
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "query: ", "document": ""}}))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -162,6 +169,31 @@ def test_an_encoder_is_pooled_as_its_folder_says(tmp_path: Path, pooling: str) -
     np.testing.assert_allclose(embedder.documents(TEXTS), unit(np.stack(rows)), atol=1e-5)
     np.testing.assert_allclose(embedder.queries(["x"]), unit(asked[None]), atol=1e-5)
     assert embedder.max_tokens == 64
+
+
+def test_code_of_a_folder_never_runs(tmp_path: Path) -> None:
+    """Not even where somebody's `yes` stands on the standard input, which transformers would ask."""
+    folder, ran = tmp_path / "bert", tmp_path / "ran"
+    write_encoder(folder)
+    write_modules(folder, "mean_tokens")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "their-own", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    program = f"from llmkit.rag.embed import EncoderEmbedder; from pathlib import Path; EncoderEmbedder('x', Path({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], input="y\ny\n", capture_output=True, text=True, timeout=120)
+    assert "CheckpointError" in done.stderr
+    assert not ran.exists()
+    assert "[y/N]" not in done.stdout
+
+
+def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    torch.save(write_encoder(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    write_modules(folder, "mean_tokens")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        load_embedder(str(folder))
 
 
 def test_what_would_give_other_vectors_is_refused(tmp_path: Path) -> None:
